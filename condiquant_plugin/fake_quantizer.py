@@ -1,0 +1,162 @@
+"""The one fake quantizer that every host inserts: learned bounds over a lattice-snapped grid.
+
+While a model is traced it calls the operator ``condiquant::fake_quantize``, which exporters translate.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from condiquant_plugin import bounds, grid
+from condiquant_plugin.errors import InputError
+
+
+class _FakeQuantize(torch.autograd.Function):
+    """Clip, then round straight through (2DQuant, section 3.1).
+
+    With ``step = (upper - lower) / (L - 1)``: dy/dx is 1 inside the bounds and 0 outside; the rounding
+    residue reaches the step everywhere, and a bound gets the whole gradient of what it clips.
+    """
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, x: Tensor, lower: Tensor, step: Tensor, last_code: int
+    ) -> Tensor:
+        position = (x - lower).div_(step)
+        ctx.save_for_backward(position)
+        ctx.last_code, ctx.shape = last_code, lower.shape
+        return position.clamp(0, last_code).round_().mul_(step).add_(lower)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grad_outputs
+        (position,) = ctx.saved_tensors
+        clipped = position.clamp(0, ctx.last_code)
+        inside = clipped == position
+        grad_x = grad * inside
+        grad_lower = _sum_to(grad - grad_x, ctx.shape)
+        residue = clipped.round_().addcmul_(position, inside, value=-1)
+        return grad_x, grad_lower, _sum_to(residue.mul_(grad), ctx.shape), None
+
+
+def _sum_to(value: Tensor, shape: torch.Size) -> Tensor:
+    return value.sum_to_size(shape) if shape else value.sum()
+
+
+@torch.library.custom_op("condiquant::fake_quantize", mutates_args=())
+def fake_quantize_op(x: Tensor, lower: Tensor, step: Tensor, bits: int, kind: str, name: str) -> Tensor:
+    """Traceable form of the quantizer.
+
+    ``lower`` and ``step`` are already snapped and broadcast against ``x``; ``name`` labels the
+    quantizer in reports.
+    """
+    return grid.quantize(x, lower, step, bits)
+
+
+@fake_quantize_op.register_fake
+def _(x: Tensor, lower: Tensor, step: Tensor, bits: int, kind: str, name: str) -> Tensor:
+    return torch.empty_like(x)
+
+
+class FakeQuantizer(nn.Module):
+    """Quantizes to a ``bits``-bit grid whose bounds are parameters.
+
+    The bounds are those the optimiser moves; what is computed uses them snapped to the lattice of
+    :mod:`condiquant_plugin.grid`, with a straight-through gradient.
+
+    Args:
+        bits: 2 to 8.
+        kind: ``"weight"`` or ``"activation"``; decides the lattice.
+        row_blocks: number of equal blocks of rows along ``axis``, each with bounds of its own: 1 is
+            per tensor, 3 serves a fused qkv, the number of rows is per channel.
+        axis: the output-channel axis of a weight.
+        side: how :func:`condiquant_plugin.bounds.search` shrinks the range.
+        name: label in error messages and exported graphs.
+    """
+
+    def __init__(
+        self,
+        bits: int,
+        kind: grid.Kind,
+        *,
+        row_blocks: int = 1,
+        axis: int = 0,
+        side: bounds.Side = "symmetric",
+        name: str = "",
+    ) -> None:
+        super().__init__()
+        self.bits, self.kind = grid.check_bits(bits), kind
+        self.row_blocks, self.axis, self.side, self.name = row_blocks, axis, side, name
+        shape = () if row_blocks == 1 else (row_blocks,)
+        self.lower = nn.Parameter(torch.zeros(shape))
+        self.upper = nn.Parameter(torch.ones(shape))
+        self.enabled = True
+        self.search_on_next_input = False
+
+    @torch.no_grad()
+    def set_bounds(self, lower: Tensor | float, upper: Tensor | float) -> None:
+        """Set both bounds (shape ``()`` or ``(row_blocks,)``)."""
+        self.lower.copy_(torch.as_tensor(lower, dtype=self.lower.dtype))
+        self.upper.copy_(torch.as_tensor(upper, dtype=self.upper.dtype))
+
+    def search_bounds(self, x: Tensor) -> None:
+        """DOBI on ``x`` (2DQuant, algorithm 1).
+
+        Raises:
+            InputError: if ``x`` has NaN or Inf; names this quantizer.
+        """
+        if not torch.isfinite(x).all():
+            raise InputError(
+                f"NaN or Inf in the {self.kind} of {self.name or 'a quantizer'}: "
+                "check the checkpoint and the calibration images"
+            )
+        rows = x.detach().reshape(1, -1) if self.row_blocks == 1 else self._block_rows(x.detach())
+        found = bounds.search(rows, self.bits, self.kind, side=self.side)
+        self.set_bounds(found.lower.view_as(self.lower), found.upper.view_as(self.upper))
+
+    def snapped(self) -> grid.SnappedGrid:
+        """The grid that is computed with; tensors of shape ``()`` or ``(row_blocks,)``."""
+        return grid.snap(self.lower.detach(), self.upper.detach(), self.bits, self.kind)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.search_on_next_input:
+            self.search_bounds(x)
+            self.search_on_next_input = False
+        if not self.enabled:
+            return x
+        step = ((self.upper - self.lower) / (2**self.bits - 1)).clamp_min(grid.SMALLEST_STEP)
+        lower = self.lower + (self.snapped().lower - self.lower).detach()
+        if torch.jit.is_tracing():
+            return fake_quantize_op(
+                x,
+                torch.tensor(self._spread(lower, x).tolist()),
+                torch.tensor(self._spread(step, x).tolist()),
+                self.bits,
+                self.kind,
+                self.name,
+            )
+        lower, step = self._spread(lower, x), self._spread(step, x)
+        result: Tensor = _FakeQuantize.apply(x, lower, step, 2**self.bits - 1)
+        return result
+
+    def _block_rows(self, x: Tensor) -> Tensor:
+        """``x`` as ``(row_blocks, entries per block)``."""
+        return x.movedim(self.axis, 0).reshape(self.row_blocks, -1)
+
+    def _spread(self, bound: Tensor, x: Tensor) -> Tensor:
+        """A bound per row of ``x``, broadcastable against it."""
+        if self.row_blocks == 1:
+            return bound
+        rows = bound.repeat_interleave(x.shape[self.axis] // self.row_blocks)
+        return rows.view([-1 if i == self.axis % x.ndim else 1 for i in range(x.ndim)])
+
+    def extra_repr(self) -> str:
+        return f"{self.kind}, bits={self.bits}, row_blocks={self.row_blocks}, side={self.side!r}"
+
+
+def fake_quantizers(model: nn.Module) -> dict[str, FakeQuantizer]:
+    """Every fake quantizer of a model by module name."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, FakeQuantizer)}

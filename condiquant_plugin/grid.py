@@ -1,0 +1,97 @@
+"""The quantization grid: levels, bounds, codes, and the 8-bit lattice that int8 kernels can hold.
+
+A ``bits``-bit grid has ``L = 2**bits`` levels ``lower + code * step`` with ``code`` in ``[0, L-1]`` and
+``step = (upper - lower) / (L-1)``, the quantizer of 2DQuant (arXiv 2406.06649, equation 1).
+
+8-bit kernels compute with integers whose zero is exact. A low-bit grid fits them when it lies on a
+*lattice*: ``level = (refinement * code - zero) * step / refinement`` with an integer ``zero``.
+Snapping moves ``lower`` by at most ``step / (2 * refinement)`` and leaves ``step`` alone, so what is
+simulated with snapped bounds is what an 8-bit kernel computes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from condiquant_plugin.errors import InputError
+
+MIN_BITS, MAX_BITS = 2, 8
+SMALLEST_STEP = 1e-12
+
+Kind = Literal["weight", "activation"]
+
+
+def check_bits(bits: int, name: str = "bits") -> int:
+    """Return ``bits`` if it is an integer in [2, 8].
+
+    Raises:
+        InputError: naming ``name`` and the value.
+    """
+    if isinstance(bits, bool) or not isinstance(bits, int) or not MIN_BITS <= bits <= MAX_BITS:
+        raise InputError(f"{name}={bits!r} is not supported: use an integer from 2 to 8")
+    return bits
+
+
+@dataclass(frozen=True)
+class Lattice:
+    """Integers of an 8-bit kernel onto which a low-bit grid is laid."""
+
+    refinement: int
+    """Lattice steps in one grid step."""
+    lowest_zero: int
+    """Smallest position of zero, counted in lattice steps from the lower bound."""
+    highest_zero: int
+    """Largest position of zero; zero always lies in ``[lower, upper]``."""
+
+
+def lattice(bits: int, kind: Kind) -> Lattice:
+    """The finest lattice whose every level fits u8 (activations) or i8 (weights).
+
+    >>> lattice(4, "weight")
+    Lattice(refinement=8, lowest_zero=0, highest_zero=120)
+    >>> lattice(2, "activation")
+    Lattice(refinement=85, lowest_zero=0, highest_zero=255)
+    """
+    last_code = 2 ** check_bits(bits) - 1
+    if kind == "activation":
+        refinement = 255 // last_code
+        return Lattice(refinement, 0, refinement * last_code)
+    refinement = max(127 // last_code, 1)
+    span = refinement * last_code
+    return Lattice(refinement, max(0, span - 127), min(128, span))
+
+
+@dataclass(frozen=True)
+class SnappedGrid:
+    """A grid on its lattice. All tensors have the shape of the bounds it was made from."""
+
+    lower: Tensor
+    step: Tensor
+    zero: Tensor
+    """Position of zero in lattice steps, integer-valued, dtype of ``lower``."""
+
+
+def snap(lower: Tensor, upper: Tensor, bits: int, kind: Kind) -> SnappedGrid:
+    """Move ``lower`` to the lattice, keeping the step.
+
+    Args:
+        lower, upper: finite bounds of any equal shape; ``upper <= lower`` gives a tiny step.
+    """
+    cells = lattice(bits, kind)
+    step = ((upper - lower) / (2**bits - 1)).clamp_min(SMALLEST_STEP)
+    zero = (-lower / step * cells.refinement).round().clamp(cells.lowest_zero, cells.highest_zero)
+    return SnappedGrid(-zero * (step / cells.refinement), step, zero)
+
+
+def codes(x: Tensor, lower: Tensor, step: Tensor, bits: int) -> Tensor:
+    """Codes in ``[0, 2**bits - 1]`` as floats; ``lower`` and ``step`` broadcast against ``x``."""
+    return ((x - lower) / step).clamp(0, 2**bits - 1).round()
+
+
+def quantize(x: Tensor, lower: Tensor, step: Tensor, bits: int) -> Tensor:
+    """Nearest grid value of every entry of ``x`` (ties to even codes)."""
+    return codes(x, lower, step, bits) * step + lower
