@@ -16,6 +16,7 @@ from condiquant_plugin import grid
 Side = Literal["symmetric", "one_sided", "auto"]
 CANDIDATES = 100
 _BINS_PER_LEVEL, _FEWEST_BINS = 32, 2048
+_MOST_SAMPLES = 2**20
 
 
 class Bounds(NamedTuple):
@@ -70,7 +71,12 @@ def _candidate_bounds(
 
 
 def _histogram(rows: Tensor, lowest: Tensor, highest: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Bin centres and counts, shape ``(rows, bins)``; bins are far narrower than any grid step."""
+    """Bin centres and counts, shape ``(rows, bins)``; bins are far narrower than any grid step.
+
+    Of more than ``_MOST_SAMPLES`` entries every k-th is counted; k is odd, so that it does not fall in
+    step with the power-of-two extents of feature maps.
+    """
+    rows = rows[:, :: rows.shape[1] // _MOST_SAMPLES | 1]
     bins = max(_FEWEST_BINS, _BINS_PER_LEVEL * 2**bits)
     if rows.shape[1] <= bins:
         return rows, torch.ones_like(rows)

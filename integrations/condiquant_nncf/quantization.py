@@ -1,0 +1,220 @@
+"""Recondition, place fake quantizers, search their bounds: one network from float to quantized."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import nncf
+import torch
+from nncf.common.factory import ModelTransformerFactory
+from nncf.common.graph.transformations.commands import TargetType
+from nncf.common.graph.transformations.layout import TransformationLayout
+from nncf.torch.function_hook.commands import PT2ConstUpdateCommand, PT2InsertionCommand
+from nncf.torch.function_hook.nncf_graph.nncf_graph_builder import GraphModelWrapper
+from nncf.torch.graph.transformations.commands import PTTargetPoint
+from torch import Tensor, nn
+
+from condiquant_nncf.layers import Layer, Scope, find_layers, wrap
+from condiquant_nncf.statistics import collect_moments
+from condiquant_plugin import reconditioning
+from condiquant_plugin.bounds import Side
+from condiquant_plugin.errors import InputError
+from condiquant_plugin.fake_quantizer import FakeQuantizer, fake_quantizers
+from condiquant_plugin.grid import check_bits
+from condiquant_plugin.reconditioning import LayerProblem, LayerReport, ReconditioningConfig
+
+
+@dataclass(frozen=True)
+class QuantizationConfig:
+    """What to quantize and how."""
+
+    weight_bits: int = 4
+    activation_bits: int = 4
+    scope: Scope = "transformer"
+    ignored_scope: nncf.IgnoredScope | None = None
+    weight_granularity: Literal["tensor", "channel"] = "tensor"
+    """Bounds per tensor (per row block of a fused qkv) as in 2DQuant, or per output channel."""
+    activation_side: Side = "auto"
+    bounds_inputs: Literal["quantized", "float"] = "quantized"
+    """Search activation bounds on a network that is quantized up to that layer, or on the float one."""
+    recondition: ReconditioningConfig | None = field(default_factory=ReconditioningConfig)
+    """``None`` quantizes the weights as trained."""
+
+    def __post_init__(self) -> None:
+        check_bits(self.weight_bits, "weight_bits")
+        check_bits(self.activation_bits, "activation_bits")
+
+
+@dataclass(frozen=True)
+class QuantizedNetwork:
+    """A quantized network and how it came about."""
+
+    model: nn.Module
+    """The network with fake quantizers in NNCF's hooks; a normal module otherwise."""
+    layers: list[Layer]
+    reports: list[LayerReport]
+    seconds: dict[str, float]
+
+    def trainable_weights(self) -> list[nn.Parameter]:
+        """Weights and biases of the quantized layers."""
+        names = [n for layer in self.layers for n in (layer.weight_name, layer.bias_name)]
+        return [self.model.get_parameter(n) for n in names if n is not None]
+
+
+def quantize_network(
+    network: nn.Module,
+    crops: Tensor,
+    config: QuantizationConfig,
+    *,
+    bounds_crops: int = 32,
+    batch_size: int = 4,
+) -> QuantizedNetwork:
+    """CondiQuant before distillation: recondition the weights, then search bounds.
+
+    Args:
+        network: float network, left untouched.
+        crops: calibration inputs, ``(count, channels, height, width)``.
+        bounds_crops: how many of them the bounds are searched on, in one batch.
+        batch_size: crops in one forward pass while moments are collected.
+
+    Raises:
+        InputError: no crops; bits outside 2-8; a scope without layers; NaN or Inf anywhere.
+    """
+    if not len(crops):
+        raise InputError("no calibration images: give at least one")
+    seconds = {"gram": 0.0, "recondition": 0.0, "bounds": 0.0}
+    wrapped = wrap(network, crops[:1])
+    layers = find_layers(wrapped, config.scope, config.ignored_scope)
+    reports: list[LayerReport] = []
+    if config.recondition is not None:
+        reports = _recondition(wrapped, layers, crops, config, seconds, bounds_crops, batch_size)
+    else:
+        reports = _condition_numbers(wrapped.model, layers)
+    started = time.perf_counter()
+    model = insert_quantizers(wrapped, layers, config)
+    search_bounds(model, crops[:bounds_crops], inputs=config.bounds_inputs)
+    seconds["bounds"] += time.perf_counter() - started
+    return QuantizedNetwork(model, layers, reports, seconds)
+
+
+def _recondition(
+    wrapped: GraphModelWrapper,
+    layers: Sequence[Layer],
+    crops: Tensor,
+    config: QuantizationConfig,
+    seconds: dict[str, float],
+    bounds_crops: int,
+    batch_size: int,
+) -> list[LayerReport]:
+    """Replace the weights inside ``wrapped``."""
+    assert config.recondition is not None
+    started = time.perf_counter()
+    quantizers: Mapping[str, FakeQuantizer] | None = None
+    if config.recondition.objective == "least_squares":
+        as_trained = wrap(wrapped.model, wrapped.example_input)
+        quantized = insert_quantizers(as_trained, layers, config)
+        search_bounds(quantized, crops[:bounds_crops], inputs=config.bounds_inputs)
+        quantizers = input_quantizers(quantized)
+    seconds["bounds"] += time.perf_counter() - started
+
+    started = time.perf_counter()
+    moments = collect_moments(wrapped, layers, crops.split(batch_size), quantizers)
+    seconds["gram"] += time.perf_counter() - started
+
+    started = time.perf_counter()
+    weighted = [layer for layer in layers if layer.weight_name is not None]
+    problems = [
+        LayerProblem(
+            layer.name,
+            wrapped.model.get_parameter(str(layer.weight_name)),
+            None if layer.bias_name is None else wrapped.model.get_parameter(layer.bias_name),
+            moments[layer.name],
+            layer.geometry,
+            layer.row_blocks,
+        )
+        for layer in weighted
+    ]
+    solutions = reconditioning.recondition(problems, config.recondition)
+    layout = TransformationLayout()
+    for layer, solution in zip(weighted, solutions, strict=True):
+        layout.register(PT2ConstUpdateCommand(layer.weight_node, solution.weight))
+        if layer.bias_node is not None and solution.bias is not None:
+            layout.register(PT2ConstUpdateCommand(layer.bias_node, solution.bias))
+    ModelTransformerFactory.create(wrapped).transform(layout)
+    seconds["recondition"] += time.perf_counter() - started
+    return [solution.report for solution in solutions]
+
+
+def _condition_numbers(model: nn.Module, layers: Sequence[Layer]) -> list[LayerReport]:
+    reports = []
+    for layer in layers:
+        if layer.weight_name is not None:
+            weight = model.get_parameter(layer.weight_name)
+            kappa = reconditioning.layer_condition(weight, layer.geometry, layer.row_blocks)
+            reports.append(LayerReport(layer.name, kappa, kappa, 0.0))
+    return reports
+
+
+def insert_quantizers(
+    wrapped: GraphModelWrapper, layers: Sequence[Layer], config: QuantizationConfig
+) -> nn.Module:
+    """Put a fake quantizer on every weight, layer input and product operand; bounds are yet to come.
+
+    Returns:
+        The model inside ``wrapped``. A quantizer's ``name`` is the layer's with ``.weight``, ``.input``
+        or, for a product, ``.input0`` and ``.input1``.
+    """
+    layout = TransformationLayout()
+    for layer in layers:
+        for port in layer.activation_ports:
+            suffix = "input" if layer.weight_node is not None else f"input{port}"
+            quantizer = FakeQuantizer(
+                config.activation_bits,
+                "activation",
+                side=config.activation_side,
+                name=f"{layer.name}.{suffix}",
+            )
+            target = PTTargetPoint(
+                TargetType.OPERATOR_PRE_HOOK, layer.node.node_name, input_port_id=port
+            )
+            layout.register(PT2InsertionCommand([target], quantizer))
+        if layer.weight_node is not None:
+            weight = wrapped.model.get_parameter(str(layer.weight_name))
+            axis = 1 if layer.geometry.kind == "conv_transpose2d" else 0
+            per_channel = config.weight_granularity == "channel"
+            quantizer = FakeQuantizer(
+                config.weight_bits,
+                "weight",
+                row_blocks=weight.shape[axis] if per_channel else layer.row_blocks,
+                axis=axis,
+                name=f"{layer.name}.weight",
+            )
+            target = PTTargetPoint(
+                TargetType.OPERATOR_POST_HOOK, layer.weight_node.node_name, input_port_id=0
+            )
+            layout.register(PT2InsertionCommand([target], quantizer))
+    model: nn.Module = ModelTransformerFactory.create(wrapped).transform(layout).model
+    return model
+
+
+@torch.no_grad()
+def search_bounds(
+    model: nn.Module, crops: Tensor, *, inputs: Literal["quantized", "float"] = "quantized"
+) -> None:
+    """DOBI for every fake quantizer in one forward pass over ``crops``."""
+    quantizers = list(fake_quantizers(model).values())
+    for quantizer in quantizers:
+        quantizer.search_on_next_input = True
+        quantizer.enabled = inputs == "quantized"
+    model(crops)
+    for quantizer in quantizers:
+        quantizer.enabled = True
+
+
+def input_quantizers(model: nn.Module) -> dict[str, FakeQuantizer]:
+    """Input quantizer of every layer with a weight, by layer name."""
+    named = {q.name: q for q in fake_quantizers(model).values()}
+    return {n.removesuffix(".input"): q for n, q in named.items() if n.endswith(".input")}
