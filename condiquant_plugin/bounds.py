@@ -54,7 +54,8 @@ def search(
         residue = grid.quantize(centers[row], base, step, bits) - centers[row]
         error[row] = residue.square_() @ counts[row]
     best = error.argmin(1, keepdim=True)
-    return Bounds(*(t.gather(1, best).squeeze(1) for t in (lower, upper, error)))
+    upper = snapped.lower + snapped.step * (2**bits - 1)
+    return Bounds(*(t.gather(1, best).squeeze(1) for t in (snapped.lower, upper, error)))
 
 
 def _candidate_bounds(

@@ -108,7 +108,7 @@ class FakeQuantizer(nn.Module):
         Raises:
             InputError: if ``x`` has NaN or Inf; names this quantizer.
         """
-        if not torch.isfinite(x).all():
+        if not all(extreme.isfinite() for extreme in x.aminmax()):
             raise InputError(
                 f"NaN or Inf in the {self.kind} of {self.name or 'a quantizer'}: "
                 "check the checkpoint and the calibration images"

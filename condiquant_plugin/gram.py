@@ -135,7 +135,7 @@ def moments(
     Raises:
         InputError: if the inputs hold NaN or Inf.
     """
-    if not torch.isfinite(x).all():
+    if not all(extreme.isfinite() for extreme in x.aminmax()):
         raise InputError(
             f"NaN or Inf in the input of {name}: check the checkpoint and the calibration images"
         )

@@ -24,8 +24,13 @@ from condiquant_plugin.errors import InputError
 Objective = Literal["condition", "least_squares"]
 Proxy = Literal["spread", "log_condition"]
 
-DEFAULT_STRENGTH = {2: 1e-2, 3: 3e-3}
-"""``tau`` per bit-width of the activations, chosen on held-out calibration crops; others use 2e-3."""
+DEFAULT_STRENGTH = {2: 1e-2, 3: 1e-2}
+"""``tau`` per bit-width of the activations where it is not 3e-3 (docs/results.md)."""
+
+
+def default_objective(bits: int) -> Objective:
+    """What measured best on held-out calibration crops at this bit-width (docs/results.md)."""
+    return "least_squares"
 
 
 @dataclass(frozen=True)
@@ -33,7 +38,7 @@ class ReconditioningConfig:
     """Settings of :func:`recondition`."""
 
     objective: Objective = "least_squares"
-    strength: float = 2e-3
+    strength: float = 3e-3
     """``tau = lambda * mu`` of one proximal step (``condition``)."""
     output_tolerance: float | None = None
     """Choose ``tau`` per layer as the largest whose relative output error stays within this."""

@@ -112,15 +112,19 @@ def polar_factor(
     return (x.mT if wide else x).reshape(shape), lifts
 
 
-def prox_log_condition(weight: Tensor, tau: float) -> Tensor:
+def prox_log_condition(weight: Tensor, tau: Tensor | float) -> Tensor:
     """Proximal operator of ``tau log kappa``: shrinks the largest singular values, lifts the smallest.
 
     A singular value moves by ``(sigma -/+ sqrt(sigma^2 -/+ 4 tau)) / 2``; values that would overtake
     their neighbours move together with them (their mean, ``tau`` shared among them).
+
+    Args:
+        tau: non-negative, a scalar or one per matrix, shape ``(..., 1, 1)``.
     """
+    tau = tau.squeeze(-1) if isinstance(tau, Tensor) and tau.ndim else tau
     u, sigma, vh = torch.linalg.svd(weight, full_matrices=False)
-    top, top_size = _pooled_extreme(sigma, -tau)
-    bottom, bottom_size = _pooled_extreme(sigma.flip(-1), tau)
+    top, top_size = _pooled_extreme(sigma, -tau, shrinks=True)
+    bottom, bottom_size = _pooled_extreme(sigma.flip(-1), tau, shrinks=False)
     rank = torch.arange(sigma.shape[-1], device=sigma.device)
     result = torch.where(rank < top_size, top, sigma)
     result = torch.where(rank >= sigma.shape[-1] - bottom_size, bottom, result)
@@ -129,14 +133,16 @@ def prox_log_condition(weight: Tensor, tau: float) -> Tensor:
     return (u * result.unsqueeze(-2)) @ vh
 
 
-def _pooled_extreme(sigma: Tensor, signed_tau: float) -> tuple[Tensor, Tensor]:
-    """Value and size of the group that the first entry of sorted ``sigma`` moves with, ``(..., 1)`` each."""
+def _pooled_extreme(
+    sigma: Tensor, signed_tau: Tensor | float, *, shrinks: bool
+) -> tuple[Tensor, Tensor]:
+    """Value and size, ``(..., 1)`` each, of the group that the first entry of sorted ``sigma`` moves with."""
     count = torch.arange(1, sigma.shape[-1] + 1, dtype=sigma.dtype, device=sigma.device)
     mean = sigma.cumsum(-1) / count
     discriminant = mean.square() + 4 * signed_tau / count
     value = 0.5 * (mean + discriminant.clamp_min(0).sqrt())
     neighbour = torch.cat([sigma[..., 1:], value[..., -1:]], -1)
-    ordered = value >= neighbour if signed_tau < 0 else value <= neighbour
+    ordered = value >= neighbour if shrinks else value <= neighbour
     fits = ordered & (discriminant >= 0)
     fits[..., -1] = True
     size = fits.to(torch.uint8).argmax(-1, keepdim=True)

@@ -13,6 +13,7 @@ from condiquant_nncf.quantization import (
     QuantizedNetwork,
     insert_quantizers,
     quantize_network,
+    trainable_weights,
 )
 from condiquant_nncf.statistics import collect_moments
 
@@ -25,5 +26,6 @@ __all__ = [
     "find_layers",
     "insert_quantizers",
     "quantize_network",
+    "trainable_weights",
     "wrap",
 ]

@@ -9,7 +9,6 @@ from typing import Literal
 
 import nncf
 import nncf.torch.graph.operator_metatypes as om
-import torch
 from nncf.common.graph.graph import NNCFGraph, NNCFNode
 from nncf.scopes import get_ignored_node_names_from_ignored_scope
 from nncf.torch.function_hook import wrap_model
@@ -187,7 +186,3 @@ def _padding(
         )
     return totals[0] // 2, totals[1] // 2
 
-
-def example(channels: int = 3, size: int = 64) -> Tensor:
-    """A fixed example image, ``(1, channels, size, size)`` in [0, 1], for tracing."""
-    return torch.linspace(0, 1, channels * size * size).reshape(1, channels, size, size)

@@ -26,6 +26,8 @@ from condiquant_plugin.fake_quantizer import FakeQuantizer, fake_quantizers
 from condiquant_plugin.grid import check_bits
 from condiquant_plugin.reconditioning import LayerProblem, LayerReport, ReconditioningConfig
 
+BoundsInputs = Literal["quantized", "float", "auto"]
+
 
 @dataclass(frozen=True)
 class QuantizationConfig:
@@ -38,8 +40,12 @@ class QuantizationConfig:
     weight_granularity: Literal["tensor", "channel"] = "tensor"
     """Bounds per tensor (per row block of a fused qkv) as in 2DQuant, or per output channel."""
     activation_side: Side = "auto"
-    bounds_inputs: Literal["quantized", "float"] = "quantized"
-    """Search activation bounds on a network that is quantized up to that layer, or on the float one."""
+    bounds_inputs: BoundsInputs = "auto"
+    """Search activation bounds on a network that is quantized up to that layer, or on the float one.
+
+    ``"auto"`` does both and keeps those whose output is closer to the float network's on the calibration
+    crops: which of them wins depends on the bit-width and on the weights (docs/results.md).
+    """
     recondition: ReconditioningConfig | None = field(default_factory=ReconditioningConfig)
     """``None`` quantizes the weights as trained."""
 
@@ -60,8 +66,13 @@ class QuantizedNetwork:
 
     def trainable_weights(self) -> list[nn.Parameter]:
         """Weights and biases of the quantized layers."""
-        names = [n for layer in self.layers for n in (layer.weight_name, layer.bias_name)]
-        return [self.model.get_parameter(n) for n in names if n is not None]
+        return trainable_weights(self.model, self.layers)
+
+
+def trainable_weights(model: nn.Module, layers: Sequence[Layer]) -> list[nn.Parameter]:
+    """Weights and biases of ``layers``."""
+    names = [n for layer in layers for n in (layer.weight_name, layer.bias_name)]
+    return [model.get_parameter(n) for n in names if n is not None]
 
 
 def quantize_network(
@@ -95,7 +106,7 @@ def quantize_network(
         reports = _condition_numbers(wrapped.model, layers)
     started = time.perf_counter()
     model = insert_quantizers(wrapped, layers, config)
-    search_bounds(model, crops[:bounds_crops], inputs=config.bounds_inputs)
+    _choose_bounds(model, network, crops[:bounds_crops], config.bounds_inputs)
     seconds["bounds"] += time.perf_counter() - started
     return QuantizedNetwork(model, layers, reports, seconds)
 
@@ -116,7 +127,8 @@ def _recondition(
     if config.recondition.objective == "least_squares":
         as_trained = wrap(wrapped.model, wrapped.example_input)
         quantized = insert_quantizers(as_trained, layers, config)
-        search_bounds(quantized, crops[:bounds_crops], inputs=config.bounds_inputs)
+        inputs = "quantized" if config.bounds_inputs == "quantized" else "float"
+        search_bounds(quantized, crops[:bounds_crops], inputs=inputs)
         quantizers = input_quantizers(quantized)
     seconds["bounds"] += time.perf_counter() - started
 
@@ -202,7 +214,7 @@ def insert_quantizers(
 
 @torch.no_grad()
 def search_bounds(
-    model: nn.Module, crops: Tensor, *, inputs: Literal["quantized", "float"] = "quantized"
+    model: nn.Module, crops: Tensor, *, inputs: Literal["quantized", "float"]
 ) -> None:
     """DOBI for every fake quantizer in one forward pass over ``crops``."""
     quantizers = list(fake_quantizers(model).values())
@@ -212,6 +224,24 @@ def search_bounds(
     model(crops)
     for quantizer in quantizers:
         quantizer.enabled = True
+
+
+@torch.no_grad()
+def _choose_bounds(
+    model: nn.Module, network: nn.Module, crops: Tensor, inputs: BoundsInputs
+) -> None:
+    if inputs != "auto":
+        search_bounds(model, crops, inputs=inputs)
+        return
+    target = network(crops)
+    found: dict[float, dict[str, tuple[Tensor, Tensor]]] = {}
+    for way in ("float", "quantized"):
+        search_bounds(model, crops, inputs=way)
+        error = float((model(crops) - target).square().mean())
+        found[error] = {n: (q.lower.clone(), q.upper.clone()) for n, q in fake_quantizers(model).items()}
+    best = found[min(found)]
+    for name, quantizer in fake_quantizers(model).items():
+        quantizer.set_bounds(*best[name])
 
 
 def input_quantizers(model: nn.Module) -> dict[str, FakeQuantizer]:

@@ -1,0 +1,206 @@
+"""The command line ``condiquant``: exit code 0, 1 (a run failed) or 2 (bad usage or input)."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+try:
+    import typer
+    from rich.console import Console
+except ImportError:
+    sys.exit('the command line needs its extra: pip install "condiquant-plugin[all]"')
+
+from condiquant_plugin.errors import InputError
+
+if TYPE_CHECKING:
+    from condiquant_recipes.progress import Progress
+
+app = typer.Typer(
+    name="condiquant",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="CondiQuant: 2-4 bit super-resolution networks as OpenVINO IR.",
+)
+_console = Console(stderr=True)
+
+RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe (YAML).")]
+DataOption = Annotated[
+    Path | None,
+    typer.Option(help="Folder with calibration and test images.", envvar="CONDIQUANT_DATA"),
+]
+SetsOption = Annotated[str, typer.Option(help="Test sets, comma-separated (default: the recipe's).")]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY.SUB=VALUE", help="Override a recipe key.")
+]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+DeviceOption = Annotated[str, typer.Option(help="OpenVINO device.")]
+
+
+def _hosts(name: str) -> Any:
+    """Import a module of the application late: the hosts take seconds to load."""
+    import logging
+
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    import nncf
+
+    nncf.set_log_level(logging.ERROR)
+    return importlib.import_module(f"condiquant_recipes.{name}")
+
+
+def _progress(quiet: bool) -> Progress:
+    from condiquant_recipes.progress import Progress
+
+    return Progress(None if quiet else _console)
+
+
+def _data_folder(data: Path | None) -> Path:
+    if data is None:
+        raise InputError("no data folder: give --data DIR or set CONDIQUANT_DATA")
+    if not data.is_dir():
+        raise InputError(f"data folder {data} does not exist: give --data DIR")
+    return data
+
+
+def _split(names: str) -> list[str]:
+    return [name.strip() for name in names.split(",") if name.strip()]
+
+
+@app.command()
+def run(
+    recipe: RecipeArgument,
+    data: DataOption = None,
+    sets: SetsOption = "",
+    out: Annotated[Path | None, typer.Option(help="Output folder (default: out/<name>_w4a4).")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Keep finished stages of this folder.")] = False,
+    overrides: SetOption = None,
+    quiet: QuietOption = False,
+) -> None:
+    """Recondition, quantize, distil, evaluate and export the network of a recipe."""
+    from condiquant_recipes.recipe import load_recipe
+    from condiquant_recipes.recipe_files import recipe_path
+
+    loaded = load_recipe(recipe_path(recipe), overrides or [])
+    folder = _data_folder(data)
+    section = loaded.condiquant
+    out = out or Path("out") / f"{loaded.name}_w{section.weight_bits}a{section.activation_bits}"
+    metrics = _hosts("run").run(
+        loaded, folder, out, sets=_split(sets), resume=resume, progress=_progress(quiet)
+    )
+    reporting = _hosts("reporting")
+    Console().print(reporting.run_table(metrics))
+    print(f"metrics: {out / 'metrics.json'}\nIR:      {out / 'model.xml'}")
+
+
+@app.command()
+def evaluate(
+    model: Annotated[Path, typer.Argument(help="model.xml, or the output folder of a run.")],
+    data: DataOption = None,
+    sets: SetsOption = "Set5",
+    device: DeviceOption = "CPU",
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """PSNR and SSIM (Y channel, crop = scale) of an IR on test sets."""
+    scores = _hosts("ir").evaluate(
+        _ir_path(model), _data_folder(data), _split(sets), device, _progress(quiet)
+    )
+    if as_json:
+        print(json.dumps(scores, indent=1))
+    else:
+        Console().print(_hosts("reporting").score_table({str(model): scores}))
+
+
+@app.command()
+def export(
+    folder: Annotated[Path, typer.Argument(help="Output folder of a run.")],
+    out: Annotated[Path | None, typer.Option(help="Folder for model.xml (default: the run's).")] = None,
+    static: Annotated[bool | None, typer.Option("--static/--dynamic", help="Fix height and width.")] = None,
+    tile: Annotated[int | None, typer.Option(help="Height and width to trace with.")] = None,
+    fp16: Annotated[bool | None, typer.Option("--fp16/--fp32", help="Store float leftovers in half precision.")] = None,
+    quiet: QuietOption = False,
+) -> None:
+    """Export the network of a finished run once more, with other shapes."""
+    given = {"static": static, "tile": tile, "compress_to_fp16": fp16}
+    changes = {key: value for key, value in given.items() if value is not None}
+    target = out or folder
+    figures = _hosts("ir").export_again(folder, target, changes, _progress(quiet))
+    print(json.dumps(figures, indent=1))
+    print(f"IR: {target / 'model.xml'}")
+
+
+@app.command()
+def inspect(
+    file: Annotated[Path, typer.Argument(help="An IR (.xml), a recipe (.yml) or a checkpoint.")],
+    as_json: JsonOption = False,
+) -> None:
+    """What is in an IR, a recipe's network, or a checkpoint: layers, shapes, condition numbers."""
+    described = _hosts("inspection").describe(file)
+    if as_json:
+        print(json.dumps(described, indent=1, default=str))
+    else:
+        for part in _hosts("inspection").tables(described):
+            Console().print(part)
+
+
+@app.command()
+def upscale(
+    model: Annotated[Path, typer.Argument(help="model.xml, or the output folder of a run.")],
+    image: Annotated[Path, typer.Argument(help="Image to enlarge.")],
+    output: Annotated[Path, typer.Argument(help="PNG to write.")],
+    device: DeviceOption = "CPU",
+    tile: Annotated[int | None, typer.Option(help="Tile size of a dynamic IR.")] = None,
+    overlap: Annotated[int | None, typer.Option(help="Pixels that tiles share.")] = None,
+    quiet: QuietOption = False,
+) -> None:
+    """Enlarge an image with an IR, in overlapping tiles where needed."""
+    _hosts("ir").upscale(_ir_path(model), image, output, device, tile, overlap, _progress(quiet))
+    print(output)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Output folder.")] = Path("out/demo"),
+    quiet: QuietOption = False,
+) -> None:
+    """DAT-light x4 at 4 bits on photographs of scikit-image: float, plain and CondiQuant."""
+    _hosts("demo").run_demo(out, _progress(quiet), Console())
+
+
+def _ir_path(model: Path) -> Path:
+    return model / "model.xml" if model.is_dir() else model
+
+
+def main() -> None:
+    """Entry point."""
+    try:
+        code = app(standalone_mode=False)
+    except InputError as error:
+        code = _fail(str(error), 2)
+    except typer.Exit as error:
+        code = error.exit_code
+    except (typer.Abort, KeyboardInterrupt):
+        code = _fail("interrupted: run again with --resume to go on", 1)
+    except Exception as error:
+        usage = getattr(error, "format_message", None)
+        if usage is not None:
+            code = _fail(str(usage()), 2)
+        elif os.environ.get("CONDIQUANT_TRACEBACK"):
+            raise
+        else:
+            message = " ".join(f"{type(error).__name__}: {error}".split())
+            code = _fail(f"{message} (CONDIQUANT_TRACEBACK=1 shows where)", 1)
+    sys.exit(code or 0)
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"condiquant: error: {message}", file=sys.stderr)
+    return code

@@ -1,0 +1,57 @@
+"""Progress on the terminal, through rich; silent by default."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.progress import Progress as RichProgress
+
+Advance = Callable[..., object]
+
+
+class Progress:
+    """Bars for long steps; without a console nothing is shown."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console
+
+    @contextmanager
+    def bar(self, description: str, total: int) -> Iterator[Advance]:
+        """A bar; the yielded function advances it: ``advance(detail="", done=None)``."""
+        if self.console is None:
+            yield lambda *_: None
+            return
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[detail]}"),
+        )
+        with RichProgress(*columns, console=self.console) as progress:
+            task = progress.add_task(description, total=total, detail="")
+
+            def advance(detail: str = "", done: int | None = None) -> None:
+                if done is None:
+                    progress.update(task, advance=1, detail=detail)
+                else:
+                    progress.update(task, completed=done, detail=detail)
+
+            yield advance
+
+    @contextmanager
+    def status(self, description: str) -> Iterator[None]:
+        """A line for a step whose hosts show their own progress or that is short."""
+        if self.console is not None:
+            self.console.print(f"{description} ...")
+        yield

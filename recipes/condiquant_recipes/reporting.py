@@ -1,0 +1,64 @@
+"""Tables and pictures of results."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from rich.table import Table
+from torch import Tensor
+
+
+def run_table(metrics: Mapping[str, Any]) -> Table:
+    """Float and quantized scores of one run, one column per test set."""
+    bits = f"W{metrics['weight_bits']}A{metrics['activation_bits']}"
+    table = score_table({"float": metrics["float"], bits: metrics["quantized"]})
+    table.title = f"{metrics['model']} x{metrics['scale']}"
+    before, after = condition_medians(metrics)
+    size = metrics["ir"]["bin_bytes"] + metrics["ir"]["xml_bytes"]
+    table.caption = (
+        f"condition number, median {before:.0f} -> {after:.0f}; "
+        f"IR {metrics['ir']['bin_bytes'] / 1024:.0f} KiB .bin, {size / 1024:.0f} KiB with .xml; "
+        f"parity {metrics['ir']['parity_mean_abs']:.1e}"
+    )
+    return table
+
+
+def score_table(rows: Mapping[str, Mapping[str, Any]]) -> Table:
+    """PSNR/SSIM per test set, a row per network."""
+    names = list(next(iter(rows.values())))
+    table = Table("network", *names)
+    for label, scores in rows.items():
+        cells = [f"{scores[n]['psnr']:.2f} dB / {scores[n]['ssim']:.4f}" for n in names]
+        table.add_row(label, *cells)
+    return table
+
+
+def condition_medians(metrics: Mapping[str, Any]) -> tuple[float, float]:
+    """Median condition number of the layers before and after reconditioning."""
+    layers = metrics["layers"]
+    before = median(layer["condition_before"] for layer in layers)
+    return before, median(layer["condition_after"] for layer in layers)
+
+
+def side_by_side(images: Sequence[tuple[str, Tensor]], path: Path) -> None:
+    """Save equally large images ``(3, H, W)`` in [0, 1] next to one another, with titles."""
+    mpl.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(
+        1, len(images), figsize=(3.2 * len(images), 3.6), layout="constrained", squeeze=False
+    )
+    for axis, (title, image) in zip(axes[0], images, strict=True):
+        axis.imshow(np.asarray(image.clamp(0, 1).permute(1, 2, 0)), interpolation="nearest")
+        axis.set_title(title, fontsize=10)
+        axis.set_axis_off()
+    temporary = path.with_name(path.name + ".part")
+    figure.savefig(temporary, dpi=150, format="png")
+    pyplot.close(figure)
+    os.replace(temporary, path)

@@ -1,0 +1,277 @@
+"""The main job: float network to evaluated low-bit network and OpenVINO IR."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import condiquant_basicsr as basicsr_host
+import condiquant_nncf as nncf_host
+import condiquant_openvino as openvino_host
+from condiquant_plugin import __version__
+from condiquant_plugin.distillation import DistillationResult, distill
+from condiquant_plugin.errors import InputError
+from condiquant_plugin.reconditioning import LayerReport
+from condiquant_recipes import settings
+from condiquant_recipes.progress import Progress
+from condiquant_recipes.recipe import Recipe
+from condiquant_recipes.workspace import Workspace, save_parameters, write_text
+
+
+@dataclass(frozen=True)
+class Source:
+    """The float network of a recipe and the data that a run needs."""
+
+    network: nn.Module
+    multiple: int
+    crops: Tensor
+    held_out: Tensor
+    test_sets: dict[str, list[basicsr_host.Pair]]
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """The network after calibration."""
+
+    model: nn.Module
+    trainable_weights: list[nn.Parameter]
+    reports: list[LayerReport]
+
+
+def load_source(recipe: Recipe, data: Path, sets: Sequence[str]) -> Source:
+    """Load and check everything a run reads, before it computes anything.
+
+    Raises:
+        InputError: whatever is missing or does not fit.
+    """
+    network = load_network(recipe)
+    calibration = recipe.datasets.calibration
+    crops = basicsr_host.calibration_crops(
+        [data / folder for folder in calibration.folders],
+        recipe.scale,
+        calibration.crop,
+        calibration.count + calibration.held_out,
+        recipe.seed,
+    )
+    multiple = basicsr_host.pad_multiple(network, recipe.pad_multiple)
+    if calibration.crop % multiple:
+        raise InputError(
+            f"datasets.calibration.crop={calibration.crop} is not a multiple of {multiple}, "
+            f"which {type(network).__name__} needs: use {-(-calibration.crop // multiple) * multiple}"
+        )
+    test_sets = {name: basicsr_host.test_pairs(data, name, recipe.scale) for name in sets}
+    return Source(
+        network, multiple, crops[: calibration.count], crops[calibration.count :], test_sets
+    )
+
+
+def load_network(recipe: Recipe) -> nn.Module:
+    """The float network, frozen."""
+    network, _ = basicsr_host.load_network(
+        recipe.network_g,
+        recipe.path.pretrain_network_g,
+        recipe.path.sha256,
+        recipe.path.param_key_g,
+        recipe.scale,
+    )
+    for parameter in network.parameters():
+        parameter.requires_grad_(False)
+    return network
+
+
+def run(
+    recipe: Recipe,
+    data: Path,
+    out: Path,
+    *,
+    sets: Sequence[str] = (),
+    resume: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Run a recipe; writes ``metrics.json``, ``model.xml``/``.bin``, ``quantized.safetensors``.
+
+    Args:
+        data: folder that holds the calibration folders and the test sets.
+        sets: test sets instead of the recipe's.
+        resume: keep the stages that an earlier call with the same recipe and folder finished.
+
+    Returns:
+        The content of ``metrics.json``.
+
+    Raises:
+        InputError: on bad input, before anything is computed where possible.
+    """
+    progress = progress or Progress()
+    torch.manual_seed(recipe.seed)
+    names = list(sets or recipe.datasets.test)
+    source = load_source(recipe, data, names)
+    workspace = Workspace.create(out, recipe, resume=resume)
+
+    float_scores = _evaluated(workspace, "float", source.network, source, recipe, progress)
+    quantized, seconds = _calibrated(workspace, source, recipe, progress)
+    distilled = _distilled(workspace, quantized, source, recipe, progress)
+    seconds["distillation"] = distilled.pop("seconds")
+    scores = _evaluated(workspace, "quantized", quantized.model, source, recipe, progress)
+    save_parameters(quantized.model, workspace.network_path)
+    started = time.perf_counter()
+    ir = export(quantized.model, recipe, source.multiple, workspace.folder, progress)
+    seconds["export"] = time.perf_counter() - started
+
+    metrics = {
+        "model": recipe.name,
+        "scale": recipe.scale,
+        "weight_bits": recipe.condiquant.weight_bits,
+        "activation_bits": recipe.condiquant.activation_bits,
+        "float": float_scores,
+        "quantized": scores,
+        "layers": [asdict(report) for report in quantized.reports],
+        "distillation": distilled,
+        "seconds": seconds,
+        "ir": ir,
+    }
+    write_text(out / "metrics.json", json.dumps(metrics, indent=1))
+    return metrics
+
+
+def _evaluated(
+    workspace: Workspace,
+    stage: str,
+    model: nn.Module,
+    source: Source,
+    recipe: Recipe,
+    progress: Progress,
+) -> dict[str, Any]:
+    """PSNR and SSIM per test set, against HR or (``reference: float``) the float output."""
+    recorded = workspace.finished(f"evaluated-{stage}") or {}
+    scores: dict[str, Any] = {n: s for n, s in recorded.items() if n in source.test_sets}
+    upscale = partial(
+        basicsr_host.upscale, model, scale=recipe.scale, multiple=source.multiple
+    )
+    reference = None
+    if recipe.datasets.reference == "float" and model is not source.network:
+        reference = partial(
+            basicsr_host.upscale, source.network, scale=recipe.scale, multiple=source.multiple
+        )
+    for name, pairs in source.test_sets.items():
+        if name in scores:
+            continue
+        with progress.bar(f"{stage} on {name}", len(pairs)) as advance:
+            scores[name] = basicsr_host.evaluate(
+                upscale, pairs, recipe.scale, advance, reference=reference
+            )
+    if scores != recorded:
+        workspace.finish(f"evaluated-{stage}", scores)
+    return scores
+
+
+def _calibrated(
+    workspace: Workspace, source: Source, recipe: Recipe, progress: Progress
+) -> tuple[Quantized, dict[str, float]]:
+    config = settings.quantization(recipe)
+    if (record := workspace.finished("calibrated")) is not None:
+        model, weights = rebuild(source.network, source.crops, recipe)
+        workspace.restore("calibrated", model)
+        reports = [LayerReport(**report) for report in record["reports"]]
+        return Quantized(model, weights, reports), record["seconds"]
+    with progress.status("reconditioning weights, searching bounds"):
+        result = nncf_host.quantize_network(
+            source.network, source.crops, config, bounds_crops=recipe.condiquant.bounds.crops
+        )
+    record = {"seconds": result.seconds, "reports": [asdict(r) for r in result.reports]}
+    workspace.finish("calibrated", record, result.model)
+    return Quantized(result.model, result.trainable_weights(), result.reports), result.seconds
+
+
+def rebuild(
+    network: nn.Module, example: Tensor, recipe: Recipe
+) -> tuple[nn.Module, list[nn.Parameter]]:
+    """The quantized network's structure, its bounds and weights yet to be loaded."""
+    config = settings.quantization(recipe)
+    wrapped = nncf_host.wrap(network, example[:1])
+    layers = nncf_host.find_layers(wrapped, config.scope, config.ignored_scope)
+    model = nncf_host.insert_quantizers(wrapped, layers, config)
+    return model, nncf_host.trainable_weights(model, layers)
+
+
+def _distilled(
+    workspace: Workspace, quantized: Quantized, source: Source, recipe: Recipe, progress: Progress
+) -> dict[str, Any]:
+    config = settings.distillation(recipe)
+    if (record := workspace.finished("distilled")) is not None:
+        workspace.restore("distilled", quantized.model)
+        return record
+    started = time.perf_counter()
+    result = DistillationResult(0.0, 0.0, 0, 0)
+    if config.iterations:
+        with progress.bar("distillation", config.iterations) as advance:
+            result = distill(
+                quantized.model,
+                source.network,
+                source.crops,
+                source.held_out,
+                config,
+                trainable_weights=quantized.trainable_weights,
+                checkpoint=workspace.distillation_path,
+                progress=lambda iteration, loss: advance(f"loss {loss:.5f}", iteration),
+            )
+    record = {**asdict(result), "seconds": time.perf_counter() - started}
+    workspace.finish("distilled", record, quantized.model)
+    return record
+
+
+def export(
+    model: nn.Module, recipe: Recipe, multiple: int, out: Path, progress: Progress
+) -> dict[str, Any]:
+    """Write ``model.xml`` and check that it computes what torch simulates.
+
+    Raises:
+        RuntimeError: if parity fails; no IR is written then.
+    """
+    size = -(-recipe.export.tile // multiple) * multiple
+    image = example_image(size)
+    with progress.status("exporting OpenVINO IR"):
+        ir = openvino_host.convert(model, image, static=recipe.export.static)
+    with progress.status("checking parity with the simulation"):
+        parity = openvino_host.check_parity(model, ir, [image])
+        parity.raise_if_broken()
+    figures = {
+        "parity_mean_abs": parity.mean_abs,
+        "parity_max_abs": parity.max_abs,
+        "parity_layer_max": max((layer.error for layer in parity.layers), default=0.0),
+        "code_flip_rate": parity.code_flip_rate,
+    }
+    openvino_host.set_metadata(
+        ir,
+        {
+            "network": recipe.name,
+            "scale": recipe.scale,
+            "weight_bits": recipe.condiquant.weight_bits,
+            "activation_bits": recipe.condiquant.activation_bits,
+            "scope": recipe.condiquant.scope,
+            "pad_multiple": multiple,
+            "plugin_version": __version__,
+            "recipe_sha256": recipe.digest(),
+            "calibration": recipe.datasets.calibration.folders,
+            "parity": figures,
+        },
+    )
+    sizes = openvino_host.save(
+        ir, out / "model.xml", compress_to_fp16=recipe.export.compress_to_fp16
+    )
+    return {**sizes, **figures}
+
+
+def example_image(size: int) -> Tensor:
+    """A reproducible noisy gradient, ``(1, 3, size, size)`` in [0, 1], to trace and compare on."""
+    ramp = torch.linspace(0, 1, size)
+    image = torch.stack([ramp.expand(size, size), ramp[:, None].expand(size, size), ramp.flip(0).expand(size, size)])
+    noise = torch.rand(image.shape, generator=torch.Generator().manual_seed(0))
+    return (0.8 * image + 0.2 * noise)[None]

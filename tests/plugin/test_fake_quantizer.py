@@ -1,0 +1,106 @@
+import copy
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from condiquant_plugin import FakeQuantizer, InputError
+
+
+def reference(x, quantizer):
+    """2DQuant's formula with straight-through rounding and snapping, differentiated by autograd."""
+    last = 2**quantizer.bits - 1
+    lower = quantizer.lower + (quantizer.snapped().lower - quantizer.lower).detach()
+    step = (quantizer.upper - quantizer.lower) / last
+    if quantizer.row_blocks > 1:
+        repeat = x.shape[0] // quantizer.row_blocks
+        lower = lower.repeat_interleave(repeat)[:, None]
+        step = step.repeat_interleave(repeat)[:, None]
+    position = (x - lower) / step
+    clipped = torch.minimum(torch.maximum(position, torch.zeros(())), torch.full((), float(last)))
+    return (clipped + (clipped.round() - clipped).detach()) * step + lower
+
+
+@given(
+    st.integers(2, 8),
+    st.sampled_from(["weight", "activation"]),
+    st.sampled_from([1, 3, 12]),
+    st.integers(0, 10**6),
+)
+def test_values_and_gradients_are_2dquants(bits, kind, row_blocks, seed):
+    generator = torch.Generator().manual_seed(seed)
+    quantizer = FakeQuantizer(bits, kind, row_blocks=row_blocks).double()
+    x = torch.randn(12, 9, generator=generator, dtype=torch.float64)
+    quantizer.search_bounds(x)
+    quantizer.set_bounds(quantizer.lower * 0.8 - 0.01, quantizer.upper * 0.7 + 0.02)
+    upstream = torch.randn(12, 9, generator=generator, dtype=torch.float64)
+    gradients = []
+    values = []
+    for function in (quantizer, lambda t: reference(t, quantizer)):
+        inputs = x.clone().requires_grad_()
+        output = function(inputs)
+        values.append(output)
+        gradients.append(
+            torch.autograd.grad((output * upstream).sum(), [inputs, quantizer.lower, quantizer.upper])
+        )
+    torch.testing.assert_close(*values, atol=1e-12, rtol=0)
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-10, rtol=1e-10)
+
+
+def test_row_blocks_have_bounds_of_their_own():
+    x = torch.cat([torch.linspace(-1, 1, 8), torch.linspace(-100, 100, 8)]).view(2, 8)
+    quantizer = FakeQuantizer(4, "weight", row_blocks=2)
+    quantizer.search_bounds(x)
+    assert (quantizer(x) - x).abs().amax(1)[0] < 0.2
+    per_tensor = FakeQuantizer(4, "weight")
+    per_tensor.search_bounds(x)
+    assert (per_tensor(x) - x).abs().amax(1)[0] > 0.9
+
+
+def test_output_channels_of_a_transposed_convolution_are_its_second_axis():
+    weight = torch.randn(4, 6, 3, 3) * torch.logspace(0, 3, 6).view(1, 6, 1, 1)
+    quantizer = FakeQuantizer(4, "weight", row_blocks=6, axis=1)
+    quantizer.search_bounds(weight)
+    by_channel = weight.transpose(0, 1).flatten(1)
+    error = (quantizer(weight) - weight).transpose(0, 1).flatten(1)
+    assert (error.norm(dim=1) / by_channel.norm(dim=1)).max() < 0.2
+
+
+def test_disabled_quantizer_is_the_identity_and_copies_keep_bounds():
+    quantizer = FakeQuantizer(3, "activation")
+    x = torch.randn(100)
+    quantizer.search_bounds(x)
+    twin = copy.deepcopy(quantizer)
+    other = FakeQuantizer(3, "activation")
+    other.load_state_dict(quantizer.state_dict())
+    assert torch.equal(twin(x), quantizer(x))
+    assert torch.equal(other(x), quantizer(x))
+    quantizer.enabled = False
+    assert quantizer(x) is x
+
+
+def test_search_on_next_input_happens_once():
+    quantizer = FakeQuantizer(4, "activation")
+    quantizer.search_on_next_input = True
+    quantizer(torch.linspace(-1, 1, 50))
+    first = quantizer.upper.item()
+    quantizer(torch.linspace(-9, 9, 50))
+    assert quantizer.upper.item() == first
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_bad_values_name_the_quantizer(value):
+    quantizer = FakeQuantizer(4, "activation", name="body.0.attn.input")
+    with pytest.raises(InputError, match=r"body\.0\.attn\.input"):
+        quantizer.search_bounds(torch.tensor([0.0, value]))
+
+
+def test_traced_graph_calls_the_operator():
+    quantizer = FakeQuantizer(4, "activation", name="x")
+    quantizer.search_bounds(torch.randn(50))
+    traced = torch.jit.trace(quantizer, torch.randn(50), check_trace=False)
+    assert "condiquant::fake_quantize" in str(traced.graph)
+    x = torch.randn(50)
+    torch.testing.assert_close(traced(x), quantizer(x))

@@ -1,0 +1,114 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from condiquant_plugin import InputError, gram
+from condiquant_plugin.gram import LayerGeometry
+
+
+def geometry_of(module: nn.Module) -> LayerGeometry:
+    if isinstance(module, nn.Linear):
+        return LayerGeometry()
+    transposed = isinstance(module, nn.ConvTranspose2d)
+    return LayerGeometry(
+        "conv_transpose2d" if transposed else "conv2d",
+        module.kernel_size,
+        module.stride,
+        module.padding,
+        module.output_padding,
+        module.dilation,
+        module.groups,
+        module.padding_mode,
+    )
+
+
+LAYERS = {
+    "linear": (nn.Linear(6, 5, bias=False), (2, 7, 6)),
+    "linear 4-d": (nn.Linear(6, 5, bias=False), (2, 3, 7, 6)),
+    "conv": (nn.Conv2d(4, 6, 3, padding=1, bias=False), (2, 4, 7, 8)),
+    "conv strided dilated": (
+        nn.Conv2d(4, 6, (3, 2), (2, 1), (2, 1), (2, 1), bias=False),
+        (2, 4, 9, 8),
+    ),
+    "conv grouped": (nn.Conv2d(4, 6, 3, groups=2, bias=False), (2, 4, 7, 8)),
+    "conv depthwise": (nn.Conv2d(4, 4, 3, padding=1, groups=4, bias=False), (2, 4, 7, 8)),
+    "conv reflect": (
+        nn.Conv2d(4, 6, 3, padding=1, padding_mode="reflect", bias=False),
+        (2, 4, 7, 8),
+    ),
+    "conv circular": (
+        nn.Conv2d(4, 6, 3, padding=(1, 0), padding_mode="circular", bias=False),
+        (2, 4, 7, 8),
+    ),
+    "conv unbatched": (nn.Conv2d(4, 6, 3, bias=False), (4, 7, 8)),
+    "transposed": (nn.ConvTranspose2d(4, 6, 4, 2, 1, bias=False), (2, 4, 5, 6)),
+    "transposed grouped": (
+        nn.ConvTranspose2d(4, 6, 3, 2, 1, 1, groups=2, dilation=2, bias=False),
+        (2, 4, 5, 6),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_unfolded_product_is_the_layer(name):
+    module, shape = LAYERS[name]
+    x, geometry = torch.randn(shape), geometry_of(module)
+    rows = gram.unfold(x, geometry)
+    product = rows @ gram.weight_matrix(module.weight, geometry).mT
+    expected = module(x) if x.ndim != 3 or geometry.kind == "linear" else module(x[None])
+    if geometry.kind != "linear":
+        expected = expected.flatten(2).mT.reshape(-1, expected.shape[1])
+    expected = expected.reshape(-1, geometry.groups, product.shape[-1]).transpose(0, 1)
+    torch.testing.assert_close(product, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_weight_matrix_round_trip(name):
+    module, _ = LAYERS[name]
+    geometry = geometry_of(module)
+    matrix = gram.weight_matrix(module.weight, geometry)
+    assert torch.equal(gram.weight_from_matrix(matrix, module.weight, geometry), module.weight)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10**6), st.integers(1, 7), st.sampled_from(sorted(LAYERS)))
+def test_moments_add_up_over_batches(seed, cut, name):
+    module, shape = LAYERS[name]
+    if name == "conv unbatched":
+        return
+    geometry = geometry_of(module)
+    x = torch.randn((8, *shape[1:]), generator=torch.Generator().manual_seed(seed))
+    q = x.round()
+    whole = gram.moments(x, geometry, q)
+    parts = gram.moments(x[:cut], geometry, q[:cut]) + gram.moments(x[cut:], geometry, q[cut:])
+    for field in ("gram", "total", "quantized_gram", "quantized_cross", "quantized_total"):
+        torch.testing.assert_close(
+            getattr(parts, field), getattr(whole, field), rtol=1e-5, atol=1e-4
+        )
+    assert parts.samples == whole.samples
+
+
+def test_moments_of_many_samples_keep_float64_accuracy():
+    x = torch.randn(200_000, 3, generator=torch.Generator().manual_seed(0)) + 10
+    exact = x.double().T @ x.double()
+    torch.testing.assert_close(
+        gram.moments(x, LayerGeometry()).gram[0], exact, rtol=1e-6, atol=0
+    )
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_bad_activations_name_the_layer(value):
+    x = torch.ones(3, 4)
+    x[1, 2] = value
+    with pytest.raises(InputError, match=r"input of body\.0\.fc1"):
+        gram.moments(x, LayerGeometry(), name="body.0.fc1")
+
+
+def test_padding_of_a_convolution_enters_the_gram_matrix():
+    x = torch.ones(1, 1, 2, 2)
+    padded = gram.moments(x, LayerGeometry("conv2d", (3, 3), padding=(1, 1))).gram[0]
+    direct = F.unfold(F.pad(x, (1, 1, 1, 1)), 3)[0]
+    assert torch.equal(padded, (direct @ direct.T).double())

@@ -1,0 +1,103 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from condiquant_plugin import FakeQuantizer, InputError, bounds, grid
+
+bit_widths = st.integers(2, 8)
+kinds = st.sampled_from(["weight", "activation"])
+lowers = st.floats(-50, 50)
+widths = st.floats(1e-3, 100)
+
+
+@given(bit_widths, kinds)
+def test_every_level_fits_its_8_bit_type(bits, kind):
+    cells = grid.lattice(bits, kind)
+    last = cells.refinement * (2**bits - 1)
+    for zero in (cells.lowest_zero, cells.highest_zero):
+        if kind == "activation":
+            assert 0 <= zero <= last <= 255
+        else:
+            assert -128 <= -zero
+            assert last - zero <= 127
+
+
+@given(bit_widths, kinds, lowers, widths)
+def test_snapping_keeps_the_step_and_lays_levels_on_the_lattice(bits, kind, lower, width):
+    low, up = torch.tensor([lower, lower + width], dtype=torch.float64)
+    snapped = grid.snap(low, up, bits, kind)
+    cells = grid.lattice(bits, kind)
+    assert snapped.step.item() == pytest.approx(width / (2**bits - 1), rel=1e-6)
+    levels = snapped.lower + snapped.step * torch.arange(2**bits)
+    positions = levels / (snapped.step / cells.refinement)
+    torch.testing.assert_close(positions, positions.round(), atol=1e-6, rtol=0)
+    assert snapped.zero == snapped.zero.round()
+    inside = cells.lowest_zero < snapped.zero < cells.highest_zero
+    if inside:
+        assert abs(snapped.lower - low) <= snapped.step / (2 * cells.refinement) * (1 + 1e-9)
+
+
+@given(bit_widths, kinds, lowers, widths, st.integers(0, 2**31))
+def test_quantized_values_are_levels_and_nearest(bits, kind, lower, width, seed):
+    snapped = grid.snap(torch.tensor(lower), torch.tensor(lower + width), bits, kind)
+    x = torch.rand(64, generator=torch.Generator().manual_seed(seed)) * 2 * width + lower - width / 2
+    codes = grid.codes(x, snapped.lower, snapped.step, bits)
+    assert codes.min() >= 0
+    assert codes.max() <= 2**bits - 1
+    levels = snapped.lower + snapped.step * torch.arange(2**bits)
+    nearest = (x[:, None] - levels).abs().amin(1)
+    error = (grid.quantize(x, snapped.lower, snapped.step, bits) - x).abs()
+    torch.testing.assert_close(error, nearest, atol=1e-4 * float(snapped.step) + 1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("bits", [1, 9, 0, -4, 4.0, "4", True, None])
+def test_bits_outside_2_to_8_are_refused(bits):
+    with pytest.raises(InputError, match=r"use an integer from 2 to 8"):
+        FakeQuantizer(bits, "weight")
+
+
+def exhaustive_error(x, bits, kind, side):
+    best = float("inf")
+    low, high = x.min(), x.max()
+    for i in range(100):
+        shrink = (high - low) * i / 100
+        lower, upper = (low + shrink / 2, high - shrink / 2) if side == "symmetric" else (low, high - shrink)
+        snapped = grid.snap(lower, upper, bits, kind)
+        error = grid.quantize(x, snapped.lower, snapped.step, bits).sub(x).square().sum()
+        best = min(best, float(error))
+    return best
+
+
+@pytest.mark.parametrize("side", ["symmetric", "one_sided"])
+@pytest.mark.parametrize("data", ["normal", "softmax", "gelu", "few"])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_search_is_as_good_as_trying_every_candidate(bits, data, side):
+    generator = torch.Generator().manual_seed(bits)
+    x = torch.randn(200, 200, generator=generator)
+    x = {
+        "normal": x,
+        "softmax": (3 * x).softmax(1),
+        "gelu": torch.nn.functional.gelu(x),
+        "few": x[:2, :30],
+    }[data].flatten()
+    found = bounds.search(x[None], bits, "activation", side=side)
+    snapped = grid.snap(found.lower, found.upper, bits, "activation")
+    error = grid.quantize(x, snapped.lower, snapped.step, bits).sub(x).square().sum()
+    assert float(error) <= 1.01 * exhaustive_error(x, bits, "activation", side)
+
+
+def test_auto_is_no_worse_than_either_side_and_uses_one_sided_for_softmax():
+    x = torch.randn(300, 64, generator=torch.Generator().manual_seed(0)).mul(4).softmax(1).reshape(1, -1)
+    errors = {s: bounds.search(x, 4, "activation", side=s).squared_error for s in ("symmetric", "one_sided", "auto")}
+    assert errors["auto"] <= min(errors["symmetric"], errors["one_sided"])
+    assert bounds.search(x, 4, "activation", side="one_sided").lower == 0
+
+
+@settings(max_examples=30)
+@given(bit_widths, kinds, st.floats(-10, 10))
+def test_constant_data_gives_finite_bounds(bits, kind, value):
+    quantizer = FakeQuantizer(bits, kind)
+    x = torch.full((5, 4000), value)
+    quantizer.search_bounds(x)
+    assert torch.isfinite(quantizer(x)).all()

@@ -1,0 +1,158 @@
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from condiquant_plugin import FakeQuantizer, InputError, gram, reconditioning, spectrum
+from condiquant_plugin.gram import LayerGeometry
+from condiquant_plugin.reconditioning import LayerProblem, ReconditioningConfig, recondition
+
+CONDITION = ReconditioningConfig(objective="condition", strength=3e-3)
+LEAST_SQUARES = ReconditioningConfig(objective="least_squares")
+
+
+def problem(seed=0, rows=12, features=10, *, bits=3, bias=True, row_blocks=1, name="layer"):
+    """A layer with decaying spectra of weight and inputs, as trained networks have."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(rows, features, generator=generator)
+    weight = weight * torch.logspace(0, -2, features)
+    mixing = torch.randn(features, features, generator=generator)
+    x = torch.randn(4000, features, generator=generator) * torch.logspace(0, -1.5, features)
+    x = x @ mixing + 0.3
+    quantizer = FakeQuantizer(bits, "activation")
+    quantizer.search_bounds(x)
+    moments = gram.moments(x, LayerGeometry(), quantizer(x).detach())
+    offset = torch.randn(rows, generator=generator) if bias else None
+    return LayerProblem(name, weight, offset, moments, row_blocks=row_blocks), x, quantizer(x).detach()
+
+
+def plain_condition(weight, gram_matrix, tau, steps):
+    """The paper's loop, one SVD a step."""
+    largest = torch.linalg.eigvalsh(gram_matrix)[-1]
+    current = weight.double()
+    for _ in range(steps):
+        current = current - (current - weight.double()) @ gram_matrix / largest
+        current = spectrum.prox_spread_svd(current, tau)
+    return current
+
+
+def test_condition_equals_the_papers_loop():
+    given_problem, *_ = problem()
+    [solution] = recondition([given_problem], CONDITION)
+    expected = plain_condition(given_problem.weight, given_problem.moments.gram[0], 3e-3, 100)
+    error = (solution.weight - expected).norm() / expected.norm()
+    assert error < 1e-3
+
+
+def test_condition_lowers_the_condition_number_and_reports_the_change():
+    given_problem, x, _ = problem()
+    [solution] = recondition([given_problem], CONDITION)
+    report = solution.report
+    before = spectrum.condition_number(given_problem.weight).item()
+    assert report.condition_before == pytest.approx(before, rel=1e-5)
+    assert report.condition_after < 0.3 * report.condition_before
+    change = (x @ (solution.weight - given_problem.weight).T).norm()
+    expected = change / (x @ given_problem.weight.T).norm()
+    assert report.output_error == pytest.approx(expected.item(), rel=1e-3)
+    assert 0 < report.output_error < 0.2
+
+
+@given(st.floats(0.003, 0.2), st.integers(0, 20))
+def test_output_tolerance_is_kept_and_used(tolerance, seed):
+    given_problem, *_ = problem(seed)
+    config = dataclasses.replace(CONDITION, output_tolerance=tolerance)
+    [solution] = recondition([given_problem], config)
+    assert 0.3 * tolerance < solution.report.output_error <= tolerance * (1 + 1e-3)
+
+
+def test_row_blocks_are_separate_matrices():
+    fused, *_ = problem(rows=12, row_blocks=3)
+    [together] = recondition([fused], CONDITION)
+    for block, weight in zip(together.weight.chunk(3), fused.weight.chunk(3), strict=True):
+        alone = dataclasses.replace(fused, weight=weight, bias=None, row_blocks=1)
+        [separate] = recondition([alone], CONDITION)
+        torch.testing.assert_close(block, separate.weight, atol=1e-4, rtol=1e-3)
+
+
+def test_layers_of_all_shapes_in_one_call_equal_each_alone():
+    problems = [
+        problem(s, *shape, name=str(s))[0]
+        for s, shape in enumerate([(12, 10), (10, 12), (12, 10), (7, 7)])
+    ]
+    for config in (CONDITION, LEAST_SQUARES):
+        together = recondition(problems, config)
+        for one, solution in zip(problems, together, strict=True):
+            [alone] = recondition([one], config)
+            torch.testing.assert_close(solution.weight, alone.weight, atol=2e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_least_squares_minimises_its_objective(bias):
+    given_problem, x, q = problem(bias=bias)
+    [solution] = recondition([given_problem], LEAST_SQUARES)
+    offset = given_problem.bias if bias else torch.zeros(12)
+    target = x @ given_problem.weight.T + offset
+    energy = given_problem.moments.quantized_gram[0].diagonal().mean() * LEAST_SQUARES.damping
+
+    def objective(weight, intercept):
+        fit = (q @ weight.T + intercept - target).double().square().sum()
+        return fit + energy * (weight - given_problem.weight).double().square().sum()
+
+    found = solution.bias if bias else torch.zeros(12)
+    best = objective(solution.weight, found)
+    for _ in range(20):
+        step = 1e-2 * torch.randn_like(solution.weight)
+        shift = 1e-2 * torch.randn(12) if bias else torch.zeros(12)
+        assert best <= objective(solution.weight + step, found + shift)
+    report = solution.report
+    assert report.quantized_output_error_after < report.quantized_output_error_before
+    error = (q @ solution.weight.T + found - target).norm() / target.norm()
+    assert report.quantized_output_error_after == pytest.approx(error.item(), rel=1e-3)
+
+
+@pytest.mark.parametrize("config", [CONDITION, LEAST_SQUARES], ids=lambda c: c.objective)
+def test_grouped_convolutions_keep_their_shape(config):
+    geometry = LayerGeometry("conv2d", (3, 3), padding=(1, 1), groups=2)
+    x = torch.randn(2, 4, 12, 12)
+    moments = gram.moments(x, geometry, x.mul(2).round().div(2))
+    weight, bias = torch.randn(6, 2, 3, 3), torch.randn(6)
+    [solution] = recondition([LayerProblem("conv", weight, bias, moments, geometry)], config)
+    assert solution.weight.shape == weight.shape
+    assert solution.bias.shape == bias.shape
+    assert not torch.equal(solution.weight, weight)
+
+
+def test_dead_inputs_and_zero_weights_stay_finite():
+    moments = gram.moments(torch.zeros(50, 4), LayerGeometry(), torch.zeros(50, 4))
+    for config in (CONDITION, LEAST_SQUARES, dataclasses.replace(CONDITION, output_tolerance=0.1)):
+        for weight in (torch.randn(3, 4), torch.zeros(3, 4)):
+            [solution] = recondition([LayerProblem("dead", weight, None, moments)], config)
+            assert torch.isfinite(solution.weight).all()
+
+
+def test_bad_weights_name_the_layer():
+    given_problem, *_ = problem()
+    broken = dataclasses.replace(given_problem, name="body.3.fc1", weight=given_problem.weight * float("nan"))
+    with pytest.raises(InputError, match=r"weight of body\.3\.fc1"):
+        recondition([broken], CONDITION)
+
+
+def test_least_squares_without_quantized_inputs_is_refused():
+    moments = gram.moments(torch.randn(50, 4), LayerGeometry())
+    with pytest.raises(InputError, match="no quantized inputs"):
+        recondition([LayerProblem("a", torch.randn(3, 4), None, moments)], LEAST_SQUARES)
+
+
+def test_log_condition_proxy_lowers_the_condition_number():
+    given_problem, *_ = problem()
+    config = dataclasses.replace(CONDITION, proxy="log_condition", strength=1e-4)
+    [solution] = recondition([given_problem], config)
+    assert solution.report.condition_after < solution.report.condition_before
+
+
+def test_default_strengths_fit_every_bit_width():
+    for bits in range(2, 9):
+        assert reconditioning.DEFAULT_STRENGTH.get(bits, ReconditioningConfig.strength) > 0
+        assert reconditioning.default_objective(bits) in ("condition", "least_squares")
