@@ -1,0 +1,36 @@
+"""BasicSR as a host: networks, weights, images, data sets and metrics of super-resolution."""
+
+try:
+    from condiquant_basicsr import compatibility
+
+    compatibility.heal()
+    import basicsr  # noqa: F401
+    import spandrel  # noqa: F401
+except ImportError as error:
+    raise ImportError(
+        'condiquant_basicsr needs BasicSR: pip install "condiquant-plugin[basicsr]"'
+    ) from error
+
+from condiquant_basicsr.datasets import Pair, calibration_crops, test_pairs
+from condiquant_basicsr.images import matlab_downscale, read_image, write_image
+from condiquant_basicsr.metrics import evaluate, evaluate_pair
+from condiquant_basicsr.networks import build_network, network_scale, pad_multiple, upscale
+from condiquant_basicsr.weights import load_network, load_state_dict, resolve
+
+__all__ = [
+    "Pair",
+    "build_network",
+    "calibration_crops",
+    "evaluate",
+    "evaluate_pair",
+    "load_network",
+    "load_state_dict",
+    "matlab_downscale",
+    "network_scale",
+    "pad_multiple",
+    "read_image",
+    "resolve",
+    "test_pairs",
+    "upscale",
+    "write_image",
+]

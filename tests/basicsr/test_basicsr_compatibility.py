@@ -1,0 +1,31 @@
+"""Each claim needs a fresh interpreter, in which nothing has been imported yet."""
+
+import subprocess
+import sys
+
+
+def _run(code: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True
+    )
+
+
+def test_import_heals_torchvision_for_basicsr_and_spandrel():
+    result = _run(
+        "import condiquant_basicsr, torch\n"
+        "from condiquant_basicsr import compatibility\n"
+        "compatibility.heal()\n"
+        "from torchvision.transforms.functional_tensor import rgb_to_grayscale\n"
+        "assert rgb_to_grayscale(torch.rand(1, 3, 4, 4)).shape == (1, 1, 4, 4)\n"
+        "assert torch.ops.torchvision.nms.default and torch.ops.torchvision.qnms\n"
+        "import basicsr.data.degradations, spandrel, torchvision.ops\n"
+    )
+    assert result.returncode == 0, result.stderr
+
+
+def test_import_without_basicsr_names_the_extra():
+    result = _run("import sys; sys.modules['basicsr'] = None; import condiquant_basicsr")
+    assert result.returncode == 1
+    assert result.stderr.strip().splitlines()[-1] == (
+        'ImportError: condiquant_basicsr needs BasicSR: pip install "condiquant-plugin[basicsr]"'
+    )

@@ -1,0 +1,95 @@
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from condiquant_basicsr import datasets, matlab_downscale, read_image, write_image
+from condiquant_basicsr.images import to_tensor, to_uint8
+
+from condiquant_plugin.errors import InputError
+
+
+def test_crops_are_seeded_and_do_not_depend_on_the_place(photographs, tmp_path):
+    crops = datasets.calibration_crops([photographs], 4, 16, 5, seed=0)
+    assert crops.shape == (5, 3, 16, 16)
+    assert 0 <= crops.min() < crops.max() <= 1
+    moved = shutil.copytree(photographs, tmp_path / "moved")
+    assert torch.equal(crops, datasets.calibration_crops([moved], 4, 16, 5, seed=0))
+    assert torch.equal(crops[:2], datasets.calibration_crops([moved], 4, 16, 2, seed=0))
+    assert not torch.equal(crops, datasets.calibration_crops([photographs], 4, 16, 5, seed=1))
+
+
+def test_images_are_drawn_once_before_any_is_drawn_again(tmp_path):
+    for level in range(5):
+        write_image(tmp_path / f"{level}.png", torch.full((3, 20, 20), level / 255))
+    crops = datasets.calibration_crops([tmp_path], 2, 8, 12, seed=3)
+    levels = crops[:, 0, 0, 0].mul(255).round().int().tolist()
+    assert sorted(levels[:5]) == sorted(levels[5:10]) == [0, 1, 2, 3, 4]
+    assert len(set(levels[10:])) == 2
+
+
+def test_crop_of_a_whole_image_is_its_reduction(tmp_path, photograph):
+    write_image(tmp_path / "image.png", to_tensor(photograph[:48, :48]))
+    crop = datasets.calibration_crops([tmp_path], 3, 16, 1, seed=0)[0]
+    assert torch.equal(crop, to_tensor(matlab_downscale(photograph[:48, :48], 3)))
+
+
+def test_unusable_calibration_folders(tmp_path, photographs):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    (empty / "notes.txt").write_text("no image")
+    with pytest.raises(InputError, match="no calibration images"):
+        datasets.calibration_crops([empty], 2, 8, 1, seed=0)
+    with pytest.raises(InputError, match="no such folder"):
+        datasets.calibration_crops([tmp_path / "absent"], 2, 8, 1, seed=0)
+    with pytest.raises(InputError, match=r"coffee\.png: 220x150 .* 160x160"):
+        datasets.calibration_crops([photographs], 4, 40, 3, seed=0)
+
+
+@pytest.fixture
+def test_set(tmp_path, photograph):
+    folder = tmp_path / "data" / "Two" / "HR"
+    folder.mkdir(parents=True)
+    for name, image in (("b", photograph[:41, :50]), ("a", photograph[100:130, :33])):
+        write_image(folder / f"{name}.png", to_tensor(image))
+    return folder.parent
+
+
+def test_missing_lr_images_are_made(test_set):
+    pairs = datasets.test_pairs(test_set.parent, "Two", 4)
+    assert [(pair.name, pair.lr) for pair in pairs] == [("a", None), ("b", None)]
+    lr, hr = pairs[1].load(4)
+    assert lr.shape == (3, 10, 12)
+    assert hr.shape == (3, 40, 48)
+    full = read_image(test_set / "HR" / "b.png")
+    assert torch.equal(hr, full[:, :40, :48])
+    assert np.array_equal(to_uint8(lr), matlab_downscale(to_uint8(full), 4))
+
+
+def test_lr_images_at_hand_are_used(test_set):
+    folder = test_set / "LR_bicubic" / "X2"
+    folder.mkdir(parents=True)
+    write_image(folder / "ax2.png", torch.full((3, 15, 16), 0.2))
+    with pytest.raises(InputError, match=r"bx2\.png"):
+        datasets.test_pairs(test_set.parent, "Two", 2)
+    write_image(folder / "bx2.png", torch.full((3, 30, 25), 0.2))
+    first, second = datasets.test_pairs(test_set.parent, "Two", 2)
+    lr, hr = first.load(2)
+    assert lr.mul(255).unique().item() == 51
+    assert hr.shape == (3, 30, 32)
+    with pytest.raises(InputError, match="50x41 is too small"):
+        second.load(2)
+
+
+def test_unknown_set_names_those_at_hand(test_set, tmp_path):
+    with pytest.raises(InputError, match=r"'Set5' in .*; there are: Two"):
+        datasets.test_pairs(test_set.parent, "Set5", 4)
+    with pytest.raises(InputError, match="there are: none"):
+        datasets.test_pairs(tmp_path / "absent", "Set5", 4)
+
+
+def test_real_set(data):
+    pairs = datasets.test_pairs(data, "Set5", 3)
+    assert [pair.name for pair in pairs] == ["baby", "bird", "butterfly", "head", "woman"]
+    lr, hr = pairs[1].load(3)
+    assert (lr.shape, hr.shape) == ((3, 96, 96), (3, 288, 288))
