@@ -65,7 +65,12 @@ def wrap(network: nn.Module, example_input: Tensor) -> GraphModelWrapper:
 
     Args:
         example_input: ``(batch, channels, height, width)``, any size the network takes.
+
+    Raises:
+        InputError: if the network itself is an ``nn.Sequential``, which would call NNCF's hooks as layers.
     """
+    if isinstance(network, nn.Sequential):
+        raise InputError("NNCF cannot hook into a bare nn.Sequential: make it a child of an nn.Module")
     return GraphModelWrapper(wrap_model(deepcopy(network).eval()), example_input)
 
 
@@ -134,7 +139,10 @@ def _activations_depend(node: NNCFNode, graph: NNCFGraph, dependent: set[int]) -
 def _layer(node: NNCFNode, graph: NNCFGraph, model: nn.Module) -> Layer:
     if node.metatype in _PRODUCTS:
         return Layer(node.node_name, node)
-    weight_node = get_const_node(node, 1, graph)
+    try:
+        weight_node = get_const_node(node, 1, graph)
+    except nncf.InternalError:
+        weight_node = None
     if weight_node is None:
         raise InputError(f"the weight of {node.node_name} is computed: put it in ignored_scope")
     bias_node = get_const_node(node, 2, graph)

@@ -1,0 +1,178 @@
+import dataclasses
+
+import pytest
+import torch
+from networks import build
+from torch import nn
+
+import condiquant_nncf as host
+from condiquant_plugin import InputError, fake_quantizers, gram
+from condiquant_plugin.distillation import DistillationConfig, distill
+from condiquant_plugin.reconditioning import ReconditioningConfig
+
+CONDITION = ReconditioningConfig(objective="condition", strength=0.03, steps=30)
+CASES = {"swinir": ("transformer", 16), "dat": ("transformer", 32), "edsr": ("all", 16)}
+
+
+def config(name, bits=4, **changes):
+    base = host.QuantizationConfig(weight_bits=bits, activation_bits=bits, scope=CASES[name][0])
+    return dataclasses.replace(base, **changes)
+
+
+def crops(name, count=4):
+    return torch.rand(count, 3, CASES[name][1], CASES[name][1])
+
+
+def hooked_moments(network, layer, batches):
+    """Moments collected with plain PyTorch hooks."""
+    found = []
+    module = network.get_submodule(layer.name)
+    handle = module.register_forward_pre_hook(
+        lambda _, inputs: found.append(gram.moments(inputs[0], layer.geometry))
+    )
+    with torch.no_grad():
+        for batch in batches:
+            network(batch)
+    handle.remove()
+    total = found[0]
+    for other in found[1:]:
+        total = total + other
+    return total
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_moments_are_those_of_plain_hooks(name):
+    network, batches = build(name), crops(name).split(3)
+    wrapped = host.wrap(network, batches[0])
+    layers = [n for n in host.find_layers(wrapped, CASES[name][0]) if n.weight_name]
+    collected = host.collect_moments(wrapped, layers, batches)
+    for layer in (layers[0], layers[-1]):
+        expected = hooked_moments(network, layer, batches)
+        torch.testing.assert_close(collected[layer.name].gram, expected.gram, rtol=1e-6, atol=1e-8)
+        assert collected[layer.name].samples == expected.samples
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("objective", ["condition", "least_squares"])
+def test_quantized_network_follows_the_float_one(name, objective):
+    network, images = build(name), crops(name)
+    recondition = dataclasses.replace(CONDITION, objective=objective)
+    before = {n: p.clone() for n, p in network.named_parameters()}
+    result = host.quantize_network(network, images, config(name, 8, recondition=recondition))
+    with torch.no_grad():
+        expected, output = network(images), result.model(images)
+    assert (output - expected).norm() < 0.2 * (expected - expected.mean()).norm()
+    assert not torch.equal(output, expected)
+    assert all(torch.equal(before[n], p) for n, p in network.named_parameters())
+    quantizers = {q.name for q in fake_quantizers(result.model).values()}
+    for layer in result.layers:
+        suffixes = ("weight", "input") if layer.weight_name else ("input0", "input1")
+        assert {f"{layer.name}.{s}" for s in suffixes} <= quantizers
+    if objective == "condition":
+        assert all(r.condition_after < r.condition_before for r in result.reports)
+
+
+@pytest.mark.parametrize("name", ["swinir", "edsr"])
+def test_quantized_network_takes_other_sizes(name):
+    images = crops(name)
+    result = host.quantize_network(build(name), images, config(name))
+    with torch.no_grad():
+        assert result.model(torch.rand(1, 3, 24, 40)).shape == (1, 3, 48, 80)
+
+
+def test_values_inside_the_quantized_network_are_on_the_grid():
+    images = crops("swinir")
+    result = host.quantize_network(build("swinir"), images, config("swinir", 2))
+    seen = {}
+    for quantizer in fake_quantizers(result.model).values():
+        quantizer.register_forward_hook(
+            lambda module, _, output: seen.__setitem__(module.name, output.unique().numel())
+        )
+    with torch.no_grad():
+        result.model(images)
+    assert len(seen) == len(fake_quantizers(result.model))
+    for name, values in seen.items():
+        blocks = 3 if name.endswith("qkv.weight") else 1
+        assert values <= 4 * blocks
+
+
+def test_per_channel_bounds():
+    result = host.quantize_network(
+        build("edsr"), crops("edsr"), config("edsr", weight_granularity="channel")
+    )
+    shapes = {q.lower.numel() for q in fake_quantizers(result.model).values() if q.kind == "weight"}
+    assert shapes == {16, 64}
+
+
+def test_without_reconditioning_weights_stay_as_trained():
+    network = build("swinir")
+    result = host.quantize_network(network, crops("swinir"), config("swinir", recondition=None))
+    name = result.layers[0].weight_name
+    assert torch.equal(result.model.get_parameter(name), network.get_parameter(name))
+    assert all(r.condition_before == r.condition_after for r in result.reports)
+
+
+@pytest.mark.parametrize("inputs", ["float", "quantized"])
+def test_auto_bounds_are_no_worse_than_either(inputs):
+    network, images = build("swinir"), crops("swinir")
+
+    def error(way):
+        changed = config("swinir", 3, bounds_inputs=way, recondition=None)
+        model = host.quantize_network(network, images, changed).model
+        with torch.no_grad():
+            return float((model(images) - network(images)).square().mean())
+
+    assert error("auto") <= error(inputs) * (1 + 1e-6)
+
+
+def test_two_runs_give_identical_networks():
+    first, second = (
+        host.quantize_network(build("dat"), torch.full((2, 3, 32, 32), 0.3).add_(0.1), config("dat"))
+        for _ in range(2)
+    )
+    for one, other in zip(first.model.parameters(), second.model.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_distillation_trains_through_nncfs_hooks():
+    network, images = build("swinir"), crops("swinir", 8)
+    result = host.quantize_network(network, images, config("swinir", 2))
+    outcome = distill(
+        result.model, network, images[:6], images[6:],
+        DistillationConfig(iterations=20, validate_every=5),
+        trainable_weights=result.trainable_weights(),
+    )  # fmt: skip
+    assert outcome.best_loss < outcome.initial_loss
+
+
+@pytest.mark.parametrize("where", ["weight", "input"])
+def test_nan_names_the_layer(where):
+    network, images = build("swinir"), crops("swinir")
+    block = network.layers[0].residual_group.blocks[1]
+    with torch.no_grad():
+        if where == "weight":
+            block.mlp.fc2.weight[0, 0] = float("nan")
+        else:
+            images[0, 0, 3, 3] = float("inf")
+    expected = r"blocks\.1\.mlp\.fc2" if where == "weight" else r"layers\.0\.residual_group\.blocks\.0"
+    with pytest.raises(InputError, match=expected):
+        host.quantize_network(network, images, config("swinir"))
+
+
+def test_no_crops_are_refused():
+    with pytest.raises(InputError, match="no calibration images"):
+        host.quantize_network(build("edsr"), torch.empty(0, 3, 16, 16), config("edsr"))
+
+
+def test_computed_weights_are_refused():
+    class Computed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)
+            self.weight = nn.Parameter(torch.rand(3, 3, 1, 1))
+
+        def forward(self, x):
+            return self.last(nn.functional.conv2d(self.first(x), self.weight.exp()))
+
+    with pytest.raises(InputError, match="computed"):
+        host.quantize_network(Computed(), torch.rand(2, 3, 8, 8), config("edsr"))
