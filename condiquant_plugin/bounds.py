@@ -67,7 +67,9 @@ def _candidate_bounds(
     symmetric = lowest[:, None] + 0.5 * width * shrink, highest[:, None] - 0.5 * width * shrink
     one_sided = lowest[:, None].expand_as(symmetric[0]), highest[:, None] - width * shrink
     if side == "auto":
-        return torch.cat([symmetric[0], one_sided[0]], 1), torch.cat([symmetric[1], one_sided[1]], 1)
+        return torch.cat([symmetric[0], one_sided[0]], 1), torch.cat(
+            [symmetric[1], one_sided[1]], 1
+        )
     return symmetric if side == "symmetric" else one_sided
 
 
@@ -84,7 +86,9 @@ def _histogram(rows: Tensor, lowest: Tensor, highest: Tensor, bits: int) -> tupl
     width = (highest - lowest).clamp_min(grid.SMALLEST_STEP) / bins
     counts = torch.stack(
         [
-            torch.histc(row, bins, float(low), float(high)) if high > low else _single_bin(row, bins)
+            torch.histc(row, bins, float(low), float(high))
+            if high > low
+            else _single_bin(row, bins)
             for row, low, high in zip(rows, lowest, highest, strict=True)
         ]
     )

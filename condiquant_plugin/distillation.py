@@ -58,7 +58,7 @@ def distill(
     trainable_weights: Sequence[nn.Parameter] = (),
     blocks: Sequence[str] = (),
     checkpoint: Path | None = None,
-    progress: Callable[[int, float], None] | None = None,
+    progress: Callable[[int, float], object] | None = None,
 ) -> DistillationResult:
     """Train ``student`` in place; it ends with the parameters that did best on ``held_out``.
 
@@ -118,7 +118,7 @@ class _Run:
                 parameter.requires_grad_(needed)
                 parameter.grad = None
 
-    def train(self, progress: Callable[[int, float], None]) -> DistillationResult:
+    def train(self, progress: Callable[[int, float], object]) -> DistillationResult:
         initial = best = self.validate()
         best_iteration, best_parameters = 0, self.snapshot()
         start = 0
@@ -150,9 +150,7 @@ class _Run:
         return DistillationResult(initial, best, best_iteration, self.config.iterations)
 
     def step(self) -> float:
-        index = torch.randint(
-            len(self.crops), (self.config.batch_size,), generator=self.generator
-        )
+        index = torch.randint(len(self.crops), (self.config.batch_size,), generator=self.generator)
         inputs = self.crops[index]
         with _captured(self.student, self.blocks) as student_features:
             loss = (self.student(inputs) - self.targets[index]).abs().mean()
@@ -217,8 +215,10 @@ def feature_loss(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor
     """
     distances = []
     for quantized, reference in zip(student, teacher, strict=True):
-        directions = [f.flatten(1) / f.flatten(1).norm(dim=1, keepdim=True).clamp_min(1e-12)
-                      for f in (quantized, reference)]
+        directions = [
+            f.flatten(1) / f.flatten(1).norm(dim=1, keepdim=True).clamp_min(1e-12)
+            for f in (quantized, reference)
+        ]
         distances.append((directions[0] - directions[1]).norm(dim=1).mean())
     return torch.stack(distances).mean()
 

@@ -22,9 +22,7 @@ class _FakeQuantize(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, x: Tensor, lower: Tensor, step: Tensor, last_code: int
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, lower: Tensor, step: Tensor, last_code: int) -> Tensor:
         position = (x - lower).div_(step)
         ctx.save_for_backward(position)
         ctx.last_code, ctx.shape = last_code, lower.shape
@@ -47,7 +45,9 @@ def _sum_to(value: Tensor, shape: torch.Size) -> Tensor:
 
 
 @torch.library.custom_op("condiquant::fake_quantize", mutates_args=())
-def fake_quantize_op(x: Tensor, lower: Tensor, step: Tensor, bits: int, kind: str, name: str) -> Tensor:
+def fake_quantize_op(
+    x: Tensor, lower: Tensor, step: Tensor, bits: int, kind: str, name: str
+) -> Tensor:
     """Traceable form of the quantizer.
 
     ``lower`` and ``step`` are already snapped and broadcast against ``x``; ``name`` labels the

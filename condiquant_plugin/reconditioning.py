@@ -204,7 +204,11 @@ def _least_squares(
         diagonal = pull.diagonal(dim1=-2, dim2=-1)
         diagonal[:, :features] = config.damping * energy.clamp_min(1e-30)[:, None]
         solved = torch.linalg.solve(system + pull, (cross + pull) @ target.mT).mT
-        bias = solved[..., features].reshape(-1).to(problem.weight) if problem.bias is not None else None
+        bias = (
+            solved[..., features].reshape(-1).to(problem.weight)
+            if problem.bias is not None
+            else None
+        )
         solutions.append(_solution(problem, solved[..., :features], bias))
         progress(done)
     return solutions
@@ -225,7 +229,9 @@ def _normal_equations(data: gram.Moments, *, affine: bool) -> tuple[Tensor, Tens
     assert data.quantized_total is not None
     if not affine:
         return data.quantized_gram, data.quantized_cross
-    system = _bordered(data.quantized_gram, data.quantized_total, data.quantized_total, data.samples)
+    system = _bordered(
+        data.quantized_gram, data.quantized_total, data.quantized_total, data.samples
+    )
     return system, _bordered(data.quantized_cross, data.quantized_total, data.total, data.samples)
 
 
@@ -264,7 +270,9 @@ def quantized_output_error(problem: LayerProblem, weight: Tensor, bias: Tensor |
     """``|Q W^T + b - (X W0^T + b0)| / |X W0^T + b0|`` over the calibration inputs."""
     data = problem.moments
     affine = problem.bias is not None
-    target = _with_bias(gram.weight_matrix(problem.weight.detach(), problem.geometry).double(), problem.bias)
+    target = _with_bias(
+        gram.weight_matrix(problem.weight.detach(), problem.geometry).double(), problem.bias
+    )
     given = _with_bias(gram.weight_matrix(weight.detach(), problem.geometry).double(), bias)
     system, cross = _normal_equations(data, affine=affine)
     plain = _bordered(data.gram, data.total, data.total, data.samples) if affine else data.gram

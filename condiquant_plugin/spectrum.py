@@ -1,4 +1,4 @@
-"""Condition number, CondiQuant's proxies for it, and their proximal operators (arXiv 2502.15478, section 3).
+"""Condition number, CondiQuant's proxies for it and their proximal operators (arXiv 2502.15478, section 3).
 
 Every function takes a batch of matrices ``(..., rows, columns)``; ``n = min(rows, columns)`` is the number
 of singular values ``sigma``.
@@ -67,9 +67,7 @@ def prox_spread(
     return (weight + tau * mean * factor) / (1 + tau), lifts
 
 
-def polar_factor(
-    weight: Tensor, *, tolerance: float = 1e-5, lifts: int = 8
-) -> tuple[Tensor, int]:
+def polar_factor(weight: Tensor, *, tolerance: float = 1e-5, lifts: int = 8) -> tuple[Tensor, int]:
     """``U V^T`` by matrix products alone: lifting steps, then quintic Newton-Schulz.
 
     Matrices that do not reach ``max |Q^T Q - I| <= tolerance`` (rank-deficient or extremely
@@ -136,7 +134,7 @@ def prox_log_condition(weight: Tensor, tau: Tensor | float) -> Tensor:
 def _pooled_extreme(
     sigma: Tensor, signed_tau: Tensor | float, *, shrinks: bool
 ) -> tuple[Tensor, Tensor]:
-    """Value and size, ``(..., 1)`` each, of the group that the first entry of sorted ``sigma`` moves with."""
+    """Value and size of the group that the first of sorted ``sigma`` moves with, ``(..., 1)`` each."""
     count = torch.arange(1, sigma.shape[-1] + 1, dtype=sigma.dtype, device=sigma.device)
     mean = sigma.cumsum(-1) / count
     discriminant = mean.square() + 4 * signed_tau / count

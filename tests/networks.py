@@ -13,7 +13,7 @@ SECTIONS = {
     },
     "dat": {
         "type": "DAT", "upscale": 2, "img_size": 32, "img_range": 1.0, "depth": [2],
-        "embed_dim": 24, "num_heads": [2], "expansion_factor": 2, "resi_connection": "1conv",
+        "embed_dim": 32, "num_heads": [2], "expansion_factor": 2, "resi_connection": "1conv",
         "split_size": [8, 8], "upsampler": "pixelshuffledirect",
     },
     "edsr": {

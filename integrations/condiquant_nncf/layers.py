@@ -7,7 +7,6 @@ from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Literal
 
-import nncf
 import nncf.torch.graph.operator_metatypes as om
 from nncf.common.graph.graph import NNCFGraph, NNCFNode
 from nncf.scopes import get_ignored_node_names_from_ignored_scope
@@ -16,6 +15,7 @@ from nncf.torch.function_hook.nncf_graph.nncf_graph_builder import GraphModelWra
 from nncf.torch.model_graph_manager import get_const_node
 from torch import Tensor, nn
 
+import nncf
 from condiquant_plugin.errors import InputError
 from condiquant_plugin.gram import LayerGeometry
 
@@ -70,7 +70,9 @@ def wrap(network: nn.Module, example_input: Tensor) -> GraphModelWrapper:
         InputError: if the network itself is an ``nn.Sequential``, which would call NNCF's hooks as layers.
     """
     if isinstance(network, nn.Sequential):
-        raise InputError("NNCF cannot hook into a bare nn.Sequential: make it a child of an nn.Module")
+        raise InputError(
+            "NNCF cannot hook into a bare nn.Sequential: make it a child of an nn.Module"
+        )
     return GraphModelWrapper(wrap_model(deepcopy(network).eval()), example_input)
 
 
@@ -181,7 +183,10 @@ def _pair(value: int | tuple[int, ...] | list[int]) -> tuple[int, int]:
 
 
 def _padding(
-    value: int | str | tuple[int, ...], kernel: tuple[int, int], dilation: tuple[int, int], node: NNCFNode
+    value: int | str | tuple[int, ...],
+    kernel: tuple[int, int],
+    dilation: tuple[int, int],
+    node: NNCFNode,
 ) -> tuple[int, int]:
     if not isinstance(value, str):
         return _pair(value)
@@ -193,4 +198,3 @@ def _padding(
             f'{node.node_name} has padding="same" with an even kernel: put it in ignored_scope'
         )
     return totals[0] // 2, totals[1] // 2
-

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-import nncf
 import torch
 from nncf.common.factory import ModelTransformerFactory
 from nncf.common.graph.transformations.commands import TargetType
@@ -17,6 +16,7 @@ from nncf.torch.function_hook.nncf_graph.nncf_graph_builder import GraphModelWra
 from nncf.torch.graph.transformations.commands import PTTargetPoint
 from torch import Tensor, nn
 
+import nncf
 from condiquant_nncf.layers import Layer, Scope, find_layers, wrap
 from condiquant_nncf.statistics import collect_moments
 from condiquant_plugin import reconditioning
@@ -26,7 +26,7 @@ from condiquant_plugin.fake_quantizer import FakeQuantizer, fake_quantizers
 from condiquant_plugin.grid import check_bits
 from condiquant_plugin.reconditioning import LayerProblem, LayerReport, ReconditioningConfig
 
-BoundsInputs = Literal["quantized", "float", "auto"]
+BoundsInputs = Literal["quantized", "float"]
 
 
 @dataclass(frozen=True)
@@ -40,11 +40,10 @@ class QuantizationConfig:
     weight_granularity: Literal["tensor", "channel"] = "tensor"
     """Bounds per tensor (per row block of a fused qkv) as in 2DQuant, or per output channel."""
     activation_side: Side = "auto"
-    bounds_inputs: BoundsInputs = "auto"
-    """Search activation bounds on a network that is quantized up to that layer, or on the float one.
+    bounds_inputs: BoundsInputs = "float"
+    """Search activation bounds on the float network, or on one that is quantized up to that layer.
 
-    ``"auto"`` does both and keeps those whose output is closer to the float network's on the calibration
-    crops: which of them wins depends on the bit-width and on the weights (docs/results.md).
+    ``"float"`` measured better at every bit-width, with and without reconditioning (docs/results.md).
     """
     recondition: ReconditioningConfig | None = field(default_factory=ReconditioningConfig)
     """``None`` quantizes the weights as trained."""
@@ -106,7 +105,7 @@ def quantize_network(
         reports = _condition_numbers(wrapped.model, layers)
     started = time.perf_counter()
     model = insert_quantizers(wrapped, layers, config)
-    _choose_bounds(model, network, crops[:bounds_crops], config.bounds_inputs)
+    search_bounds(model, crops[:bounds_crops], inputs=config.bounds_inputs)
     seconds["bounds"] += time.perf_counter() - started
     return QuantizedNetwork(model, layers, reports, seconds)
 
@@ -127,8 +126,7 @@ def _recondition(
     if config.recondition.objective == "least_squares":
         as_trained = wrap(wrapped.model, wrapped.example_input)
         quantized = insert_quantizers(as_trained, layers, config)
-        inputs = "quantized" if config.bounds_inputs == "quantized" else "float"
-        search_bounds(quantized, crops[:bounds_crops], inputs=inputs)
+        search_bounds(quantized, crops[:bounds_crops], inputs=config.bounds_inputs)
         quantizers = input_quantizers(quantized)
     seconds["bounds"] += time.perf_counter() - started
 
@@ -213,9 +211,7 @@ def insert_quantizers(
 
 
 @torch.no_grad()
-def search_bounds(
-    model: nn.Module, crops: Tensor, *, inputs: Literal["quantized", "float"]
-) -> None:
+def search_bounds(model: nn.Module, crops: Tensor, *, inputs: BoundsInputs = "float") -> None:
     """DOBI for every fake quantizer in one forward pass over ``crops``."""
     quantizers = list(fake_quantizers(model).values())
     for quantizer in quantizers:
@@ -224,24 +220,6 @@ def search_bounds(
     model(crops)
     for quantizer in quantizers:
         quantizer.enabled = True
-
-
-@torch.no_grad()
-def _choose_bounds(
-    model: nn.Module, network: nn.Module, crops: Tensor, inputs: BoundsInputs
-) -> None:
-    if inputs != "auto":
-        search_bounds(model, crops, inputs=inputs)
-        return
-    target = network(crops)
-    found: dict[float, dict[str, tuple[Tensor, Tensor]]] = {}
-    for way in ("float", "quantized"):
-        search_bounds(model, crops, inputs=way)
-        error = float((model(crops) - target).square().mean())
-        found[error] = {n: (q.lower.clone(), q.upper.clone()) for n, q in fake_quantizers(model).items()}
-    best = found[min(found)]
-    for name, quantizer in fake_quantizers(model).items():
-        quantizer.set_bounds(*best[name])
 
 
 def input_quantizers(model: nn.Module) -> dict[str, FakeQuantizer]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-import nncf
 from nncf.common.graph.transformations.commands import TargetType
 from nncf.common.tensor_statistics.collectors import (
     AggregatorBase,
@@ -21,6 +20,7 @@ from nncf.torch.function_hook.nncf_graph.nncf_graph_builder import GraphModelWra
 from nncf.torch.graph.transformations.commands import PTTargetPoint
 from torch import Tensor
 
+import nncf
 from condiquant_nncf.layers import Layer
 from condiquant_plugin import gram
 from condiquant_plugin.fake_quantizer import FakeQuantizer
@@ -66,7 +66,10 @@ class MomentsAggregator(AggregatorBase):
     """Adds up moments."""
 
     def _register_reduced_input_impl(self, x: _Moments) -> None:
-        self._container = [self._container[0] + x.value if self._container else x.value]
+        if self._container:
+            self._container[0] = self._container[0] + x.value
+        else:
+            self._container.append(x.value)
 
     def _aggregate_impl(self) -> gram.Moments:
         result: gram.Moments = self._container[0]
@@ -96,9 +99,7 @@ def collect_moments(
         collector.register_statistic_branch(
             _KEY, MomentsReducer(layer, quantizer), MomentsAggregator()
         )
-        target = PTTargetPoint(
-            TargetType.OPERATOR_PRE_HOOK, layer.node.node_name, input_port_id=0
-        )
+        target = PTTargetPoint(TargetType.OPERATOR_PRE_HOOK, layer.node.node_name, input_port_id=0)
         points.add_statistic_point(StatisticPoint(target, collector, _ALGORITHM))
         collectors[layer.name] = collector
     collect_statistics(points, wrapped, wrapped.get_graph(), nncf.Dataset(list(batches)))

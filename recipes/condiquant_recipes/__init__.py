@@ -1,0 +1,1 @@
+"""The application: recipes, and the command line ``condiquant``."""

@@ -35,7 +35,9 @@ DataOption = Annotated[
     Path | None,
     typer.Option(help="Folder with calibration and test images.", envvar="CONDIQUANT_DATA"),
 ]
-SetsOption = Annotated[str, typer.Option(help="Test sets, comma-separated (default: the recipe's).")]
+SetsOption = Annotated[
+    str, typer.Option(help="Test sets, comma-separated (default: the recipe's).")
+]
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY.SUB=VALUE", help="Override a recipe key.")
 ]
@@ -79,8 +81,12 @@ def run(
     recipe: RecipeArgument,
     data: DataOption = None,
     sets: SetsOption = "",
-    out: Annotated[Path | None, typer.Option(help="Output folder (default: out/<name>_w4a4).")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Keep finished stages of this folder.")] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="Output folder (default: out/<name>_w4a4).")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Keep finished stages of this folder.")
+    ] = False,
     overrides: SetOption = None,
     quiet: QuietOption = False,
 ) -> None:
@@ -122,10 +128,16 @@ def evaluate(
 @app.command()
 def export(
     folder: Annotated[Path, typer.Argument(help="Output folder of a run.")],
-    out: Annotated[Path | None, typer.Option(help="Folder for model.xml (default: the run's).")] = None,
-    static: Annotated[bool | None, typer.Option("--static/--dynamic", help="Fix height and width.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for model.xml (default: the run's).")
+    ] = None,
+    static: Annotated[
+        bool | None, typer.Option("--static/--dynamic", help="Fix height and width.")
+    ] = None,
     tile: Annotated[int | None, typer.Option(help="Height and width to trace with.")] = None,
-    fp16: Annotated[bool | None, typer.Option("--fp16/--fp32", help="Store float leftovers in half precision.")] = None,
+    fp16: Annotated[
+        bool | None, typer.Option("--fp16/--fp32", help="Store float leftovers in half precision.")
+    ] = None,
     quiet: QuietOption = False,
 ) -> None:
     """Export the network of a finished run once more, with other shapes."""

@@ -89,7 +89,11 @@ def write_photographs(data: Path) -> None:
         raise InputError(f"cannot write to {data}: {error.strerror}; give another --out") from error
 
     def photograph(name: str) -> torch.Tensor:
-        image = skimage.data.stereo_motorcycle()[0] if name == "motorcycle_left" else getattr(skimage.data, name)()
+        image = (
+            skimage.data.stereo_motorcycle()[0]
+            if name == "motorcycle_left"
+            else getattr(skimage.data, name)()
+        )
         return torch.from_numpy(image[..., :3].copy()).permute(2, 0, 1).float() / 255
 
     for name in _CALIBRATION:
@@ -124,7 +128,11 @@ def _draw(model: Path, data: Path, picture: Path, progress: Progress) -> None:
 
 def _table(results: dict[str, dict[str, Any]]) -> Table:
     table = Table(
-        "DAT-light x4", "PSNR", "SSIM", "condition number (median)", "IR .bin + .xml",
+        "DAT-light x4",
+        "PSNR",
+        "SSIM",
+        "condition number (median)",
+        "IR .bin + .xml",
         caption="trained on nothing here but the calibration photographs; scored on others",
     )
 
@@ -137,6 +145,8 @@ def _table(results: dict[str, dict[str, Any]]) -> Table:
     for variant, (title, _) in _VARIANTS.items():
         metrics = results[variant]
         before, after = condition_medians(metrics)
-        sizes = f"{metrics['ir']['bin_bytes'] / 1024:.0f} + {metrics['ir']['xml_bytes'] / 1024:.0f} KiB"
+        sizes = (
+            f"{metrics['ir']['bin_bytes'] / 1024:.0f} + {metrics['ir']['xml_bytes'] / 1024:.0f} KiB"
+        )
         table.add_row(title, *scores(metrics["quantized"]), f"{before:.0f} -> {after:.0f}", sizes)
     return table

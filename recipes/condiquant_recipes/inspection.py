@@ -71,7 +71,9 @@ def tables(described: dict[str, Any]) -> Iterator[Table]:
             if row["shape"] is None:
                 layers.add_row(row["name"], "product of activations", "")
             else:
-                layers.add_row(row["name"], "x".join(map(str, row["shape"])), f"{row['condition']:.1f}")
+                layers.add_row(
+                    row["name"], "x".join(map(str, row["shape"])), f"{row['condition']:.1f}"
+                )
         yield layers
 
 

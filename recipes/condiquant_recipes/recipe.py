@@ -72,7 +72,7 @@ class ReconditionSection(_Section):
 
 class BoundsSection(_Section):
     crops: int = Field(32, ge=1)
-    inputs: Literal["quantized", "float", "auto"] = "auto"
+    inputs: Literal["quantized", "float"] = "float"
     side: Literal["symmetric", "one_sided", "auto"] = "auto"
 
 
@@ -174,8 +174,10 @@ def _explain(error: ValidationError) -> str:
     if first["type"] == "extra_forbidden":
         known = _known_keys(location[:-1])
         near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
-        hint = f"did you mean {'.'.join([*location[:-1], near[0]])}?" if near else (
-            f"known here: {', '.join(known)}"
+        hint = (
+            f"did you mean {'.'.join([*location[:-1], near[0]])}?"
+            if near
+            else (f"known here: {', '.join(known)}")
         )
         return f"unknown key {key}: {hint}"
     if first["type"] == "missing":

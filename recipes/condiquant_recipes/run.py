@@ -152,9 +152,7 @@ def _evaluated(
     """PSNR and SSIM per test set, against HR or (``reference: float``) the float output."""
     recorded = workspace.finished(f"evaluated-{stage}") or {}
     scores: dict[str, Any] = {n: s for n, s in recorded.items() if n in source.test_sets}
-    upscale = partial(
-        basicsr_host.upscale, model, scale=recipe.scale, multiple=source.multiple
-    )
+    upscale = partial(basicsr_host.upscale, model, scale=recipe.scale, multiple=source.multiple)
     reference = None
     if recipe.datasets.reference == "float" and model is not source.network:
         reference = partial(
@@ -272,6 +270,8 @@ def export(
 def example_image(size: int) -> Tensor:
     """A reproducible noisy gradient, ``(1, 3, size, size)`` in [0, 1], to trace and compare on."""
     ramp = torch.linspace(0, 1, size)
-    image = torch.stack([ramp.expand(size, size), ramp[:, None].expand(size, size), ramp.flip(0).expand(size, size)])
+    image = torch.stack(
+        [ramp.expand(size, size), ramp[:, None].expand(size, size), ramp.flip(0).expand(size, size)]
+    )
     noise = torch.rand(image.shape, generator=torch.Generator().manual_seed(0))
     return (0.8 * image + 0.2 * noise)[None]

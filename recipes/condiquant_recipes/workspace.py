@@ -61,7 +61,9 @@ class Workspace:
         """
         workspace = cls(folder)
         if not workspace.network_path.exists():
-            raise InputError(f"{folder} holds no finished run: run `condiquant run` with --out {folder}")
+            raise InputError(
+                f"{folder} holds no finished run: run `condiquant run` with --out {folder}"
+            )
         return workspace, load_recipe(workspace.recipe_path)
 
     @property
@@ -86,7 +88,9 @@ class Workspace:
         record: dict[str, Any] = json.loads(path.read_text())
         return record
 
-    def finish(self, stage: str, record: Mapping[str, Any], network: nn.Module | None = None) -> None:
+    def finish(
+        self, stage: str, record: Mapping[str, Any], network: nn.Module | None = None
+    ) -> None:
         """Record a stage, with the network's parameters if it changed them."""
         if network is not None:
             save_parameters(network, self.folder / _STAGES / f"{stage}.safetensors")

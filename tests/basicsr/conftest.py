@@ -1,12 +1,13 @@
 import os
 from pathlib import Path
 
-import condiquant_basicsr
 import pytest
 import skimage
 import torch
-from condiquant_basicsr import images
 from skimage.util import img_as_ubyte
+
+import condiquant_basicsr
+from condiquant_basicsr import images
 
 torch.set_num_threads(2)
 

@@ -3,9 +3,9 @@ import shutil
 import numpy as np
 import pytest
 import torch
+
 from condiquant_basicsr import datasets, matlab_downscale, read_image, write_image
 from condiquant_basicsr.images import to_tensor, to_uint8
-
 from condiquant_plugin.errors import InputError
 
 

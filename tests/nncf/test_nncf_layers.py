@@ -1,11 +1,11 @@
-import nncf
 import pytest
 import torch
-from networks import build
 from torch import nn
 
+import nncf
 from condiquant_nncf import find_layers, wrap
 from condiquant_plugin import InputError
+from networks import build
 
 
 def names(network, scope, size=16, **arguments):

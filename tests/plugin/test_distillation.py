@@ -102,8 +102,13 @@ def test_an_interrupted_run_resumes_to_the_same_end(tmp_path, feature_weight):
     arguments["trainable_weights"] = weights
     seen = []
     resumed = distill(
-        student, teacher, crops, held_out, config,
-        progress=lambda iteration, _: seen.append(iteration), **arguments,
+        student,
+        teacher,
+        crops,
+        held_out,
+        config,
+        progress=lambda iteration, _: seen.append(iteration),
+        **arguments,
     )
     assert seen[0] == 21
     assert resumed == whole

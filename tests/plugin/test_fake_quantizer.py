@@ -42,7 +42,9 @@ def test_values_and_gradients_are_2dquants(bits, kind, row_blocks, seed):
         output = function(inputs)
         values.append(output)
         gradients.append(
-            torch.autograd.grad((output * upstream).sum(), [inputs, quantizer.lower, quantizer.upper])
+            torch.autograd.grad(
+                (output * upstream).sum(), [inputs, quantizer.lower, quantizer.upper]
+            )
         )
     torch.testing.assert_close(*values, atol=1e-12, rtol=0)
     for ours, theirs in zip(*gradients, strict=True):

@@ -94,9 +94,7 @@ def test_moments_add_up_over_batches(seed, cut, name):
 def test_moments_of_many_samples_keep_float64_accuracy():
     x = torch.randn(200_000, 3, generator=torch.Generator().manual_seed(0)) + 10
     exact = x.double().T @ x.double()
-    torch.testing.assert_close(
-        gram.moments(x, LayerGeometry()).gram[0], exact, rtol=1e-6, atol=0
-    )
+    torch.testing.assert_close(gram.moments(x, LayerGeometry()).gram[0], exact, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -19,7 +19,7 @@ def test_every_level_fits_its_8_bit_type(bits, kind):
         if kind == "activation":
             assert 0 <= zero <= last <= 255
         else:
-            assert -128 <= -zero
+            assert -zero >= -128
             assert last - zero <= 127
 
 
@@ -41,7 +41,11 @@ def test_snapping_keeps_the_step_and_lays_levels_on_the_lattice(bits, kind, lowe
 @given(bit_widths, kinds, lowers, widths, st.integers(0, 2**31))
 def test_quantized_values_are_levels_and_nearest(bits, kind, lower, width, seed):
     snapped = grid.snap(torch.tensor(lower), torch.tensor(lower + width), bits, kind)
-    x = torch.rand(64, generator=torch.Generator().manual_seed(seed)) * 2 * width + lower - width / 2
+    x = (
+        torch.rand(64, generator=torch.Generator().manual_seed(seed)) * 2 * width
+        + lower
+        - width / 2
+    )
     codes = grid.codes(x, snapped.lower, snapped.step, bits)
     assert codes.min() >= 0
     assert codes.max() <= 2**bits - 1
@@ -62,7 +66,9 @@ def exhaustive_error(x, bits, kind, side):
     low, high = x.min(), x.max()
     for i in range(100):
         shrink = (high - low) * i / 100
-        lower, upper = (low + shrink / 2, high - shrink / 2) if side == "symmetric" else (low, high - shrink)
+        lower, upper = (
+            (low + shrink / 2, high - shrink / 2) if side == "symmetric" else (low, high - shrink)
+        )
         snapped = grid.snap(lower, upper, bits, kind)
         error = grid.quantize(x, snapped.lower, snapped.step, bits).sub(x).square().sum()
         best = min(best, float(error))
@@ -88,8 +94,16 @@ def test_search_is_as_good_as_trying_every_candidate(bits, data, side):
 
 
 def test_auto_is_no_worse_than_either_side_and_uses_one_sided_for_softmax():
-    x = torch.randn(300, 64, generator=torch.Generator().manual_seed(0)).mul(4).softmax(1).reshape(1, -1)
-    errors = {s: bounds.search(x, 4, "activation", side=s).squared_error for s in ("symmetric", "one_sided", "auto")}
+    x = (
+        torch.randn(300, 64, generator=torch.Generator().manual_seed(0))
+        .mul(4)
+        .softmax(1)
+        .reshape(1, -1)
+    )
+    errors = {
+        s: bounds.search(x, 4, "activation", side=s).squared_error
+        for s in ("symmetric", "one_sided", "auto")
+    }
     assert errors["auto"] <= min(errors["symmetric"], errors["one_sided"])
     assert bounds.search(x, 4, "activation", side="one_sided").lower == 0
 

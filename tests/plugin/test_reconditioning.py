@@ -25,7 +25,11 @@ def problem(seed=0, rows=12, features=10, *, bits=3, bias=True, row_blocks=1, na
     quantizer.search_bounds(x)
     moments = gram.moments(x, LayerGeometry(), quantizer(x).detach())
     offset = torch.randn(rows, generator=generator) if bias else None
-    return LayerProblem(name, weight, offset, moments, row_blocks=row_blocks), x, quantizer(x).detach()
+    return (
+        LayerProblem(name, weight, offset, moments, row_blocks=row_blocks),
+        x,
+        quantizer(x).detach(),
+    )
 
 
 def plain_condition(weight, gram_matrix, tau, steps):
@@ -134,7 +138,9 @@ def test_dead_inputs_and_zero_weights_stay_finite():
 
 def test_bad_weights_name_the_layer():
     given_problem, *_ = problem()
-    broken = dataclasses.replace(given_problem, name="body.3.fc1", weight=given_problem.weight * float("nan"))
+    broken = dataclasses.replace(
+        given_problem, name="body.3.fc1", weight=given_problem.weight * float("nan")
+    )
     with pytest.raises(InputError, match=r"weight of body\.3\.fc1"):
         recondition([broken], CONDITION)
 

@@ -1,0 +1,196 @@
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import condiquant_nncf
+import networks
+from condiquant_openvino import check_parity, convert, executed_precisions, inspect, save
+from condiquant_openvino.upscaling import compile_ir
+from condiquant_plugin import FakeQuantizer, InputError, fake_quantizers
+from networks import build
+
+BYTES_PER_WEIGHT = {2: 1 / 4, 3: 3 / 8, 4: 1 / 2, 5: 1, 8: 1}
+
+
+def constants(model):
+    """Element type to entries."""
+    found = {}
+    for node in model.get_ops():
+        if node.get_type_name() == "Constant":
+            name = node.get_output_element_type(0).get_type_name()
+            found[name] = found.get(name, 0) + node.data.size
+    return found
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 7, 8])
+def test_ir_equals_simulation(convolution_net, bits):
+    model = convolution_net(bits)
+    ir = convert(model, torch.rand(1, 3, 16, 16))
+    parity = check_parity(model, ir, [torch.rand(1, 3, 16, 16), torch.rand(1, 3, 24, 20)])
+    parity.raise_if_broken()
+    assert len(parity.layers) == 7
+    assert max(layer.error for layer in parity.layers) < 1e-6
+    assert parity.stretch_max_abs < 1e-5
+    assert {layer.operator for layer in parity.layers} == {
+        "Convolution",
+        "GroupConvolution",
+        "MatMul",
+        "GroupConvolutionBackpropData",
+        "ConvolutionBackpropData",
+    }
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_products_run_in_int8(convolution_net, bits):
+    ir = convert(convolution_net(bits), torch.rand(1, 3, 16, 16))
+    counts = executed_precisions(compile_ir(ir))
+    assert counts["int8"] >= 5
+    assert sum(counts.values()) == 8
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 8])
+@pytest.mark.parametrize("row_blocks", [1, 3, 96])
+def test_weights_are_stored_packed(quantized, tmp_path, bits, row_blocks):
+    layer, x = nn.Linear(128, 96, bias=False), torch.rand(1, 10, 128)
+    ir = convert(quantized(layer, x, bits, row_blocks=row_blocks), x)
+    sizes = save(ir, tmp_path / "model.xml")
+    packed = 96 * 128 * BYTES_PER_WEIGHT[bits]
+    per_row = 8 * 96 + 16 * row_blocks if row_blocks > 1 else 0
+    assert packed < sizes["bin_bytes"] < packed + per_row + 512
+
+
+@pytest.mark.parametrize(("name", "bits"), [("swinir", 2), ("dat", 4), ("edsr", 3), ("compact", 4)])
+def test_networks_quantized_by_nncf(name, bits, monkeypatch):
+    # Narrower, DAT's position-bias network has width 0, and OpenVINO crashes on empty MVN.
+    monkeypatch.setitem(networks.SECTIONS["dat"], "embed_dim", 32)
+    size = 32 if name == "dat" else 16
+    images = torch.rand(2, 3, size, size)
+    config = condiquant_nncf.QuantizationConfig(
+        weight_bits=bits,
+        activation_bits=bits,
+        scope="transformer" if name in ("swinir", "dat") else "all",
+        recondition=None,
+    )
+    model = condiquant_nncf.quantize_network(build(name), images, config).model
+    ir = convert(model, images)
+    parity = check_parity(model, ir, [images[:1]])
+    parity.raise_if_broken()
+    assert parity.stretch_mean_abs < 1e-5
+    weights = [q for q in fake_quantizers(model).values() if q.kind == "weight"]
+    products = sum(q.kind == "activation" for q in fake_quantizers(model).values()) - len(weights)
+    assert len(parity.layers) == len(weights) + products // 2
+    assert f"u{bits}" in constants(ir)
+
+
+def test_any_size_where_the_trace_allows():
+    config = condiquant_nncf.QuantizationConfig(scope="transformer", recondition=None)
+    images = torch.rand(2, 3, 24, 32)
+    model = condiquant_nncf.quantize_network(build("swinir"), images, config).model
+    ir = convert(model, images)
+    assert ir.input().get_partial_shape().to_string() == "[1,3,?,?]"
+    check_parity(model, ir, [torch.rand(1, 3, 40, 24)], max_layers=4).raise_if_broken()
+
+
+def test_static_shape(convolution_net, run):
+    model, x = convolution_net(4), torch.rand(1, 3, 16, 24)
+    ir = convert(model, x.expand(2, -1, -1, -1), static=True)
+    assert list(ir.input().get_shape()) == [1, 3, 16, 24]
+    assert list(ir.output().get_shape()) == list(model(x).shape)
+    check_parity(model, ir, [x]).raise_if_broken()
+
+
+def test_converted_twice_is_the_same_file(convolution_net, tmp_path):
+    model, x = convolution_net(3), torch.rand(1, 3, 16, 16)
+    for name in ("a", "b"):
+        save(convert(model, x), tmp_path / f"{name}.xml")
+    assert (tmp_path / "a.xml").read_bytes() == (tmp_path / "b.xml").read_bytes()
+    assert (tmp_path / "a.bin").read_bytes() == (tmp_path / "b.bin").read_bytes()
+
+
+def test_model_is_left_alone(convolution_net):
+    model, x = convolution_net(4), torch.rand(1, 3, 16, 16)
+    before = copy.deepcopy(model.state_dict())
+    names = [q.name for q in fake_quantizers(model).values()]
+    model.train()
+    ir = convert(model, x)
+    check_parity(model, ir, [x], max_layers=1)
+    assert model.training
+    assert [q.name for q in fake_quantizers(model).values()] == names
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+
+
+def test_ir_does_not_follow_later_changes_of_the_model(convolution_net, run):
+    model, x = convolution_net(4), torch.rand(1, 3, 16, 16)
+    ir = convert(model, x)
+    with torch.no_grad():
+        expected = model(x)
+        for parameter in model.parameters():
+            parameter.zero_()
+    torch.testing.assert_close(run(ir, x), expected, rtol=0, atol=1e-5)
+
+
+def test_disabled_quantizers_are_not_exported(convolution_net):
+    model, x = convolution_net(4), torch.rand(1, 3, 16, 16)
+    for quantizer in fake_quantizers(model).values():
+        quantizer.enabled = False
+    ir = convert(model, x)
+    assert "u4" not in constants(ir)
+    parity = check_parity(model, ir, [x])
+    assert parity.layers == []
+    assert parity.max_abs < 1e-5
+
+
+def test_one_quantizer_used_twice():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.input = FakeQuantizer(4, "activation", name="shared")
+            self.weight = FakeQuantizer(4, "weight")
+            self.layer = nn.Linear(16, 16)
+
+        def forward(self, x):
+            for _ in range(2):
+                weight = self.weight(self.layer.weight)
+                x = nn.functional.linear(self.input(x), weight, self.layer.bias)
+            return x
+
+    model, x = Twice().eval(), torch.randn(1, 8, 16)
+    model.input.set_bounds(-2.0, 1.7)
+    model.weight.set_bounds(-0.2, 0.25)
+    parity = check_parity(model, convert(model, x), [x])
+    parity.raise_if_broken()
+    assert [layer.name for layer in parity.layers] == [
+        "shared x weight",
+        "shared#1 x weight#1",
+    ]
+
+
+def test_masks_and_biases_are_stored_as_tables(tmp_path):
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            positions = torch.arange(64)
+            self.register_buffer("index", positions[:, None] - positions[None] + 63)
+            self.table = nn.Parameter(torch.randn(127, 4))
+
+        def forward(self, x):
+            bias = self.table[self.index.flatten()].view(64, 64, 4).permute(2, 0, 1)
+            return (x @ x.transpose(-2, -1) + bias).softmax(-1) @ x
+
+    model, x = Attention().eval(), torch.randn(1, 4, 64, 8)
+    ir = convert(model, x)
+    sizes = save(ir, tmp_path / "model.xml")
+    assert sizes["bin_bytes"] < 64 * 64 + 127 * 4 * 4 + 512
+    assert check_parity(model, tmp_path / "model.xml", [x]).max_abs < 1e-6
+    assert inspect(tmp_path / "model.xml")["constants"]["u8"] == 1
+
+
+def test_what_cannot_be_traced_is_an_input_error():
+    class Untraceable(nn.Module):
+        def forward(self, x):
+            raise RuntimeError("no such path")
+
+    with pytest.raises(InputError, match="Untraceable"):
+        convert(Untraceable(), torch.rand(1, 3, 8, 8))

@@ -1,0 +1,211 @@
+"""Graphs that the CPU plugin computes wrongly without a word, and what convert() makes of them.
+
+Each naive graph must stay wrong: when one of these fails, OpenVINO has changed and the form that
+avoids it may be simplified.
+"""
+
+import numpy as np
+import openvino.opset13 as ops
+import pytest
+import torch
+from openvino.frontend.pytorch import ConversionExtension
+from torch import nn
+from torch.nn import functional as F
+
+import openvino as ov
+from condiquant_openvino import check_parity, convert, executed_precisions
+from condiquant_openvino.upscaling import compile_ir
+from condiquant_plugin import FakeQuantizer, grid
+
+
+def relative_error(found, expected):
+    return float((found - expected).abs().max() / (expected.max() - expected.min()))
+
+
+def assert_right(model, x):
+    parity = check_parity(model, convert(model, x), [x])
+    parity.raise_if_broken()
+    assert max(layer.error for layer in parity.layers) < 1e-6
+    assert parity.stretch_max_abs < 1e-5
+
+
+def naive(model, x):
+    """Plain FakeQuantize for every quantizer, as one would export."""
+
+    def translate(context):
+        lower, step = (np.float32(context.get_values_from_const_input(i)) for i in (1, 2))
+        last_code = 2 ** int(context.get_values_from_const_input(3)) - 1
+        bounds = [ops.constant(np.float32(v)) for v in (lower, lower + step * last_code)] * 2
+        return ops.fake_quantize(context.get_input(0), *bounds, last_code + 1).outputs()
+
+    extension = ConversionExtension("condiquant::fake_quantize", translate)
+    return ov.convert_model(model, example_input=x, extension=[extension])
+
+
+def test_convolution_of_16_levels_with_fractional_zero_point(quantized, run):
+    x = torch.randn(1, 32, 16, 16)
+    model = quantized(nn.Conv2d(32, 32, 3, padding=1), x, 4)
+    model.input.set_bounds(-1.3, 2.1)
+    weight = model.layer.weight.detach().numpy()
+    scale = np.float32(np.abs(weight).max() / 7)
+    integers = np.rint(weight / scale).astype(np.int8)
+    parameter = ops.parameter([1, 32, 16, 16], np.float32)
+    bounds = [ops.constant(np.float32(v)) for v in (-1.3, 2.1)] * 2
+    product = ops.convolution(
+        ops.fake_quantize(parameter, *bounds, 16),
+        ops.multiply(ops.convert(ops.constant(integers), np.float32), ops.constant(scale)),
+        *([[1, 1]] * 4),
+    )
+    step = 3.4 / 15
+    rounded = ((x.clamp(-1.3, 2.1) + 1.3) / step).round() * step - 1.3
+    expected = F.conv2d(rounded, torch.from_numpy(integers * scale), padding=1)
+    assert relative_error(run(ov.Model([product], [parameter]), x), expected) > 1e-2
+    assert_right(model, x)
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(64, 64), nn.Conv2d(64, 64, 3, padding=1)])
+def test_weight_constant_with_float_zero_point(quantized, run, layer):
+    convolution = isinstance(layer, nn.Conv2d)
+    x = torch.randn(1, 64, 8, 8) if convolution else torch.randn(1, 64, 64)
+    model = quantized(layer, x, 4)
+    values = layer.parametrizations.weight.original.detach()
+    lower, step = values.min() * 0.9, (values.max() - values.min() * 0.9) / 15
+    codes = grid.codes(values, lower, step, 4)
+    weight = ops.multiply(
+        ops.subtract(
+            ops.convert(ops.constant(codes.numpy().astype(np.uint8)), np.float32),
+            ops.constant((-lower / step).numpy()),
+        ),
+        ops.constant(step.numpy()),
+    )
+    parameter = ops.parameter(list(x.shape), np.float32)
+    input_step = 4.5 / 15
+    lower_bound = -7 * input_step
+    bounds = [ops.constant(np.float32(v)) for v in (lower_bound, lower_bound + 4.5)] * 2
+    quantized_input = ops.fake_quantize(parameter, *bounds, 16)
+    if convolution:
+        product = ops.convolution(quantized_input, weight, *([[1, 1]] * 4))
+    else:
+        product = ops.matmul(quantized_input, weight, False, True)
+    rounded = grid.quantize(x, torch.tensor(lower_bound), torch.tensor(input_step), 4)
+    values = codes * step + lower
+    expected = F.conv2d(rounded, values, padding=1) if convolution else F.linear(rounded, values)
+    assert relative_error(run(ov.Model([product], [parameter]), x), expected) > 1e-3
+    assert_right(model, x)
+
+
+def test_free_range_network_converted_naively(convolution_net, run):
+    x = torch.rand(1, 3, 16, 16)
+    model = convolution_net(4)
+    for module in model.modules():
+        if hasattr(module, "row_blocks") and module.row_blocks > 1:
+            module.row_blocks = 1
+            module.lower, module.upper = (
+                nn.Parameter(b.mean()) for b in (module.lower, module.upper)
+            )
+    with torch.no_grad():
+        expected = model(x)
+    assert relative_error(run(naive(model, x), x), expected) > 1e-2
+    assert_right(model, x)
+
+
+def test_compressed_weight_with_float_input(quantized, run):
+    """The plugin would quantize the float input of a compressed weight by itself."""
+    x = torch.randn(1, 64, 64)
+    model = quantized(nn.Linear(64, 64), x, 8, input_bits=0)
+    scale = model.layer.weight.abs().max() / 127
+    integers = (model.layer.weight / scale).round().detach()
+    weight = ops.multiply(
+        ops.convert(ops.constant(integers.numpy().astype(np.int8)), np.float32),
+        ops.constant(scale.detach().numpy()),
+    )
+    parameter = ops.parameter([1, 64, 64], np.float32)
+    product = ov.Model([ops.matmul(parameter, weight, False, True)], [parameter])
+    expected = F.linear(x, integers * scale.detach())
+    assert relative_error(run(product, x), expected) > 1e-3
+    assert_right(model, x)
+
+
+@pytest.mark.parametrize(
+    "between",
+    [
+        lambda x: x + 0.3,
+        lambda x: x * 1.7,
+        lambda x: x.clamp(-0.77, 0.81),
+        lambda x: x.relu(),
+        lambda x: x.softmax(-1),
+        lambda x: torch.cat([x[..., :16], 1.3 * x[..., 16:]], -1),
+        lambda x: x.transpose(-1, -2),
+    ],
+)
+@pytest.mark.parametrize("kind", ["linear", "convolution"])
+def test_operators_between_quantizer_and_product(quantized, between, kind):
+    """The transforms move scales and zero points through operators, and round limits on the way."""
+    if kind == "linear":
+        layer, x = nn.Linear(32, 32), torch.randn(1, 32, 32) + 0.4
+    else:
+        layer, x = nn.Conv2d(8, 8, 3, padding=1), torch.randn(1, 8, 32, 32) + 0.4
+    assert_right(quantized(layer, x, 4, between=between), x)
+
+
+@pytest.mark.parametrize("kind", ["linear", "convolution"])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_input_quantizer_per_channel(quantized, kind, bits):
+    if kind == "linear":
+        layer, x, axis = nn.Linear(32, 32), torch.randn(1, 32, 32), -1
+    else:
+        layer, x, axis = nn.Conv2d(32, 32, 3, padding=1), torch.randn(1, 32, 8, 8), 1
+    model = quantized(layer, x, bits)
+    model.input = FakeQuantizer(bits, "activation", row_blocks=32, axis=axis)
+    model.input.search_bounds(x)
+    assert_right(model, x)
+
+
+def test_weight_bounds_per_input_channel(quantized):
+    x = torch.randn(1, 16, 32)
+    assert_right(quantized(nn.Linear(32, 24), x, 4, row_blocks=32, axis=1), x)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_product_of_two_activations(bits):
+    class Product(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = FakeQuantizer(bits, "activation")
+            self.second = FakeQuantizer(bits, "activation", side="one_sided")
+
+        def forward(self, x):
+            return self.second((self.first(x) @ self.first(x).transpose(-1, -2)).softmax(-1)) @ x
+
+    model, x = Product(), torch.randn(1, 2, 32, 16)
+    for quantizer in (model.first, model.second):
+        quantizer.search_on_next_input = True
+    with torch.no_grad():
+        model(x)
+    assert_right(model.eval(), x)
+
+
+def test_quantized_tensor_used_twice():
+    """By a convolution, and by a sum that must not see shifted integers."""
+
+    class Residual(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.input = FakeQuantizer(4, "activation")
+            self.weight = FakeQuantizer(4, "weight")
+            self.layer = nn.Conv2d(8, 8, 3, padding=1)
+
+        def forward(self, x):
+            x = self.input(x)
+            return x + F.conv2d(x, self.weight(self.layer.weight), padding=1)
+
+    model, x = Residual().eval(), torch.randn(1, 8, 16, 16)
+    model.input.set_bounds(-1.3, 2.1)
+    model.weight.set_bounds(-0.1, 0.12)
+    assert_right(model, x)
+
+
+def test_supported_form_runs_in_int8(quantized):
+    x = torch.randn(1, 64, 8, 8)
+    ir = convert(quantized(nn.Conv2d(64, 64, 3, padding=1), x, 3), x)
+    assert executed_precisions(compile_ir(ir)) == {"int8": 1}

@@ -1,0 +1,62 @@
+"""A tiny real job: a BasicSR network with saved weights, photographs, a recipe."""
+
+from pathlib import Path
+
+import pytest
+import skimage.data
+import torch
+import yaml
+
+from condiquant_basicsr import write_image
+from networks import SECTIONS, build
+
+
+class Job:
+    """Folder with weights, data and a recipe; ``write`` changes the recipe."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self.folder, self.data, self.out = folder, folder / "data", folder / "out"
+        torch.save({"params": build(name).state_dict()}, folder / "net.pth")
+        photograph = torch.from_numpy(skimage.data.chelsea().copy()).permute(2, 0, 1) / 255
+        write_image_to(self.data / "calibration" / "a.png", photograph[:, :128, :160])
+        write_image_to(self.data / "calibration" / "b.png", photograph[:, 100:250, 100:300])
+        write_image_to(self.data / "Tiny" / "HR" / "cat.png", photograph[:, 100:180, 150:230])
+        size = 32 if name == "dat" else 16
+        self.recipe: dict = {
+            "name": "tiny",
+            "scale": 2,
+            "network_g": SECTIONS[name],
+            "path": {"pretrain_network_g": str(folder / "net.pth")},
+            "datasets": {
+                "calibration": {
+                    "folders": ["calibration"], "count": 6, "held_out": 2, "crop": size,
+                },
+                "test": ["Tiny"],
+            },
+            "condiquant": {
+                "scope": "transformer" if name in ("swinir", "dat") else "all",
+                "bounds": {"crops": 4},
+                "distillation": {"iterations": 6, "validate_every": 2},
+            },
+            "export": {"tile": 24 if name == "swinir" else 32, "static": name == "dat"},
+        }  # fmt: skip
+
+    def write(self) -> Path:
+        path = self.folder / "recipe.yml"
+        path.write_text(yaml.safe_dump(self.recipe))
+        return path
+
+
+def write_image_to(path: Path, image: torch.Tensor) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_image(path, image)
+
+
+@pytest.fixture
+def make_job(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def make(name: str = "swinir") -> Job:
+        return Job(tmp_path, name)
+
+    return make

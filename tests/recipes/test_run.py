@@ -1,0 +1,168 @@
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from condiquant_basicsr import read_image, write_image
+from condiquant_openvino import Upscaler, read_metadata
+from condiquant_plugin import InputError
+from condiquant_recipes import ir, run
+from condiquant_recipes.progress import Progress
+from condiquant_recipes.recipe import load_recipe
+from condiquant_recipes.recipe_files import recipe_path
+from condiquant_recipes.run import run as run_recipe
+
+
+def without_times(metrics):
+    return {k: v for k, v in metrics.items() if k != "seconds"}
+
+
+@pytest.mark.parametrize("name", ["swinir", "dat", "edsr", "compact"])
+@pytest.mark.parametrize("bits", [4, 2])
+def test_a_run_ends_with_metrics_and_an_ir_that_follows_the_simulation(make_job, name, bits):
+    job = make_job(name)
+    overrides = [f"condiquant.weight_bits={bits}", f"condiquant.activation_bits={bits}"]
+    recipe = load_recipe(job.write(), overrides)
+    metrics = run_recipe(recipe, job.data, job.out)
+    assert json.loads((job.out / "metrics.json").read_text()) == metrics
+    assert set(metrics["float"]) == set(metrics["quantized"]) == {"Tiny"}
+    assert metrics["quantized"]["Tiny"]["psnr"] != metrics["float"]["Tiny"]["psnr"]
+    assert metrics["ir"]["parity_mean_abs"] <= 1e-4
+    assert metrics["ir"]["parity_layer_max"] <= 1e-5
+    assert set(metrics["seconds"]) == {"gram", "recondition", "bounds", "distillation", "export"}
+    assert read_metadata(job.out / "model.xml")["weight_bits"] == bits
+    assert not list(job.out.rglob("*.part"))
+
+    scores = ir.evaluate(job.out / "model.xml", job.data, ["Tiny"], "CPU", Progress())
+    assert scores["Tiny"]["psnr"] == pytest.approx(metrics["quantized"]["Tiny"]["psnr"], abs=0.5)
+
+
+def test_the_same_run_twice_gives_identical_metrics(make_job):
+    job = make_job()
+    recipe = load_recipe(job.write())
+    first = run_recipe(recipe, job.data, job.folder / "one")
+    second = run_recipe(recipe, job.data, job.folder / "two")
+    assert without_times(first) == without_times(second)
+    for file in ("model.bin", "model.xml"):
+        assert (job.folder / "one" / file).read_bytes() == (job.folder / "two" / file).read_bytes()
+
+
+def test_a_run_killed_in_distillation_resumes_to_the_end_of_an_unbroken_one(make_job, monkeypatch):
+    job = make_job()
+    recipe = load_recipe(job.write())
+    unbroken = run_recipe(recipe, job.data, job.folder / "unbroken")
+
+    class Killed(BaseException):
+        pass
+
+    original = run.distill
+
+    def dying(*args, **kwargs):
+        def die(iteration: int, _loss: float) -> None:
+            if iteration == 5:
+                raise Killed
+
+        kwargs["progress"] = die
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(run, "distill", dying)
+    with pytest.raises(Killed):
+        run_recipe(recipe, job.data, job.out)
+    monkeypatch.setattr(run, "distill", original)
+    assert not (job.out / "metrics.json").exists()
+    calibrations = []
+    monkeypatch.setattr(
+        run.nncf_host, "quantize_network", lambda *a, **k: calibrations.append(1) or 1 / 0
+    )
+    resumed = run_recipe(recipe, job.data, job.out, resume=True)
+    assert without_times(resumed) == without_times(unbroken)
+    assert not calibrations
+
+
+def test_resuming_another_recipe_is_refused(make_job):
+    job = make_job()
+    run_recipe(load_recipe(job.write()), job.data, job.out)
+    other = load_recipe(job.write(), ["condiquant.weight_bits=3"])
+    with pytest.raises(InputError, match="another recipe"):
+        run_recipe(other, job.data, job.out, resume=True)
+
+
+def test_fidelity_to_the_float_output_is_scored_where_the_recipe_asks(make_job):
+    job = make_job("compact")
+    path = job.write()
+    overrides = ["condiquant.distillation.iterations=0"]
+    against_hr = run_recipe(load_recipe(path, overrides), job.data, job.folder / "hr")
+    overrides.append("datasets.reference=float")
+    against_float = run_recipe(load_recipe(path, overrides), job.data, job.folder / "float")
+    assert against_hr["float"] == against_float["float"]
+    assert against_float["quantized"]["Tiny"]["psnr"] != against_hr["quantized"]["Tiny"]["psnr"]
+
+
+def test_a_finished_run_is_exported_again_with_another_shape(make_job):
+    job = make_job("edsr")
+    run_recipe(load_recipe(job.write()), job.data, job.out)
+    target = job.folder / "static"
+    ir.export_again(job.out, target, {"static": True, "tile": 40}, Progress())
+    image = torch.rand(3, 24, 50)
+    whole = Upscaler(job.out / "model.xml")(image)
+    tiled = Upscaler(target / "model.xml")(image)
+    assert whole.shape == tiled.shape == (3, 48, 100)
+    assert (whole - tiled).abs().mean() < 0.02
+
+
+def test_a_failed_parity_check_leaves_no_ir(make_job, monkeypatch):
+    job = make_job("edsr")
+    wrong = run.openvino_host.convert
+
+    def off_by_an_offset(model, image, **options):
+        with torch.no_grad():
+            bias = model.get_parameter("conv_last.bias")
+            bias += 50
+            converted = wrong(model, image, **options)
+            bias -= 50
+        return converted
+
+    monkeypatch.setattr(run.openvino_host, "convert", off_by_an_offset)
+    with pytest.raises(RuntimeError, match="differs from the simulation"):
+        run_recipe(load_recipe(job.write()), job.data, job.out)
+    assert not (job.out / "model.xml").exists()
+    assert not (job.out / "metrics.json").exists()
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [f"{n}/x{s}.yml" for n in ("dat_light", "swinir_light") for s in (2, 3, 4)]
+    + ["realesrgan/x4.yml"],
+)
+def test_ready_recipes_are_valid_and_build_their_network(recipe):
+    loaded = load_recipe(recipe_path(recipe))
+    assert loaded.condiquant.weight_bits == loaded.condiquant.activation_bits == 4
+    assert run.basicsr_host.build_network(loaded.network_g)
+
+
+def test_the_command_line_runs_inspects_evaluates_and_upscales(make_job):
+    job = make_job("compact")
+    recipe = job.write()
+
+    def condiquant(*arguments):
+        command = [sys.executable, "-m", "condiquant_recipes", *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, text=True, cwd=job.folder)
+
+    ran = condiquant("run", recipe, "--data", job.data, "--out", job.out, "--quiet")
+    assert ran.returncode == 0, ran.stderr
+    assert "W4A4" in ran.stdout
+    inspected = condiquant("inspect", job.out / "model.xml", "--json")
+    assert json.loads(inspected.stdout)["metadata"]["network"] == "tiny"
+    layers = json.loads(condiquant("inspect", job.folder / "net.pth", "--json").stdout)["layers"]
+    assert all(layer["condition"] >= 1 for layer in layers)
+    write_image(job.folder / "low.png", torch.rand(3, 20, 30))
+    enlarged = condiquant("upscale", job.out, "low.png", "high.png", "--quiet")
+    assert enlarged.returncode == 0, enlarged.stderr
+    assert read_image(job.folder / "high.png").shape == (3, 40, 60)
+    scores = condiquant("evaluate", job.out, "--data", job.data, "--sets", "Tiny", "--json", "-q")
+    metrics = json.loads((job.out / "metrics.json").read_text())
+    assert json.loads(scores.stdout)["Tiny"]["psnr"] == pytest.approx(
+        metrics["quantized"]["Tiny"]["psnr"], abs=0.5
+    )
