@@ -24,24 +24,32 @@ class _FakeQuantize(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, lower: Tensor, step: Tensor, last_code: int) -> Tensor:
         position = (x - lower).div_(step)
-        ctx.save_for_backward(position)
-        ctx.last_code, ctx.shape = last_code, lower.shape
-        return position.clamp(0, last_code).round_().mul_(step).add_(lower)
+        codes = position.clamp(0, last_code)
+        if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
+            inside = codes == position
+            codes.round_()
+            ctx.save_for_backward(position, inside, codes)
+            ctx.shape = lower.shape
+            return (codes * step).add_(lower)
+        return codes.round_().mul_(step).add_(lower)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grad_outputs
-        (position,) = ctx.saved_tensors
-        clipped = position.clamp(0, ctx.last_code)
-        inside = clipped == position
+        position, inside, codes = ctx.saved_tensors
         grad_x = grad * inside
-        grad_lower = _sum_to(grad - grad_x, ctx.shape)
-        residue = clipped.round_().addcmul_(position, inside, value=-1)
-        return grad_x, grad_lower, _sum_to(residue.mul_(grad), ctx.shape), None
+        grad_lower = _sum_to(grad, ctx.shape) - _sum_to(grad_x, ctx.shape)
+        grad_step = _inner(grad, codes, ctx.shape) - _inner(grad_x, position, ctx.shape)
+        return grad_x, grad_lower, grad_step, None
 
 
 def _sum_to(value: Tensor, shape: torch.Size) -> Tensor:
     return value.sum_to_size(shape) if shape else value.sum()
+
+
+def _inner(a: Tensor, b: Tensor, shape: torch.Size) -> Tensor:
+    """Sum of ``a * b`` over what is broadcast; one pass for a single pair of bounds."""
+    return (a * b).sum_to_size(shape) if shape else torch.dot(a.reshape(-1), b.reshape(-1))
 
 
 @torch.library.custom_op("condiquant::fake_quantize", mutates_args=())

@@ -4,9 +4,8 @@ try:
     from condiquant_basicsr import compatibility
 
     compatibility.heal()
-    import spandrel  # noqa: F401
-
     import basicsr  # noqa: F401
+    import spandrel  # noqa: F401
 except ImportError as error:
     raise ImportError(
         'condiquant_basicsr needs BasicSR: pip install "condiquant-plugin[basicsr]"'

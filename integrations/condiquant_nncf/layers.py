@@ -7,6 +7,7 @@ from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Literal
 
+import nncf
 import nncf.torch.graph.operator_metatypes as om
 from nncf.common.graph.graph import NNCFGraph, NNCFNode
 from nncf.scopes import get_ignored_node_names_from_ignored_scope
@@ -15,7 +16,6 @@ from nncf.torch.function_hook.nncf_graph.nncf_graph_builder import GraphModelWra
 from nncf.torch.model_graph_manager import get_const_node
 from torch import Tensor, nn
 
-import nncf
 from condiquant_plugin.errors import InputError
 from condiquant_plugin.gram import LayerGeometry
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+import nncf
 import torch
 from nncf.common.factory import ModelTransformerFactory
 from nncf.common.graph.transformations.commands import TargetType
@@ -16,7 +17,6 @@ from nncf.torch.function_hook.nncf_graph.nncf_graph_builder import GraphModelWra
 from nncf.torch.graph.transformations.commands import PTTargetPoint
 from torch import Tensor, nn
 
-import nncf
 from condiquant_nncf.layers import Layer, Scope, find_layers, wrap
 from condiquant_nncf.statistics import collect_moments
 from condiquant_plugin import reconditioning

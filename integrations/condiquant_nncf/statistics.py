@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
+import nncf
 from nncf.common.graph.transformations.commands import TargetType
 from nncf.common.tensor_statistics.collectors import (
     AggregatorBase,
@@ -20,7 +21,6 @@ from nncf.torch.function_hook.nncf_graph.nncf_graph_builder import GraphModelWra
 from nncf.torch.graph.transformations.commands import PTTargetPoint
 from torch import Tensor
 
-import nncf
 from condiquant_nncf.layers import Layer
 from condiquant_plugin import gram
 from condiquant_plugin.fake_quantizer import FakeQuantizer

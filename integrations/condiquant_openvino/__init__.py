@@ -1,0 +1,30 @@
+"""OpenVINO: packed 2-8 bit IR from a fake-quantized torch network, parity, latency, upscaling."""
+
+try:
+    import openvino as _openvino  # noqa: F401
+except ImportError as error:
+    raise ImportError(
+        'condiquant_openvino needs OpenVINO: pip install "condiquant-plugin[openvino]"'
+    ) from error
+
+from condiquant_openvino.conversion import convert
+from condiquant_openvino.inspection import inspect
+from condiquant_openvino.latency import compare_latency, executed_precisions
+from condiquant_openvino.parity import LayerParity, Parity, check_parity
+from condiquant_openvino.saving import read_ir, read_metadata, save, set_metadata
+from condiquant_openvino.upscaling import Upscaler
+
+__all__ = [
+    "LayerParity",
+    "Parity",
+    "Upscaler",
+    "check_parity",
+    "compare_latency",
+    "convert",
+    "executed_precisions",
+    "inspect",
+    "read_ir",
+    "read_metadata",
+    "save",
+    "set_metadata",
+]

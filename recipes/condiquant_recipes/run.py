@@ -244,7 +244,9 @@ def export(
         "parity_mean_abs": parity.mean_abs,
         "parity_max_abs": parity.max_abs,
         "parity_layer_max": max((layer.error for layer in parity.layers), default=0.0),
+        "parity_stretch_mean_abs": parity.stretch_mean_abs,
         "code_flip_rate": parity.code_flip_rate,
+        "tie_rate": parity.tie_rate,
     }
     openvino_host.set_metadata(
         ir,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import nncf
+
 from condiquant_nncf import QuantizationConfig
 from condiquant_plugin.distillation import DistillationConfig
 from condiquant_plugin.reconditioning import (

@@ -1,8 +1,8 @@
+import nncf
 import pytest
 import torch
 from torch import nn
 
-import nncf
 from condiquant_nncf import find_layers, wrap
 from condiquant_plugin import InputError
 from networks import build

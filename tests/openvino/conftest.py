@@ -1,9 +1,12 @@
+import copy
+
+import openvino as ov
 import pytest
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-import openvino as ov
+from condiquant_openvino import convert
 from condiquant_plugin import FakeQuantizer
 
 
@@ -68,6 +71,38 @@ def quantized():
 @pytest.fixture
 def convolution_net():
     return lambda bits: search_bounds(ConvolutionNet(bits), torch.rand(1, 3, 16, 16))
+
+
+@pytest.fixture(scope="session")
+def _exported():
+    torch.manual_seed(0)
+    x = torch.rand(1, 3, 16, 16)
+    model = search_bounds(ConvolutionNet(4), x)
+    return model, convert(model, x), x
+
+
+@pytest.fixture
+def exported_convolutions(_exported):
+    """A 4-bit convolution net, its IR and an input; copies that a test may change."""
+    model, ir, x = _exported
+    return copy.deepcopy(model), ir.clone(), x
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_telemetry():
+    """OpenVINO reports every conversion to its makers, unless it runs in CI; offline that takes 1 s."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CI", "true")
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """OpenVINO's threads and spinning OpenMP threads slow each other down."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -17,8 +17,8 @@ from condiquant_plugin import InputError
 
 
 @pytest.fixture
-def ir(convolution_net):
-    return convert(convolution_net(4), torch.rand(1, 3, 16, 16))
+def ir(exported_convolutions):
+    return exported_convolutions[1]
 
 
 def test_metadata_survives_saving(ir, tmp_path):
@@ -30,9 +30,9 @@ def test_metadata_survives_saving(ir, tmp_path):
     assert read_metadata(tmp_path / "model.xml") == metadata
 
 
-def test_saved_and_read_and_saved_again_is_the_simulation(convolution_net, tmp_path):
-    model, x = convolution_net(3), torch.rand(1, 3, 16, 16)
-    save(convert(model, x), tmp_path / "first.xml")
+def test_saved_and_read_and_saved_again_is_the_simulation(exported_convolutions, tmp_path):
+    model, ir, x = exported_convolutions
+    save(ir, tmp_path / "first.xml")
     save(read_ir(tmp_path / "first.xml"), tmp_path / "second.xml")
     check_parity(model, tmp_path / "second.xml", [x]).raise_if_broken()
 

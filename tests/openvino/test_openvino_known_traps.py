@@ -4,7 +4,10 @@ Each naive graph must stay wrong: when one of these fails, OpenVINO has changed 
 avoids it may be simplified.
 """
 
+import warnings
+
 import numpy as np
+import openvino as ov
 import openvino.opset13 as ops
 import pytest
 import torch
@@ -12,7 +15,6 @@ from openvino.frontend.pytorch import ConversionExtension
 from torch import nn
 from torch.nn import functional as F
 
-import openvino as ov
 from condiquant_openvino import check_parity, convert, executed_precisions
 from condiquant_openvino.upscaling import compile_ir
 from condiquant_plugin import FakeQuantizer, grid
@@ -39,7 +41,9 @@ def naive(model, x):
         return ops.fake_quantize(context.get_input(0), *bounds, last_code + 1).outputs()
 
     extension = ConversionExtension("condiquant::fake_quantize", translate)
-    return ov.convert_model(model, example_input=x, extension=[extension])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)
+        return ov.convert_model(model, example_input=x, extension=[extension])
 
 
 def test_convolution_of_16_levels_with_fractional_zero_point(quantized, run):

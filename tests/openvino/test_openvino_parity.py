@@ -1,10 +1,10 @@
 import numpy as np
+import openvino as ov
 import openvino.opset13 as ops
 import pytest
 import torch
 from torch import nn
 
-import openvino as ov
 from condiquant_openvino import LayerParity, Parity, check_parity, convert
 from condiquant_openvino.cutting import activation_grids
 from condiquant_plugin import FakeQuantizer
@@ -18,9 +18,8 @@ def replace(port, value):
     port.replace_source_output(ops.constant(np.asarray(value, np.float32)).output(0))
 
 
-def test_a_changed_weight_scale_is_found(convolution_net):
-    model, x = convolution_net(4), torch.rand(1, 3, 16, 16)
-    ir = convert(model, x)
+def test_a_changed_weight_scale_is_found(exported_convolutions):
+    model, ir, x = exported_convolutions
     (name,) = (n for n in nodes(ir) if "grouped" in n and "weight" in n)
     port = nodes(ir)[name].input(1)
     replace(port, port.get_source_output().get_node().data * 1.001)
@@ -32,9 +31,8 @@ def test_a_changed_weight_scale_is_found(convolution_net):
         parity.raise_if_broken()
 
 
-def test_a_changed_bound_is_found(convolution_net):
-    model, x = convolution_net(4), torch.rand(1, 3, 16, 16)
-    ir = convert(model, x)
+def test_a_changed_bound_is_found(exported_convolutions):
+    model, ir, x = exported_convolutions
     node = nodes(ir)["fake_quantize/plain.input"]
     for i in range(1, 5):
         port = node.input(i)
@@ -43,9 +41,8 @@ def test_a_changed_bound_is_found(convolution_net):
         check_parity(model, ir, [x]).raise_if_broken()
 
 
-def test_a_change_outside_the_quantized_layers_is_found(convolution_net):
-    model, x = convolution_net(4), torch.rand(1, 3, 16, 16)
-    ir = convert(model, x)
+def test_a_change_outside_the_quantized_layers_is_found(exported_convolutions):
+    model, ir, x = exported_convolutions
     with torch.no_grad():
         model.head.bias += 0.01
     parity = check_parity(model, ir, [x])
@@ -79,10 +76,8 @@ def test_flipped_codes_are_counted():
     assert check_parity(model, ir, [x]).code_flip_rate == 0.25
 
 
-def test_ties_are_moved_where_torch_rounded_them(convolution_net):
-    grid = next(
-        iter(activation_grids(convert(convolution_net(4), torch.rand(1, 3, 16, 16))).values())
-    )
+def test_ties_are_moved_where_torch_rounded_them(exported_convolutions):
+    grid = activation_grids(exported_convolutions[1])["plain.input"]
     codes = np.array([3.5, 3.4995, 3.49, 3.0, -2.0, 40.5], np.float32)
     raw = grid.lower + codes * grid.step
     quantized = grid.lower + np.array([4, 3, 3, 3, 0, 15], np.float32) * grid.step
@@ -92,9 +87,8 @@ def test_ties_are_moved_where_torch_rounded_them(convolution_net):
     np.testing.assert_array_equal(grid.codes(moved), [4, 3, 3, 3, 0, 15])
 
 
-def test_layers_can_be_sampled(convolution_net):
-    model, x = convolution_net(4), torch.rand(1, 3, 16, 16)
-    ir = convert(model, x)
+def test_layers_can_be_sampled(exported_convolutions):
+    model, ir, x = exported_convolutions
     every = [layer.name for layer in check_parity(model, ir, [x]).layers]
     sampled = [layer.name for layer in check_parity(model, ir, [x], max_layers=3).layers]
     assert sampled == [every[0], every[3], every[6]]

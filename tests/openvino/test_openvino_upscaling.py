@@ -1,9 +1,9 @@
 import numpy as np
+import openvino as ov
 import pytest
 import torch
 from torch import nn
 
-import openvino as ov
 from condiquant_openvino import Upscaler, convert, save, set_metadata
 from condiquant_plugin import InputError
 

@@ -1,0 +1,230 @@
+"""Torch network with fake quantizers to ``ov.Model`` with packed weights."""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from enum import Enum, auto
+from typing import Any
+
+import numpy as np
+import openvino as ov
+import torch
+from openvino.frontend.pytorch import ConversionExtension
+from torch import Tensor, nn
+
+from condiquant_openvino import quantizer_graphs
+from condiquant_openvino.compaction import compact
+from condiquant_openvino.quantizer_graphs import Quantizer
+from condiquant_plugin import FakeQuantizer, InputError, fake_quantizers
+
+
+class _Placeholder(ov.Op):
+    """Stands for a fake quantizer while OpenVINO simplifies the graph around it."""
+
+    def __init__(self, inputs: list[ov.Output] | None = None, label: str = "") -> None:
+        super().__init__(self, inputs)
+        self.label = label
+        if inputs is not None:
+            self.constructor_validate_and_infer_types()
+
+    def validate_and_infer_types(self) -> None:
+        self.set_output_type(0, self.get_input_element_type(0), self.get_input_partial_shape(0))
+
+    def clone_with_new_inputs(self, new_inputs: list[ov.Output]) -> _Placeholder:
+        return _Placeholder(new_inputs, self.label)
+
+    def has_evaluate(self) -> bool:
+        return False
+
+    def evaluate(self, outputs: Any, inputs: Any) -> bool:
+        """Refuses, or weights would be folded."""
+        return False
+
+    def visit_attributes(self, visitor: Any) -> bool:
+        visitor.on_attributes({"label": self.label})
+        return True
+
+
+class _Form(Enum):
+    """How a fake quantizer is written; see the functions of :mod:`quantizer_graphs`."""
+
+    ACTIVATION = auto()
+    ELEMENTWISE = auto()
+    INT8_WEIGHT = auto()
+    FLOAT_WEIGHT = auto()
+
+
+@contextmanager
+def labelled(model: nn.Module) -> Iterator[dict[str, FakeQuantizer]]:
+    """Fake quantizers by a label unique in ``model``: the name, else the module path."""
+    found = fake_quantizers(model)
+    names = {path: quantizer.name for path, quantizer in found.items()}
+    counts = Counter(names.values())
+    labels = {path: name if name and counts[name] == 1 else path for path, name in names.items()}
+    try:
+        for path, quantizer in found.items():
+            quantizer.name = labels[path]
+        yield {labels[path]: quantizer for path, quantizer in found.items()}
+    finally:
+        for path, quantizer in found.items():
+            quantizer.name = names[path]
+
+
+def call_label(label: str, call: int) -> str:
+    """Label of the ``call``-th use of a quantizer in one forward pass."""
+    return label if call == 0 else f"{label}#{call}"
+
+
+def convert(
+    model: nn.Module,
+    example_input: Tensor,
+    *,
+    static: bool = False,
+    input_names: Sequence[str] = ("image",),
+    output_names: Sequence[str] = ("upscaled",),
+) -> ov.Model:
+    """Convert so that the CPU plugin computes what ``model`` simulates.
+
+    Compile with ``INFERENCE_PRECISION_HINT=f32``; every other property may stay at its default.
+
+    Args:
+        model: contains :class:`condiquant_plugin.FakeQuantizer` modules.
+        example_input: shape ``(batch, channels, height, width)``; the result has
+            batch 1. For a result of any height and width trace at a size other than the network's
+            ``img_size``, where attention masks are constants. Inputs that are not images keep their
+            shape.
+        static: keep the example's height and width.
+
+    Raises:
+        InputError: if OpenVINO cannot convert the model.
+    """
+    example_input = example_input[:1]
+    shape: list[int] = list(example_input.shape)
+    if not static and len(shape) == 4:
+        shape[2:] = [-1, -1]
+    quantizers: dict[str, Quantizer] = {}
+    calls: Counter[str] = Counter()
+
+    def mark(context: Any) -> list[ov.Output]:
+        lower, step = (
+            np.array(context.get_values_from_const_input(i), np.float32).reshape(
+                tuple(context.get_input(i).get_shape())
+            )
+            for i in (1, 2)
+        )
+        bits, kind, name = (context.get_values_from_const_input(i) for i in (3, 4, 5))
+        label = call_label(name, calls[name])
+        calls[name] += 1
+        quantizers[label] = Quantizer(label, lower, step, int(bits), kind)
+        return _Placeholder([context.get_input(0)], label).outputs()
+
+    extension = ConversionExtension("condiquant::fake_quantize", mark)
+    was_training = model.training
+    try:
+        with labelled(model.eval()), torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", torch.jit.TracerWarning)
+            traced = torch.jit.trace(model, example_input, strict=False, check_trace=False)
+            converted = ov.convert_model(
+                traced,
+                example_input=example_input,
+                input=[ov.PartialShape(shape)],
+                extension=[extension],
+                share_weights=False,
+            )
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise InputError(f"OpenVINO cannot convert {type(model).__name__}: {reason}") from error
+    finally:
+        model.train(was_training)
+    for port, name in zip(converted.inputs, input_names, strict=False):
+        port.get_tensor().set_names({name})
+    for port, name in zip(converted.outputs, output_names, strict=False):
+        port.get_tensor().set_names({name})
+    _replace_placeholders(converted, quantizers)
+    compact(converted)
+    converted.validate_nodes_and_infer_types()
+    converted.set_friendly_name(type(model).__name__)
+    for index, node in enumerate(converted.get_ordered_ops()):
+        if node.get_friendly_name() == node.get_name():  # counts on over a process
+            node.set_friendly_name(f"{node.get_type_name()}_{index}")
+    return converted
+
+
+def _replace_placeholders(model: ov.Model, quantizers: dict[str, Quantizer]) -> None:
+    placeholders = [node for node in model.get_ordered_ops() if isinstance(node, _Placeholder)]
+    # All decisions come first: they look at the placeholders around.
+    forms = [_form(node, quantizers) for node in placeholders]
+    for node, form in zip(placeholders, forms, strict=True):
+        quantizer, source = quantizers[node.label], node.input_value(0)
+        if form is _Form.ACTIVATION:
+            _redirect(node.output(0), quantizer_graphs.activation(source, quantizer))
+        elif form is _Form.ELEMENTWISE:
+            _redirect(node.output(0), quantizer_graphs.elementwise(source, quantizer))
+        else:
+            values, replaced = source.get_node().data, _after_reshape(node)
+            shape, int8 = tuple(replaced.get_shape()), form is _Form.INT8_WEIGHT
+            _redirect(replaced, quantizer_graphs.weight(values, quantizer, shape, int8=int8))
+
+
+def _form(node: _Placeholder, quantizers: dict[str, Quantizer]) -> _Form:
+    quantizer, constant = quantizers[node.label], _is_constant(node.input_value(0).get_node())
+    if quantizer.kind == "activation":
+        if quantizer.lower.size == 1 and not constant and _feeds_products_only(node.output(0)):
+            return _Form.ACTIVATION
+        return _Form.ELEMENTWISE
+    if not constant:
+        return _Form.ELEMENTWISE
+    replaced = _after_reshape(node)
+    shape = node.input_value(0).get_shape()
+    scales = quantizer_graphs.per_row(quantizer.step, tuple(shape), tuple(replaced.get_shape()))
+    rows = {axis for axis, size in enumerate(scales.shape) if size > 1}
+    for port in replaced.get_target_inputs():
+        product = port.get_node()
+        if product.get_type_name() not in quantizer_graphs.PRODUCTS or port.get_index() != 1:
+            return _Form.FLOAT_WEIGHT
+        source = quantizer_graphs.origin(product.input_value(0))
+        if (
+            not rows <= quantizer_graphs.output_channel_axes(product)
+            or not isinstance(source, _Placeholder)
+            or _form(source, quantizers) is not _Form.ACTIVATION
+        ):
+            return _Form.FLOAT_WEIGHT
+    return _Form.INT8_WEIGHT
+
+
+def _feeds_products_only(values: ov.Output) -> bool:
+    """Whether all uses are products with a constant or with something else quantized."""
+    for port in values.get_target_inputs():
+        node = port.get_node()
+        if quantizer_graphs.only_rearranges(node):
+            if not _feeds_products_only(node.output(0)):
+                return False
+        elif node.get_type_name() in quantizer_graphs.PRODUCTS:
+            other = quantizer_graphs.origin(node.input_value(1 - port.get_index()))
+            if not (isinstance(other, _Placeholder) or _is_constant(other)):
+                return False
+        else:
+            return False
+    return True
+
+
+def _is_constant(node: ov.Node) -> bool:
+    return bool(node.get_type_name() == "Constant")
+
+
+def _after_reshape(node: _Placeholder) -> ov.Output:
+    """Grouped convolutions reshape their weight; the packed codes take that shape at once."""
+    consumers = [port.get_node() for port in node.output(0).get_target_inputs()]
+    if len(consumers) == 1 and consumers[0].get_type_name() == "Reshape":
+        reshaped = consumers[0].output(0)
+        if reshaped.get_partial_shape().is_static:
+            return reshaped
+    return node.output(0)
+
+
+def _redirect(old: ov.Output, new: ov.Output) -> None:
+    for port in old.get_target_inputs():
+        port.replace_source_output(new)

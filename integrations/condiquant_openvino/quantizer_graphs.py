@@ -1,0 +1,184 @@
+"""Graph forms of a fake quantizer that OpenVINO's CPU plugin computes exactly.
+
+Low-precision transforms are on by default and rewrite what looks quantized. Left to themselves
+they round a zero point that is not an integer, silently. Every form here keeps all levels on an
+8-bit lattice with an integer zero (:mod:`condiquant_plugin.grid`), so what they make is right too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import openvino as ov
+import openvino.opset13 as ops
+import torch
+from numpy.typing import NDArray
+
+from condiquant_plugin import grid
+
+PREFIX = "fake_quantize/"
+EXIT = "/exit"
+
+_OUTPUT_CHANNEL_AXES = {
+    "Convolution": {0},
+    "ConvolutionBackpropData": {1},
+    "GroupConvolution": {0, 1},
+    "GroupConvolutionBackpropData": {0, 2},
+}
+PRODUCTS = {*_OUTPUT_CHANNEL_AXES, "MatMul"}
+
+_PACKED = {2: ov.Type.u2, 3: ov.Type.u3, 4: ov.Type.u4}
+
+
+@dataclass(frozen=True)
+class Quantizer:
+    """A traced fake quantizer; ``lower`` and ``step`` (float32) broadcast against its input."""
+
+    label: str
+    """Unique in its model."""
+    lower: NDArray[np.float32]
+    step: NDArray[np.float32]
+    bits: int
+    kind: grid.Kind
+
+    @property
+    def refinement(self) -> int:
+        """Lattice steps in one grid step."""
+        return grid.lattice(self.bits, self.kind).refinement
+
+    def zero(self) -> NDArray[np.int32]:
+        """Position of zero in lattice steps, shape of ``lower``."""
+        lower, step = self.lower.astype(np.float64), self.step.astype(np.float64)
+        return np.rint(-lower / step * self.refinement).astype(np.int32)
+
+    def codes(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
+        """The simulation's own codes, in its own float32 arithmetic."""
+        found = grid.codes(
+            torch.tensor(x), torch.from_numpy(self.lower), torch.from_numpy(self.step), self.bits
+        )
+        return found.numpy()
+
+
+def only_rearranges(node: ov.Node) -> bool:
+    """Whether a node has the values of its first input, in an order known before it runs."""
+    return node.get_type_name() in {"Reshape", "Transpose", "Squeeze", "Unsqueeze"} and all(
+        value.get_node().get_type_name() == "Constant" for value in node.input_values()[1:]
+    )
+
+
+def origin(source: ov.Output) -> ov.Node:
+    """The node whose values ``source`` has, past operators that only rearrange them."""
+    node = source.get_node()
+    while only_rearranges(node):
+        node = node.input_value(0).get_node()
+    return node
+
+
+def output_channel_axes(product: ov.Node) -> set[int]:
+    """Axes of the output channels in the second operand."""
+    if product.get_type_name() != "MatMul":
+        return _OUTPUT_CHANNEL_AXES[product.get_type_name()]
+    rank = product.input_value(1).get_partial_shape().rank.get_length()
+    return {rank - 2 if product.get_attributes()["transpose_b"] else rank - 1}
+
+
+def activation(x: ov.Output, quantizer: Quantizer) -> ov.Output:
+    """For an int8 kernel: FakeQuantize to the grid, then to the 256 levels of its lattice.
+
+    The second one changes nothing and is what the low-precision transforms see. At 8 bits the grid
+    is the lattice.
+
+    Args:
+        quantizer: of kind ``"activation"`` with one grid for all of ``x``.
+    """
+    last_code = 2**quantizer.bits - 1
+    step = quantizer.step.astype(np.float64)
+    fine, zero = step / quantizer.refinement, quantizer.zero()
+    bounds = [(code * quantizer.refinement - zero) * fine for code in (0, last_code)]
+    result = _fake_quantize(x, bounds, last_code + 1, PREFIX + quantizer.label)
+    if last_code == 255:
+        return result
+    bounds = [(integer - zero) * fine for integer in (0, 255)]
+    return _fake_quantize(result, bounds, 256, PREFIX + quantizer.label + EXIT)
+
+
+def elementwise(x: ov.Output, quantizer: Quantizer) -> ov.Output:
+    """For float kernels: the formula of the simulation, which no transform recognises."""
+    lower, step = ops.constant(quantizer.lower), ops.constant(quantizer.step)
+    shifted = ops.subtract(x, lower)
+    shifted.set_friendly_name(PREFIX + quantizer.label)
+    position = ops.clamp(ops.divide(shifted, step), 0.0, 2.0**quantizer.bits - 1)
+    result = ops.add(ops.multiply(ops.round(position, "half_to_even"), step), lower)
+    result.set_friendly_name(PREFIX + quantizer.label + EXIT)
+    return result.output(0)
+
+
+def weight(
+    values: NDArray[np.float32],
+    quantizer: Quantizer,
+    shape: Sequence[int] | None = None,
+    *,
+    int8: bool,
+) -> ov.Output:
+    """Packed codes, looked up in a table of lattice integers, times a scale.
+
+    Codes take 2, 3, 4 or 8 bits each. Folds to a constant when compiled: to int8 for an int8
+    kernel, else to float, which nothing takes for a compressed weight whose input it may round.
+
+    Args:
+        values: the float weight, any shape.
+        shape: shape of the result if it differs (grouped convolutions).
+    """
+    shape = values.shape if shape is None else tuple(shape)
+    codes = quantizer.codes(values).astype(np.int32).reshape(shape)
+    zero = per_row(quantizer.zero(), values.shape, shape)
+    scale = per_row(quantizer.step / np.float32(quantizer.refinement), values.shape, shape)
+    if int8 and quantizer.bits not in _PACKED:
+        integers = ops.constant((codes * quantizer.refinement - zero).astype(np.int8))
+    else:
+        integers = _look_up(codes, zero, quantizer, np.int8 if int8 else np.float32)
+    if int8:
+        integers = ops.convert(integers, np.float32)
+    result = ops.multiply(integers, ops.constant(scale))
+    result.set_friendly_name(PREFIX + quantizer.label)
+    return result.output(0)
+
+
+def _look_up(
+    codes: NDArray[np.int32], zero: NDArray[np.int32], quantizer: Quantizer, entry: type
+) -> ov.Node:
+    """Lattice integers from packed codes: one table for every distinct position of zero."""
+    zeros, table_of_row = np.unique(zero, return_inverse=True)
+    levels = np.arange(2**quantizer.bits) * quantizer.refinement
+    tables: NDArray = (levels - zeros[:, None]).astype(entry)
+    packed = ops.constant(codes, dtype=_PACKED.get(quantizer.bits, ov.Type.u8))
+    index = ops.convert(packed, np.int32)
+    if len(zeros) > 1:
+        offset = table_of_row.reshape(zero.shape) * len(levels)
+        index = ops.add(index, ops.constant(offset.astype(np.int32)))
+    return ops.gather(ops.constant(tables.ravel()), index, ops.constant(np.int64(0)))
+
+
+def _fake_quantize(
+    x: ov.Output, bounds: list[NDArray[np.float64]], levels: int, name: str
+) -> ov.Output:
+    lower, upper = (ops.constant(np.asarray(bound, np.float32)) for bound in bounds)
+    node = ops.fake_quantize(x, lower, upper, lower, upper, levels)
+    node.set_friendly_name(name)
+    return node.output(0)
+
+
+def per_row(values: NDArray, old: tuple[int, ...], new: tuple[int, ...]) -> NDArray:
+    """A value per output channel, broadcastable to ``old``, made broadcastable to ``new``."""
+    if values.size == 1:
+        return values.reshape(())
+    if old == new:
+        return values
+    full = np.broadcast_to(values, old).reshape(new)
+    for axis in range(full.ndim):
+        first = full.take([0], axis)
+        if (full == first).all():
+            full = first
+    return full
