@@ -7,7 +7,7 @@ except ImportError as error:
         'condiquant_nncf needs NNCF: pip install "condiquant-plugin[nncf]"'
     ) from error
 
-from condiquant_nncf.layers import Layer, Scope, find_layers, wrap
+from condiquant_nncf.layers import Layer, Scope, feature_blocks, find_layers, wrap
 from condiquant_nncf.quantization import (
     QuantizationConfig,
     QuantizedNetwork,
@@ -23,6 +23,7 @@ __all__ = [
     "QuantizedNetwork",
     "Scope",
     "collect_moments",
+    "feature_blocks",
     "find_layers",
     "insert_quantizers",
     "quantize_network",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Literal
@@ -115,6 +115,23 @@ def find_layers(
             'use scope "all" for convolutional networks, and check ignored_scope'
         )
     return layers
+
+
+def feature_blocks(model: nn.Module, layers: Sequence[Layer]) -> list[str]:
+    """Names of the blocks that hold ``layers``: their nearest ancestors in a list of modules.
+
+    These are the places where a quantized network is compared with the float one (2DQuant's features).
+    """
+    blocks: dict[str, None] = {}
+    for layer in layers:
+        name = layer.name if layer.weight_name is not None else ""
+        while name:
+            parent, _, _ = name.rpartition(".")
+            if isinstance(model.get_submodule(parent), nn.ModuleList | nn.Sequential):
+                blocks[name] = None
+                break
+            name = parent
+    return list(blocks)
 
 
 def _reachable_from_inputs(graph: NNCFGraph) -> set[int]:

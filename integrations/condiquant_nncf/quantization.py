@@ -63,10 +63,6 @@ class QuantizedNetwork:
     reports: list[LayerReport]
     seconds: dict[str, float]
 
-    def trainable_weights(self) -> list[nn.Parameter]:
-        """Weights and biases of the quantized layers."""
-        return trainable_weights(self.model, self.layers)
-
 
 def trainable_weights(model: nn.Module, layers: Sequence[Layer]) -> list[nn.Parameter]:
     """Weights and biases of ``layers``."""

@@ -42,7 +42,7 @@ class Quantized:
     """The network after calibration."""
 
     model: nn.Module
-    trainable_weights: list[nn.Parameter]
+    layers: list[nncf_host.Layer]
     reports: list[LayerReport]
 
 
@@ -175,28 +175,28 @@ def _calibrated(
 ) -> tuple[Quantized, dict[str, float]]:
     config = settings.quantization(recipe)
     if (record := workspace.finished("calibrated")) is not None:
-        model, weights = rebuild(source.network, source.crops, recipe)
+        model, layers = rebuild(source.network, source.crops, recipe)
         workspace.restore("calibrated", model)
         reports = [LayerReport(**report) for report in record["reports"]]
-        return Quantized(model, weights, reports), record["seconds"]
+        return Quantized(model, layers, reports), record["seconds"]
     with progress.status("reconditioning weights, searching bounds"):
         result = nncf_host.quantize_network(
             source.network, source.crops, config, bounds_crops=recipe.condiquant.bounds.crops
         )
     record = {"seconds": result.seconds, "reports": [asdict(r) for r in result.reports]}
     workspace.finish("calibrated", record, result.model)
-    return Quantized(result.model, result.trainable_weights(), result.reports), result.seconds
+    return Quantized(result.model, result.layers, result.reports), result.seconds
 
 
 def rebuild(
     network: nn.Module, example: Tensor, recipe: Recipe
-) -> tuple[nn.Module, list[nn.Parameter]]:
+) -> tuple[nn.Module, list[nncf_host.Layer]]:
     """The quantized network's structure, its bounds and weights yet to be loaded."""
     config = settings.quantization(recipe)
     wrapped = nncf_host.wrap(network, example[:1])
     layers = nncf_host.find_layers(wrapped, config.scope, config.ignored_scope)
     model = nncf_host.insert_quantizers(wrapped, layers, config)
-    return model, nncf_host.trainable_weights(model, layers)
+    return model, layers
 
 
 def _distilled(
@@ -216,7 +216,8 @@ def _distilled(
                 source.crops,
                 source.held_out,
                 config,
-                trainable_weights=quantized.trainable_weights,
+                trainable_weights=nncf_host.trainable_weights(quantized.model, quantized.layers),
+                blocks=nncf_host.feature_blocks(source.network, quantized.layers),
                 checkpoint=workspace.distillation_path,
                 progress=lambda iteration, loss: advance(f"loss {loss:.5f}", iteration),
             )

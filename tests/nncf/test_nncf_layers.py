@@ -3,7 +3,7 @@ import pytest
 import torch
 from torch import nn
 
-from condiquant_nncf import find_layers, wrap
+from condiquant_nncf import feature_blocks, find_layers, wrap
 from condiquant_plugin import InputError
 from networks import build
 
@@ -90,3 +90,15 @@ def test_geometry_is_the_modules(module):
     assert geometry.padding == ((1, 1) if module.padding == "same" else module.padding)
     if isinstance(module, nn.ConvTranspose2d):
         assert geometry.output_padding == module.output_padding
+
+
+def test_feature_blocks_are_the_repeated_blocks():
+    def blocks(name, scope):
+        network = build(name)
+        layers = find_layers(wrap(network, torch.rand(1, 3, 32, 32)), scope)
+        return feature_blocks(network, layers)
+
+    group = "layers.{}.residual_group.blocks.{}"
+    assert blocks("swinir", "transformer") == [group.format(i, j) for i in (0, 1) for j in (0, 1)]
+    assert blocks("dat", "transformer") == ["layers.0.blocks.0", "layers.0.blocks.1"]
+    assert blocks("edsr", "all")[:2] == ["body.0", "body.1"]

@@ -142,8 +142,9 @@ def test_distillation_trains_through_nncfs_hooks():
     result = host.quantize_network(network, images, config("swinir", 2))
     outcome = distill(
         result.model, network, images[:6], images[6:],
-        DistillationConfig(iterations=20, validate_every=5),
-        trainable_weights=result.trainable_weights(),
+        DistillationConfig(iterations=20, validate_every=5, feature_weight=0.01),
+        blocks=host.feature_blocks(network, result.layers),
+        trainable_weights=host.trainable_weights(result.model, result.layers),
     )  # fmt: skip
     assert outcome.best_loss < outcome.initial_loss
 
