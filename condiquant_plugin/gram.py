@@ -120,6 +120,20 @@ class Moments:
         return Moments(**added)
 
 
+def all_reduce(local: Moments) -> Moments:
+    """Moments of all processes together, the same on each; needs an initialised process group."""
+    samples = torch.tensor(local.samples, device=local.gram.device)
+    torch.distributed.all_reduce(samples)
+    reduced: dict[str, Any] = {"samples": int(samples)}
+    for field in fields(local)[1:]:
+        value = getattr(local, field.name)
+        if value is not None:
+            value = value.clone()
+            torch.distributed.all_reduce(value)
+        reduced[field.name] = value
+    return Moments(**reduced)
+
+
 def moments(
     x: Tensor, geometry: LayerGeometry, quantized: Tensor | None = None, *, name: str = "a layer"
 ) -> Moments:

@@ -80,5 +80,5 @@ def upscale(
     pixels = basicsr_host.read_image(image)
     upscaler = openvino_host.Upscaler(model, device, tile, overlap)
     with progress.bar("upscaling", 1) as advance:
-        result = upscaler(pixels, lambda done, total: advance(f"tile {done}/{total}", done / total))
+        result = upscaler(pixels, lambda done, total: advance("tiles", done, total))
     basicsr_host.write_image(output, torch.as_tensor(result))

@@ -26,7 +26,7 @@ class Progress:
 
     @contextmanager
     def bar(self, description: str, total: int) -> Iterator[Advance]:
-        """A bar; the yielded function advances it: ``advance(detail="", done=None)``."""
+        """A bar; the yielded function advances it: ``advance(detail="", done=None, total=None)``."""
         if self.console is None:
             yield lambda *_: None
             return
@@ -41,11 +41,9 @@ class Progress:
         with RichProgress(*columns, console=self.console) as progress:
             task = progress.add_task(description, total=total, detail="")
 
-            def advance(detail: str = "", done: int | None = None) -> None:
-                if done is None:
-                    progress.update(task, advance=1, detail=detail)
-                else:
-                    progress.update(task, completed=done, detail=detail)
+            def advance(detail: str = "", done: int | None = None, total: int | None = None) -> None:
+                step = 1 if done is None else None
+                progress.update(task, advance=step, completed=done, total=total, detail=detail)
 
             yield advance
 

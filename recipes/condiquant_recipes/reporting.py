@@ -24,7 +24,8 @@ def run_table(metrics: Mapping[str, Any]) -> Table:
     table.caption = (
         f"condition number, median {before:.0f} -> {after:.0f}; "
         f"IR {metrics['ir']['bin_bytes'] / 1024:.0f} KiB .bin, {size / 1024:.0f} KiB with .xml; "
-        f"parity {metrics['ir']['parity_mean_abs']:.1e}"
+        f"IR against simulation: layers within {metrics['ir']['parity_layer_max']:.0e}, "
+        f"rounding ties {metrics['ir']['tie_rate']:.0e}, end to end {metrics['ir']['parity_mean_abs']:.0e}"
     )
     return table
 

@@ -115,8 +115,8 @@ def run(
     source = load_source(recipe, data, names)
     workspace = Workspace.create(out, recipe, resume=resume)
 
-    float_scores = _evaluated(workspace, "float", source.network, source, recipe, progress)
     quantized, seconds = _calibrated(workspace, source, recipe, progress)
+    float_scores = _evaluated(workspace, "float", source.network, source, recipe, progress)
     distilled = _distilled(workspace, quantized, source, recipe, progress)
     seconds["distillation"] = distilled.pop("seconds")
     scores = _evaluated(workspace, "quantized", quantized.model, source, recipe, progress)

@@ -130,6 +130,7 @@ def test_infinite_activation_names_the_layer(failing_run):
 
     message = failing_run(change)
     assert "NaN or Inf" in message
+    assert "body.0.conv1" in message
 
 
 def test_scope_without_layers(failing_run):
