@@ -27,6 +27,9 @@ Proxy = Literal["spread", "log_condition"]
 DEFAULT_STRENGTH = {2: 1e-2, 3: 1e-2}
 """``tau`` per bit-width of the activations where it is not 3e-3 (docs/results.md)."""
 
+DEFAULT_DAMPING = {2: 1e-2, 3: 1e-2}
+"""Damping of ``least_squares`` per bit-width of the activations where it is not 1e-1, likewise."""
+
 
 def default_objective(bits: int) -> Objective:
     """What measured best on held-out calibration crops at this bit-width (docs/results.md)."""
@@ -44,7 +47,7 @@ class ReconditioningConfig:
     """Choose ``tau`` per layer as the largest whose relative output error stays within this."""
     steps: int = 100
     proxy: Proxy = "spread"
-    damping: float = 1e-2
+    damping: float = 1e-1
     """Pull towards ``W0`` in units of the mean input energy (``least_squares``)."""
 
 

@@ -41,7 +41,9 @@ class Progress:
         with RichProgress(*columns, console=self.console) as progress:
             task = progress.add_task(description, total=total, detail="")
 
-            def advance(detail: str = "", done: int | None = None, total: int | None = None) -> None:
+            def advance(
+                detail: str = "", done: int | None = None, total: int | None = None
+            ) -> None:
                 step = 1 if done is None else None
                 progress.update(task, advance=step, completed=done, total=total, detail=detail)
 

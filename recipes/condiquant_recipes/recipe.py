@@ -67,7 +67,8 @@ class ReconditionSection(_Section):
     output_tolerance: float | None = Field(None, gt=0)
     steps: int = Field(100, ge=1)
     proxy: Literal["spread", "log_condition"] = "spread"
-    damping: float = Field(1e-2, ge=0)
+    damping: float | None = Field(None, ge=0)
+    """Pull of ``least_squares`` towards the trained weight; left out: the default of the bit-width."""
 
 
 class BoundsSection(_Section):

@@ -7,6 +7,7 @@ import nncf
 from condiquant_nncf import QuantizationConfig
 from condiquant_plugin.distillation import DistillationConfig
 from condiquant_plugin.reconditioning import (
+    DEFAULT_DAMPING,
     DEFAULT_STRENGTH,
     Objective,
     ReconditioningConfig,
@@ -39,13 +40,18 @@ def _reconditioning(recipe: Recipe) -> ReconditioningConfig | None:
     objective: Objective = (
         default_objective(bits) if section.objective == "auto" else section.objective
     )
+    strength, damping = section.strength, section.damping
+    if strength is None:
+        strength = DEFAULT_STRENGTH.get(bits, ReconditioningConfig.strength)
+    if damping is None:
+        damping = DEFAULT_DAMPING.get(bits, ReconditioningConfig.damping)
     return ReconditioningConfig(
         objective=objective,
-        strength=section.strength or DEFAULT_STRENGTH.get(bits, ReconditioningConfig.strength),
+        strength=strength,
         output_tolerance=section.output_tolerance,
         steps=section.steps,
         proxy=section.proxy,
-        damping=section.damping,
+        damping=damping,
     )
 
 

@@ -39,7 +39,9 @@ def main(bit_widths: list[int]) -> None:
     network = load_network(recipe)
     upscale = partial(basicsr_host.upscale, scale=4, multiple=32)
     crops = basicsr_host.calibration_crops([data / "calibration/BSDS500_train"], 4, 32, 128, 0)
-    held_out = basicsr_host.calibration_crops([data / "calibration/DIV2K_valid_crop256"], 4, 64, 12, 0)
+    held_out = basicsr_host.calibration_crops(
+        [data / "calibration/DIV2K_valid_crop256"], 4, 64, 12, 0
+    )
     pairs = test_pairs(data, "Set5", 4)
     with torch.no_grad():
         targets = [network(crop[None])[0] for crop in held_out]

@@ -10,7 +10,7 @@ from condiquant_plugin.gram import LayerGeometry
 from condiquant_plugin.reconditioning import LayerProblem, ReconditioningConfig, recondition
 
 CONDITION = ReconditioningConfig(objective="condition", strength=3e-3)
-LEAST_SQUARES = ReconditioningConfig(objective="least_squares")
+LEAST_SQUARES = ReconditioningConfig(objective="least_squares", damping=1e-2)
 
 
 def problem(seed=0, rows=12, features=10, *, bits=3, bias=True, row_blocks=1, name="layer"):
@@ -161,4 +161,5 @@ def test_log_condition_proxy_lowers_the_condition_number():
 def test_default_strengths_fit_every_bit_width():
     for bits in range(2, 9):
         assert reconditioning.DEFAULT_STRENGTH.get(bits, ReconditioningConfig.strength) > 0
+        assert reconditioning.DEFAULT_DAMPING.get(bits, ReconditioningConfig.damping) > 0
         assert reconditioning.default_objective(bits) in ("condition", "least_squares")
