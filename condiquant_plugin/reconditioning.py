@@ -24,17 +24,6 @@ from condiquant_plugin.errors import InputError
 Objective = Literal["condition", "least_squares"]
 Proxy = Literal["spread", "log_condition"]
 
-DEFAULT_STRENGTH = {2: 1e-2, 3: 1e-2}
-"""``tau`` per bit-width of the activations where it is not 3e-3 (docs/results.md)."""
-
-DEFAULT_DAMPING = {2: 1e-2, 3: 1e-2}
-"""Damping of ``least_squares`` per bit-width of the activations where it is not 1e-1, likewise."""
-
-
-def default_objective(bits: int) -> Objective:
-    """What measured best on held-out calibration crops at this bit-width (docs/results.md)."""
-    return "least_squares"
-
 
 @dataclass(frozen=True)
 class ReconditioningConfig:
@@ -49,6 +38,13 @@ class ReconditioningConfig:
     proxy: Proxy = "spread"
     damping: float = 1e-1
     """Pull towards ``W0`` in units of the mean input energy (``least_squares``)."""
+
+
+def default_config(bits: int) -> ReconditioningConfig:
+    """What measured best on held-out calibration crops at this activation bit-width (docs/results.md)."""
+    if bits <= 3:
+        return ReconditioningConfig(strength=1e-2, damping=1e-2)
+    return ReconditioningConfig(strength=3e-3, damping=1e-1)
 
 
 @dataclass(frozen=True)

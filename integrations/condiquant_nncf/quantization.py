@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 import nncf
@@ -24,7 +24,12 @@ from condiquant_plugin.bounds import Side
 from condiquant_plugin.errors import InputError
 from condiquant_plugin.fake_quantizer import FakeQuantizer, fake_quantizers
 from condiquant_plugin.grid import check_bits
-from condiquant_plugin.reconditioning import LayerProblem, LayerReport, ReconditioningConfig
+from condiquant_plugin.reconditioning import (
+    LayerProblem,
+    LayerReport,
+    ReconditioningConfig,
+    default_config,
+)
 
 BoundsInputs = Literal["quantized", "float"]
 
@@ -45,8 +50,8 @@ class QuantizationConfig:
 
     ``"float"`` measured better at every bit-width, with and without reconditioning (docs/results.md).
     """
-    recondition: ReconditioningConfig | None = field(default_factory=ReconditioningConfig)
-    """``None`` quantizes the weights as trained."""
+    recondition: ReconditioningConfig | Literal["auto"] | None = "auto"
+    """``"auto"`` is the default of the activations' bit-width; ``None`` keeps the weights as trained."""
 
     def __post_init__(self) -> None:
         check_bits(self.weight_bits, "weight_bits")
@@ -94,11 +99,10 @@ def quantize_network(
     seconds = {"gram": 0.0, "recondition": 0.0, "bounds": 0.0}
     wrapped = wrap(network, crops[:1])
     layers = find_layers(wrapped, config.scope, config.ignored_scope)
-    reports: list[LayerReport] = []
-    if config.recondition is not None:
-        reports = _recondition(wrapped, layers, crops, config, seconds, bounds_crops, batch_size)
-    else:
+    if config.recondition is None:
         reports = _condition_numbers(wrapped.model, layers)
+    else:
+        reports = _recondition(wrapped, layers, crops, config, seconds, bounds_crops, batch_size)
     started = time.perf_counter()
     model = insert_quantizers(wrapped, layers, config)
     search_bounds(model, crops[:bounds_crops], inputs=config.bounds_inputs)
@@ -116,10 +120,12 @@ def _recondition(
     batch_size: int,
 ) -> list[LayerReport]:
     """Replace the weights inside ``wrapped``."""
-    assert config.recondition is not None
+    settings = config.recondition
+    if not isinstance(settings, ReconditioningConfig):
+        settings = default_config(config.activation_bits)
     started = time.perf_counter()
     quantizers: Mapping[str, FakeQuantizer] | None = None
-    if config.recondition.objective == "least_squares":
+    if settings.objective == "least_squares":
         as_trained = wrap(wrapped.model, wrapped.example_input)
         quantized = insert_quantizers(as_trained, layers, config)
         search_bounds(quantized, crops[:bounds_crops], inputs=config.bounds_inputs)
@@ -143,7 +149,7 @@ def _recondition(
         )
         for layer in weighted
     ]
-    solutions = reconditioning.recondition(problems, config.recondition)
+    solutions = reconditioning.recondition(problems, settings)
     layout = TransformationLayout()
     for layer, solution in zip(weighted, solutions, strict=True):
         layout.register(PT2ConstUpdateCommand(layer.weight_node, solution.weight))

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import nncf
 
 from condiquant_nncf import QuantizationConfig
 from condiquant_plugin.distillation import DistillationConfig
-from condiquant_plugin.reconditioning import (
-    DEFAULT_DAMPING,
-    DEFAULT_STRENGTH,
-    Objective,
-    ReconditioningConfig,
-    default_objective,
-)
+from condiquant_plugin.reconditioning import ReconditioningConfig, default_config
 from condiquant_recipes.recipe import Recipe
 
 
@@ -34,25 +30,13 @@ def quantization(recipe: Recipe) -> QuantizationConfig:
 
 
 def _reconditioning(recipe: Recipe) -> ReconditioningConfig | None:
-    section, bits = recipe.condiquant.recondition, recipe.condiquant.activation_bits
+    section = recipe.condiquant.recondition
     if not section.enabled:
         return None
-    objective: Objective = (
-        default_objective(bits) if section.objective == "auto" else section.objective
-    )
-    strength, damping = section.strength, section.damping
-    if strength is None:
-        strength = DEFAULT_STRENGTH.get(bits, ReconditioningConfig.strength)
-    if damping is None:
-        damping = DEFAULT_DAMPING.get(bits, ReconditioningConfig.damping)
-    return ReconditioningConfig(
-        objective=objective,
-        strength=strength,
-        output_tolerance=section.output_tolerance,
-        steps=section.steps,
-        proxy=section.proxy,
-        damping=damping,
-    )
+    given = section.model_dump(exclude={"enabled"}, exclude_none=True)
+    if section.objective == "auto":
+        del given["objective"]
+    return replace(default_config(recipe.condiquant.activation_bits), **given)
 
 
 def distillation(recipe: Recipe) -> DistillationConfig:

@@ -28,7 +28,7 @@ CASES = {
     **{f"condition, tau {t:g}": Config("condition", strength=t) for t in (1e-3, 3e-3, 1e-2, 3e-2)},
     "condition, tolerance 3 %": Config("condition", output_tolerance=0.03),
     **{f"least squares, damping {d:g}": Config(damping=d) for d in (1e-3, 1e-2, 1e-1)},
-    "least squares, bounds on quantized inputs": Config(),
+    "least squares, damping 0.1, bounds on quantized inputs": Config(damping=1e-1),
 }
 
 

@@ -158,8 +158,9 @@ def test_log_condition_proxy_lowers_the_condition_number():
     assert solution.report.condition_after < solution.report.condition_before
 
 
-def test_default_strengths_fit_every_bit_width():
-    for bits in range(2, 9):
-        assert reconditioning.DEFAULT_STRENGTH.get(bits, ReconditioningConfig.strength) > 0
-        assert reconditioning.DEFAULT_DAMPING.get(bits, ReconditioningConfig.damping) > 0
-        assert reconditioning.default_objective(bits) in ("condition", "least_squares")
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_the_default_lowers_the_error_of_the_quantized_output(bits):
+    given_problem, *_ = problem(bits=bits)
+    [solution] = recondition([given_problem], reconditioning.default_config(bits))
+    report = solution.report
+    assert report.quantized_output_error_after < report.quantized_output_error_before
