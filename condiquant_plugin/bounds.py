@@ -38,6 +38,8 @@ def search(
 ) -> Bounds:
     """Bounds of least squared error for each row, among shrunken ranges snapped to the lattice.
 
+    Ranges without zero are widened to it: 8-bit kernels need an exact zero.
+
     Args:
         rows: finite values, shape ``(rows, entries)``.
         side: ``"symmetric"`` shrinks both ends alike; ``"one_sided"`` the upper end only (softmax maps,
@@ -45,7 +47,7 @@ def search(
     """
     lowest, highest = rows.amin(1), rows.amax(1)
     centers, counts = _histogram(rows, lowest, highest, bits)
-    lower, upper = _candidate_bounds(lowest, highest, side, candidates)
+    lower, upper = _covering_zero(*_candidate_bounds(lowest, highest, side, candidates), bits, kind)
     snapped = grid.snap(lower, upper, bits, kind)
     error = torch.empty_like(lower)
     for row in range(rows.shape[0]):
@@ -71,6 +73,21 @@ def _candidate_bounds(
             [symmetric[1], one_sided[1]], 1
         )
     return symmetric if side == "symmetric" else one_sided
+
+
+def _covering_zero(
+    lower: Tensor, upper: Tensor, bits: int, kind: grid.Kind
+) -> tuple[Tensor, Tensor]:
+    """Ranges widened to what the lattice can hold: zero inside, for 8-bit weights in the middle."""
+    cells, last_code = grid.lattice(bits, kind), 2**bits - 1
+    lower, upper = lower.clamp_max(0), upper.clamp_min(0)
+    above_zero = cells.refinement * last_code - cells.lowest_zero
+    steps = (
+        (upper - lower) / last_code,
+        -lower * cells.refinement / cells.highest_zero,
+        upper * cells.refinement / above_zero,
+    )
+    return lower, lower + torch.stack(steps).amax(0) * last_code
 
 
 def _histogram(rows: Tensor, lowest: Tensor, highest: Tensor, bits: int) -> tuple[Tensor, Tensor]:

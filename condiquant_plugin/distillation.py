@@ -1,13 +1,12 @@
 """DQC: bounds, and optionally weights, trained so that the quantized network follows the float one.
 
 After 2DQuant (arXiv 2406.06649, section 3.3). Differences: the feature loss is the mean over blocks of a
-relative distance, so it neither vanishes nor grows with depth; every bound moves at a rate relative to
-its range; the checkpoint is chosen on held-out calibration crops.
+relative distance, so it neither vanishes nor grows with depth; every bound moves at a rate relative to the
+mean range of its quantizer; the checkpoint is chosen on held-out calibration crops.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 
 from condiquant_plugin.errors import InputError
 from condiquant_plugin.fake_quantizer import fake_quantizers
+from condiquant_plugin.files import replacing
 
 
 @dataclass(frozen=True)
@@ -188,9 +188,8 @@ class _Run:
             "scheduler": self.scheduler.state_dict(),
             "generator": self.generator.get_state(),
         }
-        temporary = path.with_name(path.name + ".part")
-        torch.save(state, temporary)
-        os.replace(temporary, path)
+        with replacing(path) as temporary:
+            torch.save(state, temporary)
 
     def load(self, path: Path) -> dict[str, Any]:
         state: dict[str, Any] = torch.load(path, weights_only=True)

@@ -5,8 +5,9 @@ A ``bits``-bit grid has ``L = 2**bits`` levels ``lower + code * step`` with ``co
 
 8-bit kernels compute with integers whose zero is exact. A low-bit grid fits them when it lies on a
 *lattice*: ``level = (refinement * code - zero) * step / refinement`` with an integer ``zero``.
-Snapping moves ``lower`` by at most ``step / (2 * refinement)`` and leaves ``step`` alone, so what is
-simulated with snapped bounds is what an 8-bit kernel computes.
+Snapping leaves ``step`` alone and moves ``lower`` by at most ``step / (2 * refinement)`` where zero lies
+inside the bounds, so what is simulated with snapped bounds is what an 8-bit kernel computes. Bounds that
+exclude zero slide until they touch it.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ Two objectives:
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -85,23 +85,17 @@ class LayerSolution:
 
 
 def recondition(
-    problems: Sequence[LayerProblem],
-    config: ReconditioningConfig,
-    progress: Callable[[int], None] | None = None,
+    problems: Sequence[LayerProblem], config: ReconditioningConfig
 ) -> list[LayerSolution]:
     """Recondition layers independently of one another, equal shapes in one batch.
-
-    Args:
-        progress: called with the number of layers that are done.
 
     Raises:
         InputError: if a weight has NaN or Inf, or ``least_squares`` lacks quantized moments.
     """
     for problem in problems:
-        if not torch.isfinite(problem.weight).all():
-            raise InputError(f"NaN or Inf in the weight of {problem.name}: check the checkpoint")
+        _check_finite(problem.name, problem.weight)
     solve = _least_squares if config.objective == "least_squares" else _condition
-    return solve(problems, config, progress or (lambda _: None))
+    return solve(problems, config)
 
 
 def _blocks(weight: Tensor, geometry: gram.LayerGeometry, row_blocks: int) -> Tensor:
@@ -110,15 +104,31 @@ def _blocks(weight: Tensor, geometry: gram.LayerGeometry, row_blocks: int) -> Te
     return matrix.reshape(-1, matrix.shape[1] // row_blocks, matrix.shape[2])
 
 
+def _check_finite(name: str, weight: Tensor) -> None:
+    if not torch.isfinite(weight).all():
+        raise InputError(f"NaN or Inf in the weight of {name}: check the checkpoint")
+
+
+def unchanged(
+    name: str, weight: Tensor, geometry: gram.LayerGeometry, row_blocks: int = 1
+) -> LayerReport:
+    """Report of a layer that keeps its weight.
+
+    Raises:
+        InputError: if the weight has NaN or Inf.
+    """
+    _check_finite(name, weight)
+    kappa = layer_condition(weight, geometry, row_blocks)
+    return LayerReport(name, kappa, kappa, 0.0)
+
+
 def layer_condition(weight: Tensor, geometry: gram.LayerGeometry, row_blocks: int = 1) -> float:
     """Condition number of a layer: the median over its groups and row blocks."""
     return float(spectrum.condition_number(_blocks(weight, geometry, row_blocks).float()).median())
 
 
 def _condition(
-    problems: Sequence[LayerProblem],
-    config: ReconditioningConfig,
-    progress: Callable[[int], None],
+    problems: Sequence[LayerProblem], config: ReconditioningConfig
 ) -> list[LayerSolution]:
     by_shape: dict[torch.Size, list[int]] = defaultdict(list)
     blocks = [_blocks(p.weight, p.geometry, p.row_blocks) for p in problems]
@@ -132,7 +142,6 @@ def _condition(
         )
         solved = _search_strength(weight, grams, config)
         results.update(zip(indices, solved.split([len(blocks[i]) for i in indices]), strict=True))
-        progress(len(results))
     return [_solution(p, results[i], p.bias) for i, p in enumerate(problems)]
 
 
@@ -182,12 +191,10 @@ def proximal_gradient(
 
 
 def _least_squares(
-    problems: Sequence[LayerProblem],
-    config: ReconditioningConfig,
-    progress: Callable[[int], None],
+    problems: Sequence[LayerProblem], config: ReconditioningConfig
 ) -> list[LayerSolution]:
     solutions = []
-    for done, problem in enumerate(problems, 1):
+    for problem in problems:
         data = problem.moments
         if data.quantized_gram is None:
             raise InputError(
@@ -209,7 +216,6 @@ def _least_squares(
             else None
         )
         solutions.append(_solution(problem, solved[..., :features], bias))
-        progress(done)
     return solutions
 
 

@@ -36,9 +36,8 @@ def spread(weight: Tensor) -> Tensor:
 
 
 def log_condition(weight: Tensor) -> Tensor:
-    """The alternative proxy ``log kappa(W)``, shape ``(...)``."""
-    sigma = torch.linalg.svdvals(weight)
-    return sigma[..., 0].log() - sigma[..., -1].log()
+    """The alternative proxy ``log kappa(W)``, shape ``(...)``; ``inf`` for rank-deficient matrices."""
+    return condition_number(weight).log()
 
 
 def prox_spread_svd(weight: Tensor, tau: Tensor | float) -> Tensor:

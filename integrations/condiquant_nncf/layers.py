@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -89,14 +90,17 @@ def find_layers(
         ignored_scope: NNCF's, matched against node names.
 
     Raises:
-        InputError: if nothing is left to quantize.
+        InputError: if nothing is left to quantize, or ``ignored_scope`` matches nothing.
     """
     graph = wrapped.get_graph()
     ignored: set[str] = set()
     if ignored_scope is not None:
-        ignored = get_ignored_node_names_from_ignored_scope(
-            ignored_scope, graph, strict=ignored_scope.validate
-        )
+        try:
+            ignored = get_ignored_node_names_from_ignored_scope(
+                ignored_scope, graph, strict=ignored_scope.validate
+            )
+        except (nncf.ValidationError, re.error) as error:
+            raise InputError(" ".join(f"ignored_scope: {error}".split())) from error
     dependent = _reachable_from_inputs(graph)
     weighted = _LINEAR if scope == "transformer" else (*_LINEAR, *_CONVOLUTIONS)
     nodes = [

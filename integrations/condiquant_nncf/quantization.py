@@ -165,8 +165,9 @@ def _condition_numbers(model: nn.Module, layers: Sequence[Layer]) -> list[LayerR
     for layer in layers:
         if layer.weight_name is not None:
             weight = model.get_parameter(layer.weight_name)
-            kappa = reconditioning.layer_condition(weight, layer.geometry, layer.row_blocks)
-            reports.append(LayerReport(layer.name, kappa, kappa, 0.0))
+            reports.append(
+                reconditioning.unchanged(layer.name, weight, layer.geometry, layer.row_blocks)
+            )
     return reports
 
 

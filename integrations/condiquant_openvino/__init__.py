@@ -7,6 +7,7 @@ except ImportError as error:
         'condiquant_openvino needs OpenVINO: pip install "condiquant-plugin[openvino]"'
     ) from error
 
+from condiquant_openvino.compaction import halve
 from condiquant_openvino.conversion import convert
 from condiquant_openvino.inspection import inspect
 from condiquant_openvino.latency import compare_latency, executed_precisions
@@ -22,6 +23,7 @@ __all__ = [
     "compare_latency",
     "convert",
     "executed_precisions",
+    "halve",
     "inspect",
     "read_ir",
     "read_metadata",

@@ -67,6 +67,8 @@ def save(
     try:
         xml.parent.mkdir(parents=True, exist_ok=True)
         ov.save_model(model, temporary, compress_to_fp16=False)
+        # A kill between the two renames must not leave an old graph with new weights.
+        xml.unlink(missing_ok=True)
         for source, target in pairs:
             os.replace(source, target)
     except (OSError, RuntimeError) as error:

@@ -21,7 +21,7 @@ _TILE, _OVERLAP = 256, 32
 
 
 def compile_ir(model: ov.Model, device: str = "CPU") -> ov.CompiledModel:
-    """Compile for latency, float operators in f32, every other property at its default.
+    """Compile with float operators in f32, every other property at its default.
 
     Raises:
         InputError: if there is no such device.
@@ -33,9 +33,7 @@ def compile_ir(model: ov.Model, device: str = "CPU") -> ov.CompiledModel:
         devices = ", ".join(core.available_devices)
         raise InputError(f"device {device!r} is not available: use one of {devices}")
     try:
-        return core.compile_model(
-            model, device, {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
-        )
+        return core.compile_model(model, device, {"INFERENCE_PRECISION_HINT": "f32"})
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[-1]
         raise InputError(f"device {device!r} cannot run this IR: {reason}") from error
@@ -121,7 +119,9 @@ class Upscaler:
         padded = [_next_multiple(size, self._multiple) for size in (height, width)]
         if self._static:
             padded = [max(size, tile) for size, tile in zip(padded, self._tile, strict=True)]
-        image = np.pad(image, ((0, 0), (0, padded[0] - height), (0, padded[1] - width)), "reflect")
+        image = np.pad(
+            image, ((0, 0), (0, padded[0] - height), (0, padded[1] - width)), "symmetric"
+        )
         tile = [min(size, tile) for size, tile in zip(padded, self._tile, strict=True)]
         rows, columns = (
             _spans(size, extent, self._overlap) for size, extent in zip(padded, tile, strict=True)

@@ -200,10 +200,13 @@ def main() -> None:
     except typer.Exit as error:
         code = error.exit_code
     except (typer.Abort, KeyboardInterrupt):
-        code = _fail("interrupted: run again with --resume to go on", 1)
+        resumable = sys.argv[1:2] == ["run"]
+        code = _fail("interrupted" + ": add --resume to go on" * resumable, 1)
     except Exception as error:
         usage = getattr(error, "format_message", None)
-        if usage is not None:
+        if len(sys.argv) == 1:
+            code = 2  # the help has been shown
+        elif usage is not None:
             code = _fail(str(usage()), 2)
         elif os.environ.get("CONDIQUANT_TRACEBACK"):
             raise
@@ -214,5 +217,5 @@ def main() -> None:
 
 
 def _fail(message: str, code: int) -> int:
-    print(f"condiquant: error: {message}", file=sys.stderr)
+    print(f"condiquant: error: {' '.join(message.split())}", file=sys.stderr)
     return code

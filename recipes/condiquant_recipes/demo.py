@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from condiquant_recipes.recipe import load_recipe
 from condiquant_recipes.recipe_files import recipe_path
 from condiquant_recipes.reporting import condition_medians, side_by_side
 from condiquant_recipes.run import load_network, run
+from condiquant_recipes.workspace import OtherRunError
 
 _CALIBRATION = ("coffee", "rocket", "retina", "motorcycle_left")
 _TEST = {"astronaut": (0, 384, 128, 384), "chelsea": (0, 256, 64, 320)}
@@ -59,7 +61,11 @@ def run_demo(out: Path, progress: Progress, console: Console) -> None:
         if progress.console is not None:
             progress.console.rule(title)
         recipe = load_recipe(path, [*_SETTINGS, *overrides])
-        results[variant] = run(recipe, data, out / variant, resume=True, progress=progress)
+        job = partial(run, recipe, data, out / variant, progress=progress)
+        try:
+            results[variant] = job(resume=True)
+        except OtherRunError:
+            results[variant] = job()
     final = out / "distilled"
     picture = out / "side_by_side.png"
     _draw(final / "model.xml", data, picture, progress)

@@ -15,7 +15,9 @@ import condiquant_openvino as openvino_host
 from condiquant_plugin.errors import InputError
 from condiquant_plugin.reconditioning import layer_condition
 from condiquant_recipes.recipe import load_recipe
+from condiquant_recipes.recipe_files import recipe_path
 from condiquant_recipes.run import example_image, load_network
+from condiquant_recipes.settings import quantization
 
 
 def describe(file: Path) -> dict[str, Any]:
@@ -24,37 +26,45 @@ def describe(file: Path) -> dict[str, Any]:
     Raises:
         InputError: missing or unreadable file.
     """
+    if file.suffix in {".yml", ".yaml"}:
+        recipe = load_recipe(recipe_path(file))
+        described = _describe_network(
+            load_network(recipe), recipe.scale, recipe.pad_multiple, quantization(recipe)
+        )
+        return {"recipe": recipe.model_dump(), **described}
     if not file.is_file():
         raise InputError(f"{file} does not exist: give an IR, a recipe or a checkpoint")
     if file.suffix == ".xml":
         return openvino_host.inspect(file)
-    if file.suffix in {".yml", ".yaml"}:
-        recipe = load_recipe(file)
-        network = load_network(recipe)
-        described = _describe_network(network, recipe.scale, recipe.condiquant.scope)
-        return {"recipe": recipe.model_dump(), **described}
     network, scale = basicsr_host.load_network(None, str(file))
-    return _describe_network(network, scale, "all")
+    return _describe_network(network, scale, None, nncf_host.QuantizationConfig(scope="all"))
 
 
-def _describe_network(network: nn.Module, scale: int, scope: nncf_host.Scope) -> dict[str, Any]:
-    multiple = basicsr_host.pad_multiple(network)
+def _describe_network(
+    network: nn.Module,
+    scale: int,
+    override: int | None,
+    config: nncf_host.QuantizationConfig,
+) -> dict[str, Any]:
+    multiple = basicsr_host.pad_multiple(network, override)
     size = max(64 // multiple, 1) * multiple
-    layers = nncf_host.find_layers(nncf_host.wrap(network, example_image(size)), scope)
+    wrapped = nncf_host.wrap(network, example_image(size))
+    layers = nncf_host.find_layers(wrapped, config.scope, config.ignored_scope)
     rows = []
     for layer in layers:
         if layer.weight_name is not None:
             weight = network.get_parameter(layer.weight_name)
             kappa = layer_condition(weight, layer.geometry, layer.row_blocks)
-            rows.append({"name": layer.name, "shape": list(weight.shape), "condition": kappa})
+            row = {"name": layer.name, "shape": list(weight.shape), "condition": kappa}
         else:
-            rows.append({"name": layer.name, "shape": None, "condition": None})
+            row = {"name": layer.name, "shape": None, "condition": None}
+        rows.append(row | {"nncf_node": layer.node.node_name})
     return {
         "architecture": type(network).__name__,
         "scale": scale,
         "parameters": sum(p.numel() for p in network.parameters()),
         "pad_multiple": multiple,
-        "scope": scope,
+        "scope": config.scope,
         "layers": rows,
     }
 
@@ -66,14 +76,11 @@ def tables(described: dict[str, Any]) -> Iterator[Table]:
         summary.add_row(key, value)
     yield summary
     if "layers" in described:
-        layers = Table("layer", "weight", "condition number")
+        layers = Table("layer", "weight", "condition number", "NNCF node (for ignored_scope)")
         for row in described["layers"]:
-            if row["shape"] is None:
-                layers.add_row(row["name"], "product of activations", "")
-            else:
-                layers.add_row(
-                    row["name"], "x".join(map(str, row["shape"])), f"{row['condition']:.1f}"
-                )
+            shape = "x".join(map(str, row["shape"] or ())) or "product of activations"
+            kappa = "" if row["condition"] is None else f"{row['condition']:.1f}"
+            layers.add_row(row["name"], shape, kappa, row["nncf_node"])
         yield layers
 
 

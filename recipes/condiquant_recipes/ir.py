@@ -59,7 +59,6 @@ def export_again(
     size = recipe.datasets.calibration.crop
     model, _ = rebuild(network, torch.zeros(1, 3, size, size), recipe)
     load_parameters(model, workspace.network_path)
-    target.mkdir(parents=True, exist_ok=True)
     return export(model, recipe, multiple, target, progress)
 
 
@@ -77,6 +76,8 @@ def upscale(
     Raises:
         InputError: unreadable IR or image, unknown device, unwritable output.
     """
+    if output.suffix.lower() != ".png" or not output.parent.is_dir():
+        raise InputError(f"cannot write {output}: give a .png in an existing folder")
     pixels = basicsr_host.read_image(image)
     upscaler = openvino_host.Upscaler(model, device, tile, overlap)
     with progress.bar("upscaling", 1) as advance:

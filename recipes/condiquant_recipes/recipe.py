@@ -15,8 +15,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from condiquant_plugin.errors import InputError
 from condiquant_plugin.grid import MAX_BITS, MIN_BITS
 
-Bits = Literal[2, 3, 4, 5, 6, 7, 8]
-
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -67,7 +65,7 @@ class ReconditionSection(_Section):
     output_tolerance: float | None = Field(None, gt=0)
     steps: int = Field(100, ge=1)
     proxy: Literal["spread", "log_condition"] = "spread"
-    damping: float | None = Field(None, ge=0)
+    damping: float | None = Field(None, gt=0)
     """Pull of ``least_squares`` towards the trained weight; left out: the default of the bit-width."""
 
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from condiquant_plugin.errors import InputError
 
-_PLACES = (Path(__file__).parent / "recipes", Path(__file__).parent.parent)
+_INSTALLED = Path(__file__).parent / "recipes"
+_FOLDER = _INSTALLED if _INSTALLED.is_dir() else Path(__file__).parent.parent
 
 
 def recipe_path(name: str | Path) -> Path:
@@ -18,10 +19,7 @@ def recipe_path(name: str | Path) -> Path:
     path = Path(name)
     if path.is_file():
         return path
-    for place in _PLACES:
-        if (place / path).is_file():
-            return place / path
-    ready = sorted(
-        str(file.relative_to(place)) for place in _PLACES for file in place.glob("*/*.yml")
-    )
+    if (_FOLDER / path).is_file():
+        return _FOLDER / path
+    ready = sorted(str(file.relative_to(_FOLDER)) for file in _FOLDER.glob("*/*.yml"))
     raise InputError(f"recipe {path} does not exist; ready ones: {', '.join(ready)}")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
+from math import nan
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -13,10 +13,14 @@ import numpy as np
 from rich.table import Table
 from torch import Tensor
 
+from condiquant_plugin.files import replacing
+
 
 def run_table(metrics: Mapping[str, Any]) -> Table:
     """Float and quantized scores of one run, one column per test set."""
     bits = f"W{metrics['weight_bits']}A{metrics['activation_bits']}"
+    if metrics["reference"] == "float":
+        bits += " against the float output"
     table = score_table({"float": metrics["float"], bits: metrics["quantized"]})
     table.title = f"{metrics['model']} x{metrics['scale']}"
     before, after = condition_medians(metrics)
@@ -43,6 +47,8 @@ def score_table(rows: Mapping[str, Mapping[str, Any]]) -> Table:
 def condition_medians(metrics: Mapping[str, Any]) -> tuple[float, float]:
     """Median condition number of the layers before and after reconditioning."""
     layers = metrics["layers"]
+    if not layers:
+        return nan, nan
     before = median(layer["condition_before"] for layer in layers)
     return before, median(layer["condition_after"] for layer in layers)
 
@@ -59,7 +65,6 @@ def side_by_side(images: Sequence[tuple[str, Tensor]], path: Path) -> None:
         axis.imshow(np.asarray(image.clamp(0, 1).permute(1, 2, 0)), interpolation="nearest")
         axis.set_title(title, fontsize=10)
         axis.set_axis_off()
-    temporary = path.with_name(path.name + ".part")
-    figure.savefig(temporary, dpi=150, format="png")
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=150, format="png")
     pyplot.close(figure)
-    os.replace(temporary, path)

@@ -8,8 +8,9 @@ import nncf
 
 from condiquant_nncf import QuantizationConfig
 from condiquant_plugin.distillation import DistillationConfig
+from condiquant_plugin.errors import InputError
 from condiquant_plugin.reconditioning import ReconditioningConfig, default_config
-from condiquant_recipes.recipe import Recipe
+from condiquant_recipes.recipe import Recipe, ReconditionSection
 
 
 def quantization(recipe: Recipe) -> QuantizationConfig:
@@ -36,7 +37,20 @@ def _reconditioning(recipe: Recipe) -> ReconditioningConfig | None:
     given = section.model_dump(exclude={"enabled"}, exclude_none=True)
     if section.objective == "auto":
         del given["objective"]
-    return replace(default_config(recipe.condiquant.activation_bits), **given)
+    config = replace(default_config(recipe.condiquant.activation_bits), **given)
+    plain = ReconditionSection()
+    unused = {
+        "condition": ("damping",),
+        "least_squares": ("strength", "output_tolerance", "steps", "proxy"),
+    }[config.objective]
+    for key in unused:
+        if getattr(section, key) != getattr(plain, key):
+            other = "least_squares" if config.objective == "condition" else "condition"
+            raise InputError(
+                f"condiquant.recondition.{key} has no effect with objective={config.objective}: "
+                f"leave it out, or set condiquant.recondition.objective={other}"
+            )
+    return config
 
 
 def distillation(recipe: Recipe) -> DistillationConfig:

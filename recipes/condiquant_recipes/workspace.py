@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-import os
+import math
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,10 +15,17 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from condiquant_plugin import __version__
 from condiquant_plugin.errors import InputError
+from condiquant_plugin.files import replacing, write_atomic
 from condiquant_recipes.recipe import Recipe, load_recipe
 
 _RECIPE, _STAGES, _NETWORK = "recipe.yml", "stages", "quantized.safetensors"
+_RESULTS = (_NETWORK, "model.xml", "model.bin", "metrics.json")
+
+
+class OtherRunError(InputError):
+    """The folder holds a run of something else."""
 
 
 class Workspace:
@@ -27,25 +35,41 @@ class Workspace:
         self.folder = folder
 
     @classmethod
-    def create(cls, folder: Path, recipe: Recipe, *, resume: bool) -> Workspace:
-        """Make or reopen the folder; without ``resume`` the stages of an earlier run are dropped.
+    def create(
+        cls, folder: Path, recipe: Recipe, network: nn.Module, data: Path, *, resume: bool
+    ) -> Workspace:
+        """Make or reopen the folder; without ``resume`` all that an earlier run left is dropped.
+
+        Args:
+            network, data: the float network and the data folder, which a resumed run must share.
 
         Raises:
-            InputError: not writable, or ``resume`` with another recipe.
+            OtherRunError: ``resume`` with another recipe, other weights, data or version.
+            InputError: not writable.
         """
         workspace = cls(folder)
+        identity = {
+            "recipe": recipe.digest(),
+            "weights": _digest(network),
+            "data": str(data.resolve()),
+            "version": __version__,
+        }
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            if resume and workspace.recipe_path.exists():
-                if load_recipe(workspace.recipe_path).digest() != recipe.digest():
-                    raise InputError(
-                        f"{folder} holds a run of another recipe: "
-                        "leave out --resume, or give another --out"
-                    )
-            else:
+            before = workspace.finished("identity") if resume else None
+            if before is not None and before != identity:
+                changed = ", ".join(key for key in identity if identity[key] != before.get(key))
+                raise OtherRunError(
+                    f"{folder} holds another run (other {changed}): "
+                    "leave out --resume, or give another --out"
+                )
+            if before is None:
                 shutil.rmtree(folder / _STAGES, ignore_errors=True)
+                for name in _RESULTS:
+                    (folder / name).unlink(missing_ok=True)
             (folder / _STAGES).mkdir(exist_ok=True)
-            write_text(workspace.recipe_path, recipe.to_yaml())
+            workspace.finish("identity", identity)
+            write_atomic(workspace.recipe_path, recipe.to_yaml().encode())
         except OSError as error:
             raise InputError(
                 f"cannot write to {folder}: {error.strerror}; give another --out"
@@ -94,26 +118,41 @@ class Workspace:
         """Record a stage, with the network's parameters if it changed them."""
         if network is not None:
             save_parameters(network, self.folder / _STAGES / f"{stage}.safetensors")
-        write_text(self.folder / _STAGES / f"{stage}.json", json.dumps(record))
+        write_atomic(self.folder / _STAGES / f"{stage}.json", json.dumps(record).encode())
 
     def restore(self, stage: str, network: nn.Module) -> None:
         """Load the parameters that a finished stage left."""
         load_parameters(network, self.folder / _STAGES / f"{stage}.safetensors")
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file under a temporary name, then rename it."""
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+def write_metrics(path: Path, metrics: Mapping[str, Any]) -> None:
+    """Write standard JSON: infinite condition numbers become null."""
+
+    def finite(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: finite(entry) for key, entry in value.items()}
+        if isinstance(value, list):
+            return [finite(entry) for entry in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    text = json.dumps(finite(dict(metrics)), indent=1, allow_nan=False)
+    write_atomic(path, text.encode())
+
+
+def _digest(network: nn.Module) -> str:
+    """sha256 of all parameters."""
+    digest = hashlib.sha256()
+    for name, parameter in network.named_parameters():
+        digest.update(name.encode())
+        digest.update(parameter.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def save_parameters(network: nn.Module, path: Path) -> None:
     """Save all parameters (not buffers: those come with the architecture)."""
     tensors = {n: p.detach().contiguous().clone() for n, p in network.named_parameters()}
-    temporary = path.with_name(path.name + ".part")
-    save_file(tensors, temporary)
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        save_file(tensors, temporary)
 
 
 @torch.no_grad()

@@ -55,7 +55,7 @@ def test_ignored_scope_is_nncfs():
     assert names(build("swinir"), "transformer", ignored_scope=ignored) == [
         n for n in everything if not n.endswith("qkv")
     ]
-    with pytest.raises(nncf.ValidationError, match="no_such_layer"):
+    with pytest.raises(InputError, match="no_such_layer"):
         names(
             build("swinir"), "transformer", ignored_scope=nncf.IgnoredScope(names=["no_such_layer"])
         )

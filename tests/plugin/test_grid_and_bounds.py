@@ -115,3 +115,15 @@ def test_constant_data_gives_finite_bounds(bits, kind, value):
     x = torch.full((5, 4000), value)
     quantizer.search_bounds(x)
     assert torch.isfinite(quantizer(x)).all()
+
+
+@pytest.mark.parametrize("kind", ["weight", "activation"])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize(("low", "high"), [(3.0, 5.0), (-0.3, 0.5), (-5.0, -3.0)])
+def test_searched_grids_cover_data_on_either_side_of_zero(bits, kind, low, high):
+    x = torch.linspace(low, high, 4001)
+    found = bounds.search(x[None], bits, kind)
+    snapped = grid.snap(found.lower, found.upper, bits, kind)
+    widest = max(high, 0.0) - min(low, 0.0)
+    step = 1.3 * widest / (2**bits - 1)
+    assert (grid.quantize(x, snapped.lower, snapped.step, bits) - x).abs().max() <= step

@@ -16,11 +16,12 @@ def fails(capsys, monkeypatch, *arguments) -> str:
     with pytest.raises(SystemExit) as exit_info:
         cli.main()
     captured = capsys.readouterr()
-    lines = [line for line in captured.err.splitlines() if line.startswith("condiquant: error")]
+    lines = captured.err.splitlines()
+    errors = [i for i, line in enumerate(lines) if line.startswith("condiquant: error: ")]
     assert exit_info.value.code == 2, captured.err
-    assert len(lines) == 1
+    assert errors == [len(lines) - 1]
     assert "Traceback" not in captured.err
-    return lines[0]
+    return lines[-1]
 
 
 @pytest.fixture
@@ -34,7 +35,7 @@ def failing_run(make_job, capsys, monkeypatch):
         )  # fmt: skip
         assert not (job.out / "metrics.json").exists()
         assert not (job.out / "model.xml").exists()
-        assert not list(job.folder.rglob("*.part"))
+        assert not list(job.folder.rglob(".*"))
         return message
 
     return go
@@ -136,6 +137,18 @@ def test_infinite_activation_names_the_layer(failing_run):
 def test_scope_without_layers(failing_run):
     message = failing_run(lambda job: None, "--set", "condiquant.scope=transformer")
     assert "scope" in message
+
+
+def test_ignored_scope_that_matches_nothing(failing_run):
+    message = failing_run(lambda job: None, "--set", "condiquant.ignored_scope.names=[no_such]")
+    assert "no_such" in message
+
+
+@pytest.mark.parametrize("setting", ["steps=7", "strength=0.1", "objective=condition"])
+def test_settings_without_effect_are_refused(failing_run, setting):
+    extra = ("--set", "condiquant.recondition.damping=0.5") if "objective" in setting else ()
+    message = failing_run(lambda job: None, "--set", f"condiquant.recondition.{setting}", *extra)
+    assert "has no effect" in message
 
 
 def test_output_folder_not_writable(failing_run):
