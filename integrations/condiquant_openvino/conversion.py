@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -147,10 +148,21 @@ def convert(
     compact(converted)
     converted.validate_nodes_and_infer_types()
     converted.set_friendly_name(type(model).__name__)
-    for index, node in enumerate(converted.get_ordered_ops()):
-        if node.get_friendly_name() == node.get_name():  # counts on over a process
-            node.set_friendly_name(f"{node.get_type_name()}_{index}")
+    _name_reproducibly(converted)
     return converted
+
+
+def _name_reproducibly(model: ov.Model) -> None:
+    """Number what OpenVINO named with a counter that goes on over the whole process."""
+    numbers: dict[str, int] = {}
+    for index, node in enumerate(model.get_ordered_ops()):
+        name = node.get_friendly_name()
+        if name == node.get_name():
+            node.set_friendly_name(f"{node.get_type_name()}_{index}")
+        elif expanded := re.fullmatch(r"([A-Za-z]+)(_\d+)(/.+)", name):
+            operator, counter, part = expanded.groups()
+            number = numbers.setdefault(operator + counter, len(numbers))
+            node.set_friendly_name(f"{operator}_{number}{part}")
 
 
 def _replace_placeholders(model: ov.Model, quantizers: dict[str, Quantizer]) -> None:
