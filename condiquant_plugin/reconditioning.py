@@ -69,7 +69,7 @@ class LayerReport:
     """Median over the layer's groups and row blocks."""
     condition_after: float
     output_error: float
-    """Relative change of the layer's output on its float inputs, Frobenius norm."""
+    """Change of the layer's output on its float inputs, bias included, relative to ``|X W0^T|``."""
     quantized_output_error_before: float | None = None
     """Relative error of the output on quantized inputs, with the old weight."""
     quantized_output_error_after: float | None = None
@@ -256,31 +256,43 @@ def _relative_error(change: Tensor, weight: Tensor, grams: Tensor) -> Tensor:
 def _solution(problem: LayerProblem, matrix: Tensor, bias: Tensor | None) -> LayerSolution:
     weight = gram.weight_from_matrix(matrix, problem.weight, problem.geometry)
     layout = problem.geometry, problem.row_blocks
-    before_blocks, after_blocks = _blocks(problem.weight, *layout), _blocks(weight, *layout)
-    grams = problem.moments.gram.repeat_interleave(problem.row_blocks, 0)
-    change = _relative_error(after_blocks - before_blocks, before_blocks, grams)
     quantized = problem.moments.quantized_gram is not None
     report = LayerReport(
         problem.name,
         layer_condition(problem.weight, *layout),
         layer_condition(weight, *layout),
-        float(change.square().mean().sqrt()),
-        quantized_output_error(problem, problem.weight, problem.bias) if quantized else None,
-        quantized_output_error(problem, weight, bias) if quantized else None,
+        _output_error(problem, weight, bias),
+        _quantized_output_error(problem, problem.weight, problem.bias) if quantized else None,
+        _quantized_output_error(problem, weight, bias) if quantized else None,
     )
     return LayerSolution(weight, bias, report)
 
 
-def quantized_output_error(problem: LayerProblem, weight: Tensor, bias: Tensor | None) -> float:
-    """``|Q W^T + b - (X W0^T + b0)| / |X W0^T + b0|`` over the calibration inputs."""
+def _output_error(problem: LayerProblem, weight: Tensor, bias: Tensor | None) -> float:
+    """``|X (W - W0)^T + b - b0| / |X W0^T|`` over the calibration inputs."""
+    start = gram.weight_matrix(problem.weight.detach(), problem.geometry).double()
+    end = gram.weight_matrix(weight, problem.geometry).double()
+    change = _with_bias(end, bias) - _with_bias(start, problem.bias)
+    moved = ((change @ _second_moments(problem)) * change).sum().clamp_min(0)
+    total = ((start @ problem.moments.gram) * start).sum()
+    return float((moved / total.clamp_min(torch.finfo(torch.float64).tiny)).sqrt())
+
+
+def _second_moments(problem: LayerProblem) -> Tensor:
+    """``X^T X``, with a constant feature if the layer has a bias."""
     data = problem.moments
-    affine = problem.bias is not None
+    if problem.bias is None:
+        return data.gram
+    return _bordered(data.gram, data.total, data.total, data.samples)
+
+
+def _quantized_output_error(problem: LayerProblem, weight: Tensor, bias: Tensor | None) -> float:
+    """``|Q W^T + b - (X W0^T + b0)| / |X W0^T + b0|`` over the calibration inputs."""
     target = _with_bias(
         gram.weight_matrix(problem.weight.detach(), problem.geometry).double(), problem.bias
     )
     given = _with_bias(gram.weight_matrix(weight.detach(), problem.geometry).double(), bias)
-    system, cross = _normal_equations(data, affine=affine)
-    plain = _bordered(data.gram, data.total, data.total, data.samples) if affine else data.gram
-    energy = ((target @ plain) * target).sum()
+    system, cross = _normal_equations(problem.moments, affine=problem.bias is not None)
+    energy = ((target @ _second_moments(problem)) * target).sum()
     error = ((given @ system) * given).sum() - 2 * ((given @ cross) * target).sum() + energy
     return float((error.clamp_min(0) / energy.clamp_min(torch.finfo(torch.float64).tiny)).sqrt())

@@ -114,6 +114,8 @@ def test_least_squares_minimises_its_objective(bias):
     assert report.quantized_output_error_after < report.quantized_output_error_before
     error = (q @ solution.weight.T + found - target).norm() / target.norm()
     assert report.quantized_output_error_after == pytest.approx(error.item(), rel=1e-3)
+    change = (x @ solution.weight.T + found - target).norm() / (x @ given_problem.weight.T).norm()
+    assert report.output_error == pytest.approx(change.item(), rel=1e-3)
 
 
 @pytest.mark.parametrize("config", [CONDITION, LEAST_SQUARES], ids=lambda c: c.objective)
