@@ -81,13 +81,19 @@ def _covering_zero(
     """Ranges widened to what the lattice can hold: zero inside, for 8-bit weights in the middle."""
     cells, last_code = grid.lattice(bits, kind), 2**bits - 1
     lower, upper = lower.clamp_max(0), upper.clamp_min(0)
-    above_zero = cells.refinement * last_code - cells.lowest_zero
+    lowest_zero = torch.full_like(lower, cells.lowest_zero)
+    if cells.zero_spacing > 1:
+        lowest_zero[lower < 0] = cells.highest_zero
+    above_zero = cells.refinement * last_code - lowest_zero
     steps = (
         (upper - lower) / last_code,
         -lower * cells.refinement / cells.highest_zero,
         upper * cells.refinement / above_zero,
     )
-    return lower, lower + torch.stack(steps).amax(0) * last_code
+    step = torch.stack(steps).amax(0)
+    if cells.zero_spacing > 1:
+        lower = -step * lowest_zero / cells.refinement
+    return lower, lower + step * last_code
 
 
 def _histogram(rows: Tensor, lowest: Tensor, highest: Tensor, bits: int) -> tuple[Tensor, Tensor]:

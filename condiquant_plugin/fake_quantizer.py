@@ -77,7 +77,7 @@ class FakeQuantizer(nn.Module):
 
     Args:
         bits: 2 to 8.
-        kind: ``"weight"`` or ``"activation"``; decides the lattice.
+        kind: decides the lattice; an ``"operand"`` is a factor of a product of activations.
         row_blocks: number of equal blocks of rows along ``axis``, each with bounds of its own: 1 is
             per tensor, 3 serves a fused qkv, the number of rows is per channel.
         axis: the output-channel axis of a weight.

@@ -22,7 +22,7 @@ from condiquant_plugin.errors import InputError
 MIN_BITS, MAX_BITS = 2, 8
 SMALLEST_STEP = 1e-12
 
-Kind = Literal["weight", "activation"]
+Kind = Literal["weight", "activation", "operand"]
 
 
 def check_bits(bits: int, name: str = "bits") -> int:
@@ -46,10 +46,15 @@ class Lattice:
     """Smallest position of zero, counted in lattice steps from the lower bound."""
     highest_zero: int
     """Largest position of zero; zero always lies in ``[lower, upper]``."""
+    zero_spacing: int = 1
+    """Allowed positions of zero are ``lowest_zero`` plus multiples of it."""
 
 
 def lattice(bits: int, kind: Kind) -> Lattice:
-    """The finest lattice whose every level fits u8 (activations) or i8 (weights).
+    """The finest lattice whose every level fits u8 (activations) or i8 (weights, operands).
+
+    An operand is a factor of a product of two activations (attention): 8-bit kernels take no zero point
+    there, so its integers are signed. At 8 bits zero lies in the middle, or at the lower end (u8).
 
     >>> lattice(4, "weight")
     Lattice(refinement=8, lowest_zero=0, highest_zero=120)
@@ -62,6 +67,8 @@ def lattice(bits: int, kind: Kind) -> Lattice:
         return Lattice(refinement, 0, refinement * last_code)
     refinement = max(127 // last_code, 1)
     span = refinement * last_code
+    if kind == "operand" and bits == MAX_BITS:
+        return Lattice(refinement, 0, 128, zero_spacing=128)
     return Lattice(refinement, max(0, span - 127), min(128, span))
 
 
@@ -83,7 +90,10 @@ def snap(lower: Tensor, upper: Tensor, bits: int, kind: Kind) -> SnappedGrid:
     """
     cells = lattice(bits, kind)
     step = ((upper - lower) / (2**bits - 1)).clamp_min(SMALLEST_STEP)
-    zero = (-lower / step * cells.refinement).round().clamp(cells.lowest_zero, cells.highest_zero)
+    position = (-lower / step * cells.refinement - cells.lowest_zero) / cells.zero_spacing
+    zero = (position.round() * cells.zero_spacing + cells.lowest_zero).clamp(
+        cells.lowest_zero, cells.highest_zero
+    )
     return SnappedGrid(-zero * (step / cells.refinement), step, zero)
 
 

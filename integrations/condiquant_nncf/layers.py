@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import nncf
@@ -44,6 +44,8 @@ class Layer:
     bias_node: NNCFNode | None = field(default=None, repr=False)
     row_blocks: int = 1
     """3 for a fused query-key-value projection: its row blocks are matrices of their own."""
+    in_scope: bool = True
+    """False for a layer outside the scope, which gets bits of its own."""
 
     @property
     def weight_name(self) -> str | None:
@@ -78,7 +80,11 @@ def wrap(network: nn.Module, example_input: Tensor) -> GraphModelWrapper:
 
 
 def find_layers(
-    wrapped: GraphModelWrapper, scope: Scope, ignored_scope: nncf.IgnoredScope | None = None
+    wrapped: GraphModelWrapper,
+    scope: Scope,
+    ignored_scope: nncf.IgnoredScope | None = None,
+    *,
+    others: bool = False,
 ) -> list[Layer]:
     """Layers to quantize, in the order in which the network computes them.
 
@@ -88,6 +94,7 @@ def find_layers(
         scope: ``"transformer"`` takes linear layers and products of activations (attention);
             ``"all"`` takes every linear layer and convolution but the first and the last, and products.
         ignored_scope: NNCF's, matched against node names.
+        others: also the linear layers and convolutions outside the scope, marked as such.
 
     Raises:
         InputError: if nothing is left to quantize, or ``ignored_scope`` matches nothing.
@@ -102,18 +109,23 @@ def find_layers(
         except (nncf.ValidationError, re.error) as error:
             raise InputError(" ".join(f"ignored_scope: {error}".split())) from error
     dependent = _reachable_from_inputs(graph)
-    weighted = _LINEAR if scope == "transformer" else (*_LINEAR, *_CONVOLUTIONS)
     nodes = [
         n
         for n in graph.topological_sort()
-        if n.metatype in (*weighted, *_PRODUCTS) and _activations_depend(n, graph, dependent)
+        if n.metatype in (*_LINEAR, *_CONVOLUTIONS, *_PRODUCTS)
+        and _activations_depend(n, graph, dependent)
     ]
-    if scope == "all":
-        with_weight = [n for n in nodes if n.metatype not in _PRODUCTS]
-        ends = {id(n) for n in (with_weight[:1] + with_weight[-1:])}
-        nodes = [n for n in nodes if id(n) not in ends]
-    layers = [_layer(n, graph, wrapped.model) for n in nodes if n.node_name not in ignored]
-    if not layers:
+    if scope == "transformer":
+        outside = {n.node_id for n in nodes if n.metatype in _CONVOLUTIONS}
+    else:
+        with_weight = [n.node_id for n in nodes if n.metatype not in _PRODUCTS]
+        outside = set(with_weight[:1] + with_weight[-1:])
+    layers = [
+        replace(_layer(n, graph, wrapped.model), in_scope=n.node_id not in outside)
+        for n in nodes
+        if n.node_name not in ignored and (others or n.node_id not in outside)
+    ]
+    if not any(layer.in_scope for layer in layers):
         raise InputError(
             f"scope={scope!r} matches no layer of {type(wrapped.model).__name__}: "
             'use scope "all" for convolutional networks, and check ignored_scope'

@@ -42,6 +42,8 @@ class QuantizationConfig:
     activation_bits: int = 4
     scope: Scope = "transformer"
     ignored_scope: nncf.IgnoredScope | None = None
+    other_bits: int | None = None
+    """Bits of weights and activations of the layers outside the scope; ``None`` leaves them float."""
     weight_granularity: Literal["tensor", "channel"] = "tensor"
     """Bounds per tensor (per row block of a fused qkv) as in 2DQuant, or per output channel."""
     activation_side: Side = "auto"
@@ -56,6 +58,19 @@ class QuantizationConfig:
     def __post_init__(self) -> None:
         check_bits(self.weight_bits, "weight_bits")
         check_bits(self.activation_bits, "activation_bits")
+        if self.other_bits is not None:
+            check_bits(self.other_bits, "other_bits")
+
+    def find_layers(self, wrapped: GraphModelWrapper) -> list[Layer]:
+        """The layers to quantize; see :func:`condiquant_nncf.find_layers`."""
+        others = self.other_bits is not None
+        return find_layers(wrapped, self.scope, self.ignored_scope, others=others)
+
+    def bits(self, layer: Layer) -> tuple[int, int]:
+        """Bits of the weight and of the activations of a layer."""
+        if layer.in_scope or self.other_bits is None:
+            return self.weight_bits, self.activation_bits
+        return self.other_bits, self.other_bits
 
 
 @dataclass(frozen=True)
@@ -98,11 +113,12 @@ def quantize_network(
         raise InputError("no calibration images: give at least one")
     seconds = {"gram": 0.0, "recondition": 0.0, "bounds": 0.0}
     wrapped = wrap(network, crops[:1])
-    layers = find_layers(wrapped, config.scope, config.ignored_scope)
+    layers = config.find_layers(wrapped)
+    scoped = [layer for layer in layers if layer.in_scope]
     if config.recondition is None:
-        reports = _condition_numbers(wrapped.model, layers)
+        reports = _condition_numbers(wrapped.model, scoped)
     else:
-        reports = _recondition(wrapped, layers, crops, config, seconds, bounds_crops, batch_size)
+        reports = _recondition(wrapped, scoped, crops, config, seconds, bounds_crops, batch_size)
     started = time.perf_counter()
     model = insert_quantizers(wrapped, layers, config)
     search_bounds(model, crops[:bounds_crops], inputs=config.bounds_inputs)
@@ -182,11 +198,12 @@ def insert_quantizers(
     """
     layout = TransformationLayout()
     for layer in layers:
+        weight_bits, activation_bits = config.bits(layer)
         for port in layer.activation_ports:
             suffix = "input" if layer.weight_node is not None else f"input{port}"
             quantizer = FakeQuantizer(
-                config.activation_bits,
-                "activation",
+                activation_bits,
+                "activation" if layer.weight_node is not None else "operand",
                 side=config.activation_side,
                 name=f"{layer.name}.{suffix}",
             )
@@ -199,7 +216,7 @@ def insert_quantizers(
             axis = 1 if layer.geometry.kind == "conv_transpose2d" else 0
             per_channel = config.weight_granularity == "channel"
             quantizer = FakeQuantizer(
-                config.weight_bits,
+                weight_bits,
                 "weight",
                 row_blocks=weight.shape[axis] if per_channel else layer.row_blocks,
                 axis=axis,

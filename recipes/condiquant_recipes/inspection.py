@@ -49,7 +49,7 @@ def _describe_network(
     multiple = basicsr_host.pad_multiple(network, override)
     size = max(64 // multiple, 1) * multiple
     wrapped = nncf_host.wrap(network, example_image(size))
-    layers = nncf_host.find_layers(wrapped, config.scope, config.ignored_scope)
+    layers = config.find_layers(wrapped)
     rows = []
     for layer in layers:
         if layer.weight_name is not None:

@@ -90,6 +90,9 @@ class CondiQuantSection(_Section):
     activation_bits: int = Field(4, ge=MIN_BITS, le=MAX_BITS)
     scope: Literal["transformer", "all"] = "transformer"
     ignored_scope: IgnoredScopeSection = IgnoredScopeSection()
+    other_bits: int | None = Field(None, ge=MIN_BITS, le=MAX_BITS)
+    """Bits of the layers outside the scope: the first and last of ``all``, convolutions of
+    ``transformer``; left out: they stay float."""
     weight_granularity: Literal["tensor", "channel"] = "tensor"
     recondition: ReconditionSection = ReconditionSection()
     bounds: BoundsSection = BoundsSection()

@@ -194,7 +194,7 @@ def rebuild(
     """The quantized network's structure, its bounds and weights yet to be loaded."""
     config = settings.quantization(recipe)
     wrapped = nncf_host.wrap(network, example[:1])
-    layers = nncf_host.find_layers(wrapped, config.scope, config.ignored_scope)
+    layers = config.find_layers(wrapped)
     model = nncf_host.insert_quantizers(wrapped, layers, config)
     return model, layers
 

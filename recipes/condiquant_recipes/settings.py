@@ -23,6 +23,7 @@ def quantization(recipe: Recipe) -> QuantizationConfig:
         activation_bits=section.activation_bits,
         scope=section.scope,
         ignored_scope=nncf.IgnoredScope(**ignored.model_dump()) if names_any else None,
+        other_bits=section.other_bits,
         weight_granularity=section.weight_granularity,
         activation_side=section.bounds.side,
         bounds_inputs=section.bounds.inputs,
