@@ -35,6 +35,7 @@ def search(
     *,
     side: Side = "symmetric",
     candidates: int = CANDIDATES,
+    zero_on_grid: bool = False,
 ) -> Bounds:
     """Bounds of least squared error for each row, among shrunken ranges snapped to the lattice.
 
@@ -44,11 +45,17 @@ def search(
         rows: finite values, shape ``(rows, entries)``.
         side: ``"symmetric"`` shrinks both ends alike; ``"one_sided"`` the upper end only (softmax maps,
             inputs behind GELU or ReLU); ``"auto"`` tries both.
+        zero_on_grid: see :func:`condiquant_plugin.grid.lattice`.
     """
     lowest, highest = rows.amin(1), rows.amax(1)
     centers, counts = _histogram(rows, lowest, highest, bits)
-    lower, upper = _covering_zero(*_candidate_bounds(lowest, highest, side, candidates), bits, kind)
-    snapped = grid.snap(lower, upper, bits, kind)
+    cells = grid.lattice(bits, kind, zero_on_grid)
+    last_code, ends = 2**bits - 1, (lowest, highest)
+    if cells.zero_is_fixed:  # shrunk about its own middle, a skewed range would stay wide
+        ends = _covering_zero(*ends, last_code, cells)
+    candidate = _candidate_bounds(*ends, side, candidates)
+    lower, upper = _covering_zero(*candidate, last_code, cells)
+    snapped = grid.snap(lower, upper, bits, kind, zero_on_grid)
     error = torch.empty_like(lower)
     for row in range(rows.shape[0]):
         step = snapped.step[row, :, None]
@@ -56,7 +63,7 @@ def search(
         residue = grid.quantize(centers[row], base, step, bits) - centers[row]
         error[row] = residue.square_() @ counts[row]
     best = error.argmin(1, keepdim=True)
-    upper = snapped.lower + snapped.step * (2**bits - 1)
+    upper = snapped.lower + snapped.step * last_code
     return Bounds(*(t.gather(1, best).squeeze(1) for t in (snapped.lower, upper, error)))
 
 
@@ -76,10 +83,9 @@ def _candidate_bounds(
 
 
 def _covering_zero(
-    lower: Tensor, upper: Tensor, bits: int, kind: grid.Kind
+    lower: Tensor, upper: Tensor, last_code: int, cells: grid.Lattice
 ) -> tuple[Tensor, Tensor]:
     """Ranges widened to what the lattice can hold: zero inside, for 8-bit weights in the middle."""
-    cells, last_code = grid.lattice(bits, kind), 2**bits - 1
     lower, upper = lower.clamp_max(0), upper.clamp_min(0)
     lowest_zero = torch.full_like(lower, cells.lowest_zero)
     if cells.zero_spacing > 1:
@@ -91,7 +97,7 @@ def _covering_zero(
         upper * cells.refinement / above_zero,
     )
     step = torch.stack(steps).amax(0)
-    if cells.zero_spacing > 1:
+    if cells.zero_spacing > 1 or cells.zero_is_fixed:
         lower = -step * lowest_zero / cells.refinement
     return lower, lower + step * last_code
 

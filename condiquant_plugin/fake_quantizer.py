@@ -54,18 +54,20 @@ def _inner(a: Tensor, b: Tensor, shape: torch.Size) -> Tensor:
 
 @torch.library.custom_op("condiquant::fake_quantize", mutates_args=())
 def fake_quantize_op(
-    x: Tensor, lower: Tensor, step: Tensor, bits: int, kind: str, name: str
+    x: Tensor, lower: Tensor, step: Tensor, bits: int, kind: str, name: str, refinement: int
 ) -> Tensor:
     """Traceable form of the quantizer.
 
     ``lower`` and ``step`` are already snapped and broadcast against ``x``; ``name`` labels the
-    quantizer in reports.
+    quantizer in reports; ``refinement`` is that of its :class:`condiquant_plugin.grid.Lattice`.
     """
     return grid.quantize(x, lower, step, bits)
 
 
 @fake_quantize_op.register_fake
-def _(x: Tensor, lower: Tensor, step: Tensor, bits: int, kind: str, name: str) -> Tensor:
+def _(
+    x: Tensor, lower: Tensor, step: Tensor, bits: int, kind: str, name: str, refinement: int
+) -> Tensor:
     return torch.empty_like(x)
 
 
@@ -83,6 +85,7 @@ class FakeQuantizer(nn.Module):
         axis: the output-channel axis of a weight.
         side: how :func:`condiquant_plugin.bounds.search` shrinks the range.
         name: label in error messages and exported graphs.
+        zero_on_grid: zero is one of the levels, and weights are symmetric, as NPUs need it.
     """
 
     def __init__(
@@ -94,10 +97,12 @@ class FakeQuantizer(nn.Module):
         axis: int = 0,
         side: bounds.Side = "symmetric",
         name: str = "",
+        zero_on_grid: bool = False,
     ) -> None:
         super().__init__()
         self.bits, self.kind = grid.check_bits(bits), kind
         self.row_blocks, self.axis, self.side, self.name = row_blocks, axis, side, name
+        self.zero_on_grid = zero_on_grid
         shape = () if row_blocks == 1 else (row_blocks,)
         self.lower = nn.Parameter(torch.zeros(shape))
         self.upper = nn.Parameter(torch.ones(shape))
@@ -122,12 +127,15 @@ class FakeQuantizer(nn.Module):
                 "check the checkpoint and the calibration images"
             )
         rows = x.detach().reshape(1, -1) if self.row_blocks == 1 else self._block_rows(x.detach())
-        found = bounds.search(rows, self.bits, self.kind, side=self.side)
+        found = bounds.search(
+            rows, self.bits, self.kind, side=self.side, zero_on_grid=self.zero_on_grid
+        )
         self.set_bounds(found.lower.view_as(self.lower), found.upper.view_as(self.upper))
 
     def snapped(self) -> grid.SnappedGrid:
         """The grid that is computed with; tensors of shape ``()`` or ``(row_blocks,)``."""
-        return grid.snap(self.lower.detach(), self.upper.detach(), self.bits, self.kind)
+        lower, upper = self.lower.detach(), self.upper.detach()
+        return grid.snap(lower, upper, self.bits, self.kind, self.zero_on_grid)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.search_on_next_input:
@@ -145,6 +153,7 @@ class FakeQuantizer(nn.Module):
                 self.bits,
                 self.kind,
                 self.name,
+                grid.lattice(self.bits, self.kind, self.zero_on_grid).refinement,
             )
         lower, step = self._spread(lower, x), self._spread(step, x)
         result: Tensor = _FakeQuantize.apply(x, lower, step, 2**self.bits - 1)
@@ -162,7 +171,10 @@ class FakeQuantizer(nn.Module):
         return rows.view([-1 if i == self.axis % x.ndim else 1 for i in range(x.ndim)])
 
     def extra_repr(self) -> str:
-        return f"{self.kind}, bits={self.bits}, row_blocks={self.row_blocks}, side={self.side!r}"
+        return (
+            f"{self.kind}, bits={self.bits}, row_blocks={self.row_blocks}, side={self.side!r}, "
+            f"zero_on_grid={self.zero_on_grid}"
+        )
 
 
 def fake_quantizers(model: nn.Module) -> dict[str, FakeQuantizer]:

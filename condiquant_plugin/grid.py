@@ -8,6 +8,9 @@ A ``bits``-bit grid has ``L = 2**bits`` levels ``lower + code * step`` with ``co
 Snapping leaves ``step`` alone and moves ``lower`` by at most ``step / (2 * refinement)`` where zero lies
 inside the bounds, so what is simulated with snapped bounds is what an 8-bit kernel computes. Bounds that
 exclude zero slide until they touch it.
+
+Hardware that knows only one scale and one zero for a tensor (NPUs) needs zero *on the grid*: there the
+lattice is the grid itself, and weights are symmetric.
 """
 
 from __future__ import annotations
@@ -49,23 +52,35 @@ class Lattice:
     zero_spacing: int = 1
     """Allowed positions of zero are ``lowest_zero`` plus multiples of it."""
 
+    @property
+    def zero_is_fixed(self) -> bool:
+        """Whether zero has one position only."""
+        return self.lowest_zero == self.highest_zero
 
-def lattice(bits: int, kind: Kind) -> Lattice:
+
+def lattice(bits: int, kind: Kind, zero_on_grid: bool = False) -> Lattice:
     """The finest lattice whose every level fits u8 (activations) or i8 (weights, operands).
 
     An operand is a factor of a product of two activations (attention): 8-bit kernels take no zero point
     there, so its integers are signed. At 8 bits zero lies in the middle, or at the lower end (u8).
 
+    Args:
+        zero_on_grid: the lattice is the grid itself, and zero is code ``2**(bits-1)`` of a weight.
+
     >>> lattice(4, "weight")
-    Lattice(refinement=8, lowest_zero=0, highest_zero=120)
+    Lattice(refinement=8, lowest_zero=0, highest_zero=120, zero_spacing=1)
     >>> lattice(2, "activation")
-    Lattice(refinement=85, lowest_zero=0, highest_zero=255)
+    Lattice(refinement=85, lowest_zero=0, highest_zero=255, zero_spacing=1)
+    >>> lattice(4, "weight", zero_on_grid=True)
+    Lattice(refinement=1, lowest_zero=8, highest_zero=8, zero_spacing=1)
     """
     last_code = 2 ** check_bits(bits) - 1
+    if zero_on_grid and kind == "weight":
+        return Lattice(1, 2 ** (bits - 1), 2 ** (bits - 1))
     if kind == "activation":
-        refinement = 255 // last_code
+        refinement = 1 if zero_on_grid else 255 // last_code
         return Lattice(refinement, 0, refinement * last_code)
-    refinement = max(127 // last_code, 1)
+    refinement = 1 if zero_on_grid else max(127 // last_code, 1)
     span = refinement * last_code
     if kind == "operand" and bits == MAX_BITS:
         return Lattice(refinement, 0, 128, zero_spacing=128)
@@ -82,13 +97,15 @@ class SnappedGrid:
     """Position of zero in lattice steps, integer-valued, dtype of ``lower``."""
 
 
-def snap(lower: Tensor, upper: Tensor, bits: int, kind: Kind) -> SnappedGrid:
+def snap(
+    lower: Tensor, upper: Tensor, bits: int, kind: Kind, zero_on_grid: bool = False
+) -> SnappedGrid:
     """Move ``lower`` to the lattice, keeping the step.
 
     Args:
         lower, upper: finite bounds of any equal shape; ``upper <= lower`` gives a tiny step.
     """
-    cells = lattice(bits, kind)
+    cells = lattice(bits, kind, zero_on_grid)
     step = ((upper - lower) / (2**bits - 1)).clamp_min(SMALLEST_STEP)
     position = (-lower / step * cells.refinement - cells.lowest_zero) / cells.zero_spacing
     zero = (position.round() * cells.zero_spacing + cells.lowest_zero).clamp(

@@ -47,6 +47,8 @@ class QuantizationConfig:
     weight_granularity: Literal["tensor", "channel"] = "tensor"
     """Bounds per tensor (per row block of a fused qkv) as in 2DQuant, or per output channel."""
     activation_side: Side = "auto"
+    zero_on_grid: bool = False
+    """Zero is a level of every grid and weights are symmetric, as NPUs need it; costs accuracy."""
     bounds_inputs: BoundsInputs = "float"
     """Search activation bounds on the float network, or on one that is quantized up to that layer.
 
@@ -206,6 +208,7 @@ def insert_quantizers(
                 "activation" if layer.weight_node is not None else "operand",
                 side=config.activation_side,
                 name=f"{layer.name}.{suffix}",
+                zero_on_grid=config.zero_on_grid,
             )
             target = PTTargetPoint(
                 TargetType.OPERATOR_PRE_HOOK, layer.node.node_name, input_port_id=port
@@ -221,6 +224,7 @@ def insert_quantizers(
                 row_blocks=weight.shape[axis] if per_channel else layer.row_blocks,
                 axis=axis,
                 name=f"{layer.name}.weight",
+                zero_on_grid=config.zero_on_grid,
             )
             target = PTTargetPoint(
                 TargetType.OPERATOR_POST_HOOK, layer.weight_node.node_name, input_port_id=0

@@ -9,24 +9,31 @@ except ImportError as error:
 
 from condiquant_openvino.compaction import halve
 from condiquant_openvino.conversion import convert
+from condiquant_openvino.execution import LayerExecution, executed_precisions, layer_executions
 from condiquant_openvino.inspection import inspect
-from condiquant_openvino.latency import compare_latency, executed_precisions
+from condiquant_openvino.latency import compare_latency
 from condiquant_openvino.parity import LayerParity, Parity, check_parity
+from condiquant_openvino.preprocessing import U8Parity, check_u8_parity, take_u8_nhwc
 from condiquant_openvino.saving import read_ir, read_metadata, save, set_metadata
 from condiquant_openvino.upscaling import Upscaler
 
 __all__ = [
+    "LayerExecution",
     "LayerParity",
     "Parity",
+    "U8Parity",
     "Upscaler",
     "check_parity",
+    "check_u8_parity",
     "compare_latency",
     "convert",
     "executed_precisions",
     "halve",
     "inspect",
+    "layer_executions",
     "read_ir",
     "read_metadata",
     "save",
     "set_metadata",
+    "take_u8_nhwc",
 ]

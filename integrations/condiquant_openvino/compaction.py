@@ -52,7 +52,7 @@ def _share_constants(model: ov.Model) -> None:
         output = node.output(0)
         element_type, shape = output.get_element_type(), tuple(output.get_shape())
         shared = first.setdefault((element_type.get_type_name(), shape, _bytes(node)), output)
-        if shared.get_node() != node:
+        if shared.get_node().get_name() != node.get_name():
             for port in output.get_target_inputs():
                 port.replace_source_output(shared)
 

@@ -7,18 +7,23 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from enum import Enum, auto
 from typing import Any
 
 import numpy as np
 import openvino as ov
+import openvino.opset13 as ops
 import torch
 from openvino.frontend.pytorch import ConversionExtension
 from torch import Tensor, nn
 
 from condiquant_openvino import quantizer_graphs
 from condiquant_openvino.compaction import compact
+from condiquant_openvino.hoisting import hoist
 from condiquant_openvino.quantizer_graphs import Quantizer
+from condiquant_openvino.rearranging import collapse
+from condiquant_openvino.simplification import simplify
 from condiquant_plugin import FakeQuantizer, InputError, fake_quantizers
 
 
@@ -144,7 +149,11 @@ def convert(
         port.get_tensor().set_names({name})
     for port, name in zip(converted.outputs, output_names, strict=False):
         port.get_tensor().set_names({name})
+    simplify(converted)
+    _absorb_transposes(converted, quantizers)
     _replace_placeholders(converted, quantizers)
+    converted = hoist(converted)
+    collapse(converted)
     compact(converted)
     converted.validate_nodes_and_infer_types()
     converted.set_friendly_name(type(model).__name__)
@@ -157,12 +166,38 @@ def _name_reproducibly(model: ov.Model) -> None:
     numbers: dict[str, int] = {}
     for index, node in enumerate(model.get_ordered_ops()):
         name = node.get_friendly_name()
-        if name == node.get_name():
+        if re.fullmatch(r"[A-Z][A-Za-z0-9]*_\d+", name):
             node.set_friendly_name(f"{node.get_type_name()}_{index}")
         elif expanded := re.fullmatch(r"([A-Za-z]+)(_\d+)(/.+)", name):
             operator, counter, part = expanded.groups()
             number = numbers.setdefault(operator + counter, len(numbers))
             node.set_friendly_name(f"{operator}_{number}{part}")
+
+
+def _absorb_transposes(model: ov.Model, quantizers: dict[str, Quantizer]) -> None:
+    """Let products transpose their quantized operands: 8-bit kernels take no Transpose in front."""
+    for product in model.get_ordered_ops():
+        if product.get_type_name() != "MatMul":
+            continue
+        flags = product.get_attributes()
+        sources = product.input_values()
+        for operand, flag in enumerate(("transpose_a", "transpose_b")):
+            placeholder = sources[operand].get_node()
+            if not isinstance(placeholder, _Placeholder):
+                continue
+            if quantizers[placeholder.label].kind != "operand":
+                continue
+            straight = quantizer_graphs.without_last_swap(placeholder.input_value(0).get_node())
+            if straight is not None and len(placeholder.output(0).get_target_inputs()) == 1:
+                quantizer = replace(quantizers[placeholder.label], transposed=True)
+                quantizers[placeholder.label] = quantizer
+                moved = _Placeholder([straight], placeholder.label)
+                sources[operand] = moved.output(0)
+                flags[flag] = not flags[flag]
+        if any(new != old for new, old in zip(sources, product.input_values(), strict=True)):
+            absorbed = ops.matmul(*sources, flags["transpose_a"], flags["transpose_b"])
+            absorbed.set_friendly_name(product.get_friendly_name())
+            _redirect(product.output(0), absorbed.output(0))
 
 
 def _replace_placeholders(model: ov.Model, quantizers: dict[str, Quantizer]) -> None:
@@ -172,7 +207,8 @@ def _replace_placeholders(model: ov.Model, quantizers: dict[str, Quantizer]) -> 
     for node, form in zip(placeholders, forms, strict=True):
         quantizer, source = quantizers[node.label], node.input_value(0)
         if form is _Form.ACTIVATION:
-            _redirect(node.output(0), quantizer_graphs.activation(source, quantizer))
+            codes = quantizer_graphs.encode(source, quantizer)
+            _redirect(node.output(0), quantizer_graphs.decode(codes, quantizer))
         elif form is _Form.ELEMENTWISE:
             _redirect(node.output(0), quantizer_graphs.elementwise(source, quantizer))
         else:
@@ -183,7 +219,7 @@ def _replace_placeholders(model: ov.Model, quantizers: dict[str, Quantizer]) -> 
 
 def _form(node: _Placeholder, quantizers: dict[str, Quantizer]) -> _Form:
     quantizer, constant = quantizers[node.label], _is_constant(node.input_value(0).get_node())
-    if quantizer.kind == "activation":
+    if quantizer.kind != "weight":
         if quantizer.lower.size == 1 and not constant and _feeds_products_only(node.output(0)):
             return _Form.ACTIVATION
         return _Form.ELEMENTWISE

@@ -2,90 +2,63 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from math import prod
 
 import numpy as np
 import openvino as ov
 import openvino.opset13 as ops
-from numpy.typing import NDArray
 
-from condiquant_openvino.quantizer_graphs import EXIT, PREFIX
+from condiquant_openvino.quantizer_graphs import EXIT, PREFIX, is_encoder
+from condiquant_openvino.sites import Array, Arrays, Site
 from condiquant_openvino.upscaling import infer
 
-Array = NDArray[np.float32]
-Arrays = Mapping[str, Array]
 FloatOperands = Mapping[tuple[str, int], Array]
-_TIE_MARGIN = 1e-3
 
 
-@dataclass(frozen=True)
-class ActivationGrid:
-    """Grid of an activation quantizer as the IR holds it."""
-
-    lower: Array
-    step: Array
-    last_code: int
-
-    def codes(self, x: Array) -> Array:
-        """Codes of ``x``."""
-        return np.rint(((x - self.lower) / self.step).clip(0, self.last_code))
-
-    def away_from_ties(self, raw: Array, quantized: Array) -> Array:
-        """``raw`` with what lies on a rounding tie moved to the value that torch chose for it."""
-        distance = np.abs(raw - quantized) / self.step
-        return np.where(np.abs(distance - 0.5) < _TIE_MARGIN, quantized, raw)
-
-
-def activation_grids(ir: ov.Model) -> dict[str, ActivationGrid]:
-    """Grids by label, in the order of the graph."""
-    grids = {}
-    for node in filter(_is_entry, ir.get_ordered_ops()):
-        label = node.get_friendly_name().removeprefix(PREFIX)
-        if node.get_type_name() == "FakeQuantize":
-            lower, upper = (node.input_value(i).get_node().data for i in (1, 2))
-            last_code = node.get_attributes()["levels"] - 1
-            grids[label] = ActivationGrid(lower, (upper - lower) / np.float32(last_code), last_code)
-        else:
-            (divide,) = (port.get_node() for port in node.output(0).get_target_inputs())
-            (clamp,) = (port.get_node() for port in divide.output(0).get_target_inputs())
-            lower, step = (n.input_value(1).get_node().data for n in (node, divide))
-            grids[label] = ActivationGrid(lower, step, int(clamp.get_attributes()["max"]))
-    return grids
-
-
-def quantized_tensors(ir: ov.Model, image: Array, device: str) -> dict[str, Array]:
+def quantized_tensors(
+    ir: ov.Model, sites: Sequence[Site], image: Array, device: str
+) -> dict[str, Array]:
     """What every activation quantizer gives, by label."""
     clone = ir.clone()
     nodes = {node.get_friendly_name(): node for node in clone.get_ordered_ops()}
-    exits = {
-        name.removeprefix(PREFIX): nodes.get(name + EXIT, node).output(0)
-        for name, node in nodes.items()
-        if _is_entry(node)
-    }
     results = [port.get_node().input_value(0) for port in clone.outputs]
-    model = ov.Model([*results, *exits.values()], clone.get_parameters())
-    found = infer(model, [image], device)[len(results) :]
-    return dict(zip(exits, found, strict=True))
+    exits = [nodes[site.exit].output(0) for site in sites]
+    found = infer(ov.Model([*results, *exits], clone.get_parameters()), [image], device)
+    return {site.label: v for site, v in zip(sites, found[len(results) :], strict=True)}
 
 
-def _is_entry(node: ov.Node) -> bool:
-    """Whether a node is the first of an activation quantizer."""
-    name = node.get_friendly_name()
-    return (
-        node.get_type_name() in {"FakeQuantize", "Subtract"}
-        and name.startswith(PREFIX)
-        and not name.endswith(EXIT)
-    )
+def entry_tensors(sites: Sequence[Site], raw: Arrays) -> Arrays:
+    """The inputs of the nodes that round, by name, put together from what the quantizers saw."""
+    tensors = {site.entry: np.zeros(site.entry_shape, np.float32) for site in sites}
+    for site in sites:
+        site.put(raw[site.label], tensors[site.entry])
+    return tensors
+
+
+def _spell_out(encoder: ov.Node) -> None:
+    """Bounds per channel as elementwise operators: behind no kernel, the plugin refuses them."""
+    lower, upper, lowest, highest = (encoder.input_value(i) for i in (1, 2, 3, 4))
+    if all(prod(bound.get_shape()) == 1 for bound in (lower, upper, lowest, highest)):
+        return
+    last_code = ops.constant(np.float32(encoder.get_attributes()["levels"] - 1))
+    step = ops.divide(ops.subtract(upper, lower), last_code)
+    fine = ops.divide(ops.subtract(highest, lowest), last_code)
+    position = ops.divide(ops.subtract(encoder.input_value(0), lower), step)
+    codes = ops.round(ops.minimum(ops.relu(position), last_code), "half_to_even")
+    integers = ops.add(ops.multiply(codes, fine), lowest)
+    for port in encoder.output(0).get_target_inputs():
+        port.replace_source_output(integers.output(0))
 
 
 class Pieces:
     """A copy of an IR that takes the tensors at its activation quantizers as inputs.
 
     Args:
-        values: what to feed at each quantizer, by label.
-        before_quantizers: cut in front of the quantizers; else behind them, with the weights of
-            ``values`` in the place of the packed ones, so that nothing quantized is left.
+        values: tensors by name of the node to cut: the input of a node that rounds, or the output of
+            an exit.
+        weights: what to put in the place of the packed weights, by label, so that nothing
+            quantized is left; none for the IR as it is.
         floats: more inputs to cut, by node name and operand.
     """
 
@@ -94,7 +67,7 @@ class Pieces:
         ir: ov.Model,
         values: Arrays,
         *,
-        before_quantizers: bool,
+        weights: Arrays | None = None,
         floats: FloatOperands | None = None,
     ) -> None:
         self._model = ir.clone()
@@ -102,36 +75,39 @@ class Pieces:
         self._values: dict[str, Array] = {}
         self._parameters: dict[str, ov.Node] = {}
         self._sources: dict[str, ov.Output] = {}
-        for name, node in self._nodes.items():
-            if _is_entry(node):
-                label = name.removeprefix(PREFIX)
-                source, targets = node.input_value(0), {node.input(0)}
-                if not before_quantizers:
-                    source = self._nodes.get(name + EXIT, node).output(0)
-                    targets = source.get_target_inputs()
-                self._cut(label, source, targets, values[label])
-            elif not before_quantizers and name.startswith(PREFIX) and not name.endswith(EXIT):
-                weight = values[name.removeprefix(PREFIX)].reshape(list(node.get_output_shape(0)))
-                for port in node.output(0).get_target_inputs():
-                    port.replace_source_output(ops.constant(weight).output(0))
+        for name, value in values.items():
+            node = self._nodes[name]
+            if EXIT in name:
+                source, targets = node.output(0), node.output(0).get_target_inputs()
+                self._cut(name, source, targets, value)
+            else:
+                self._cut(name, node.input_value(0), {node.input(0)}, value)
+            if is_encoder(node):
+                _spell_out(node)
+        for label, value in (weights or {}).items():
+            node = self._nodes[PREFIX + label]
+            constant = ops.constant(value.reshape(list(node.get_output_shape(0))))
+            for port in node.output(0).get_target_inputs():
+                port.replace_source_output(constant.output(0))
         for (name, operand), value in (floats or {}).items():
             port = self._nodes[name].input(operand)
             self._cut(f"{name}:{operand}", port.get_source_output(), {port}, value)
 
     def _cut(self, key: str, source: ov.Output, targets: set[ov.Input], value: Array) -> None:
         parameter = ops.parameter(source.get_partial_shape(), np.float32)
-        parameter.set_friendly_name(key)
+        parameter.set_friendly_name("cut/" + key)
         self._parameters[key], self._values[key] = parameter, value
         self._sources[key] = source
         for port in targets:
             port.replace_source_output(parameter.output(0))
 
-    def run_node(self, name: str, device: str) -> Array:
-        """Output of one node, computed from the cuts above it."""
+    def run_node(self, name: str, image: Array, device: str) -> Array:
+        """Output of one node, computed from the cuts above it; ``image`` gives shapes only."""
         node = self._nodes[name]
         keys = self._cuts_above(node)
-        piece = ov.Model([node.output(0)], [self._parameters[key] for key in keys])
-        return infer(piece, [self._values[key] for key in keys], device)[0]
+        inputs = [*self._model.get_parameters(), *(self._parameters[key] for key in keys)]
+        values = [image, *(self._values[key] for key in keys)]
+        return infer(ov.Model([node.output(0)], inputs), values, device)[0]
 
     def run_stretches(self, image: Array, device: str) -> tuple[Array, dict[str, Array]]:
         """Output of the network, and what arrives at every cut, each from the cuts above it."""
@@ -143,10 +119,11 @@ class Pieces:
 
     def _cuts_above(self, node: ov.Node) -> list[str]:
         keys, seen, pending = [], {node.get_name()}, [node]
+        names = {parameter.get_name(): key for key, parameter in self._parameters.items()}
         while pending:
             current = pending.pop()
-            if current.get_friendly_name() in self._parameters:
-                keys.append(current.get_friendly_name())
+            if current.get_name() in names:
+                keys.append(names[current.get_name()])
             for source in current.input_values():
                 above = source.get_node()
                 if above.get_name() not in seen:

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 import openvino as ov
 
-from condiquant_openvino.cutting import Array, Arrays, FloatOperands, Pieces
-from condiquant_openvino.quantizer_graphs import EXIT, PREFIX, PRODUCTS, origin
+from condiquant_openvino.cutting import FloatOperands, Pieces
+from condiquant_openvino.quantizer_graphs import EXIT, PREFIX, PRODUCTS, TRANSPOSED, origin
+from condiquant_openvino.sites import Array, Arrays
 from condiquant_openvino.upscaling import infer
 
 
@@ -33,7 +34,13 @@ class _Layer:
 
 
 def check_layers(
-    ir: ov.Model, image: Array, raw: Arrays, quantized: Arrays, max_layers: int | None, device: str
+    ir: ov.Model,
+    image: Array,
+    entries: Arrays,
+    exits: Arrays,
+    weights: Arrays,
+    max_layers: int | None,
+    device: str,
 ) -> list[LayerParity]:
     """Run every quantized product cut out at its inputs before quantization.
 
@@ -42,19 +49,21 @@ def check_layers(
 
     Args:
         image: input of the network; gives the operands that are not quantized.
-        raw, quantized: what each quantizer saw and gave in torch, by label.
+        entries, exits: what the activation quantizers saw and gave in torch, by the name of the node
+            that rounds and of the node that gives the values.
+        weights: what the weight quantizers gave, by label.
     """
     layers = _quantized_products(ir)
     if max_layers is not None and len(layers) > max_layers:
         chosen = np.linspace(0, len(layers) - 1, max_layers).round().astype(int)
         layers = [layers[i] for i in chosen]
     floats = _float_operands(ir, image, layers, device)
-    exported = Pieces(ir, raw, before_quantizers=True, floats=floats)
-    reference = Pieces(ir, quantized, before_quantizers=False, floats=floats)
+    exported = Pieces(ir, entries, floats=floats)
+    reference = Pieces(ir, exits, weights=weights, floats=floats)
     results = []
     for layer in layers:
-        expected = reference.run_node(layer.node, device)
-        difference = np.abs(exported.run_node(layer.node, device) - expected).max()
+        expected = reference.run_node(layer.node, image, device)
+        difference = np.abs(exported.run_node(layer.node, image, device) - expected).max()
         name = " x ".join(label or "float" for label in layer.operands)
         error = float(difference) / value_range(expected)
         results.append(LayerParity(name, layer.operator, error))
@@ -79,7 +88,9 @@ def _quantized_products(ir: ov.Model) -> list[_Layer]:
 def _quantizer_label(source: ov.Output) -> str | None:
     """Label of the quantizer whose values ``source`` has."""
     name = origin(source).get_friendly_name()
-    return name.removeprefix(PREFIX).removesuffix(EXIT) if name.startswith(PREFIX) else None
+    if not name.startswith(PREFIX):
+        return None
+    return str(name.removesuffix(TRANSPOSED).removesuffix(EXIT).removeprefix(PREFIX))
 
 
 def _float_operands(ir: ov.Model, image: Array, layers: list[_Layer], device: str) -> FloatOperands:

@@ -20,16 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from condiquant_openvino.conversion import call_label, labelled
-from condiquant_openvino.cutting import (
-    ActivationGrid,
-    Array,
-    Arrays,
-    Pieces,
-    activation_grids,
-    quantized_tensors,
-)
+from condiquant_openvino.cutting import Pieces, entry_tensors, quantized_tensors
 from condiquant_openvino.layer_parity import LayerParity, check_layers, value_range
 from condiquant_openvino.saving import read_ir
+from condiquant_openvino.sites import Array, Arrays, Site, locate
 from condiquant_openvino.upscaling import compile_ir
 from condiquant_plugin import FakeQuantizer
 
@@ -99,6 +93,12 @@ class _Record:
     raw: dict[str, Array] = field(default_factory=dict)
     quantized: dict[str, Array] = field(default_factory=dict)
 
+    def arrange(self, sites: Sequence[Site]) -> None:
+        """Bring the tensors into the order of the IR's exits."""
+        for site in sites:
+            for tensors in (self.raw, self.quantized):
+                tensors[site.label] = site.from_network(tensors[site.label])
+
 
 def check_parity(
     model: nn.Module,
@@ -123,7 +123,6 @@ def check_parity(
         InputError: if the path is no IR.
     """
     ir = ov_model_or_path if isinstance(ov_model_or_path, ov.Model) else read_ir(ov_model_or_path)
-    grids = activation_grids(ir)
     network = compile_ir(ir, device)
     free, stretches = _Differences(), _Differences()
     layers: list[LayerParity] = []
@@ -134,17 +133,24 @@ def check_parity(
             image = tensor.numpy()
             with torch.no_grad(), _recording(model) as record:
                 expected = model(tensor).numpy()
-            found = quantized_tensors(ir, image, device)
-            free.add(network([image])[0], expected, found, record.quantized, grids)
-            clear = record.raw | {
-                label: grid.away_from_ties(record.raw[label], record.quantized[label])
-                for label, grid in grids.items()
+            sites = locate(ir, image, device)
+            record.arrange(sites)
+            found = quantized_tensors(ir, sites, image, device)
+            codes = {site.label: site.codes(found[site.label]) for site in sites}
+            free.add(network([image])[0], expected, codes, record.quantized, sites)
+            clear = {
+                s.label: s.away_from_ties(record.raw[s.label], record.quantized[s.label])
+                for s in sites
             }
-            pieces = Pieces(ir, clear, before_quantizers=True)
-            output, arrived = pieces.run_stretches(image, device)
-            stretches.add(output, expected, arrived, record.quantized, grids)
+            entries = entry_tensors(sites, clear)
+            output, arrived = Pieces(ir, entries).run_stretches(image, device)
+            codes = {site.label: site.codes_at_entry(arrived[site.entry]) for site in sites}
+            stretches.add(output, expected, codes, record.quantized, sites)
             if index == 0 and max_layers != 0:
-                layers = check_layers(ir, image, clear, record.quantized, max_layers, device)
+                exits = {site.exit: record.quantized[site.label] for site in sites}
+                activations = {site.label for site in sites}
+                weights = {n: w for n, w in record.quantized.items() if n not in activations}
+                layers = check_layers(ir, image, entries, exits, weights, max_layers, device)
     finally:
         model.train(was_training)
     return Parity(
@@ -167,15 +173,15 @@ class _Differences:
         self,
         output: Array,
         expected: Array,
-        arrived: Arrays,
+        codes: Arrays,
         quantized: Arrays,
-        grids: dict[str, ActivationGrid],
+        sites: Sequence[Site],
     ) -> None:
         difference = np.abs(output - expected) / value_range(expected)
         self.mean_abs.append(float(difference.mean()))
         self.max_abs = max(self.max_abs, float(difference.max()))
-        for label, grid in grids.items():
-            differing = grid.codes(arrived[label]) != grid.codes(quantized[label])
+        for site in sites:
+            differing = codes[site.label] != site.codes(quantized[site.label])
             self.flips += int(np.count_nonzero(differing))
             self.codes += differing.size
 

@@ -20,6 +20,9 @@ from condiquant_plugin import grid
 
 PREFIX = "fake_quantize/"
 EXIT = "/exit"
+TRANSPOSED = "/transposed"
+BYTES = "/bytes"
+_RECOGNISED_LEVELS = {16, 256}
 
 _OUTPUT_CHANNEL_AXES = {
     "Convolution": {0},
@@ -42,11 +45,18 @@ class Quantizer:
     step: NDArray[np.float32]
     bits: int
     kind: grid.Kind
+    transposed: bool = False
+    """Whether its values have the last two axes swapped in the IR."""
 
     @property
     def refinement(self) -> int:
         """Lattice steps in one grid step."""
         return grid.lattice(self.bits, self.kind).refinement
+
+    @property
+    def is_signed(self) -> bool:
+        """Whether its integers are i8 with zero at 0; else u8 with a zero point."""
+        return self.kind == "operand" and not (self.bits == grid.MAX_BITS and self.zero() == 0)
 
     def zero(self) -> NDArray[np.int32]:
         """Position of zero in lattice steps, shape of ``lower``."""
@@ -61,11 +71,35 @@ class Quantizer:
         return found.numpy()
 
 
+def constant_values(value: ov.Output) -> NDArray | None:
+    """Values of a constant, also behind a Convert; None if ``value`` is computed."""
+    node = value.get_node()
+    if node.get_type_name() == "Convert":
+        node = node.input_value(0).get_node()
+    return node.data if node.get_type_name() == "Constant" else None
+
+
 def only_rearranges(node: ov.Node) -> bool:
     """Whether a node has the values of its first input, in an order known before it runs."""
     return node.get_type_name() in {"Reshape", "Transpose", "Squeeze", "Unsqueeze"} and all(
         value.get_node().get_type_name() == "Constant" for value in node.input_values()[1:]
     )
+
+
+def without_last_swap(transpose: ov.Node) -> ov.Output | None:
+    """The input of a Transpose that moves the innermost axis to the place before, but for that swap.
+
+    None for any other node.
+    """
+    if transpose.get_type_name() != "Transpose":
+        return None
+    order = constant_values(transpose.input_value(1))
+    if order is None or order.size < 2 or order[-2] != order.size - 1:
+        return None
+    order = np.array([*order[:-2], order[-1], order[-2]])
+    if (order == np.arange(order.size)).all():
+        return transpose.input_value(0)
+    return ops.transpose(transpose.input_value(0), ops.constant(order)).output(0)
 
 
 def origin(source: ov.Output) -> ov.Node:
@@ -84,24 +118,56 @@ def output_channel_axes(product: ov.Node) -> set[int]:
     return {rank - 2 if product.get_attributes()["transpose_b"] else rank - 1}
 
 
-def activation(x: ov.Output, quantizer: Quantizer) -> ov.Output:
-    """For an int8 kernel: FakeQuantize to the grid, then to the 256 levels of its lattice.
+def encode(x: ov.Output, quantizer: Quantizer) -> ov.Output:
+    """Integers of the lattice as bytes: FakeQuantize, which a kernel in front of it takes in.
 
-    The second one changes nothing and is what the low-precision transforms see. At 8 bits the grid
-    is the lattice.
+    The low-precision transforms see bytes only behind 16 or 256 levels: other grids get a second
+    FakeQuantize, which changes nothing.
 
     Args:
-        quantizer: of kind ``"activation"`` with one grid for all of ``x``.
+        quantizer: one grid for all of ``x``; see :func:`is_exact_in_8_bits`.
     """
-    last_code = 2**quantizer.bits - 1
-    step = quantizer.step.astype(np.float64)
-    fine, zero = step / quantizer.refinement, quantizer.zero()
-    bounds = [(code * quantizer.refinement - zero) * fine for code in (0, last_code)]
-    result = _fake_quantize(x, bounds, last_code + 1, PREFIX + quantizer.label)
-    if last_code == 255:
-        return result
-    bounds = [(integer - zero) * fine for integer in (0, 255)]
-    return _fake_quantize(result, bounds, 256, PREFIX + quantizer.label + EXIT)
+    zero, last_code = float(quantizer.zero()), 2**quantizer.bits - 1
+    fine = float(quantizer.step) / quantizer.refinement
+    lowest = -zero if quantizer.is_signed else 0.0
+    integers = [lowest, lowest + last_code * quantizer.refinement]
+    values = [(i - lowest - zero) * fine for i in integers]
+    bounds = [np.array(v, np.float32) for v in (*values, *integers)]
+    byte = ov.Type.i8 if quantizer.is_signed else ov.Type.u8
+    return to_bytes(x, bounds, last_code + 1, byte, PREFIX + quantizer.label)
+
+
+def to_bytes(
+    x: ov.Output, bounds: Sequence[NDArray[np.float32]], levels: int, byte: ov.Type, name: str
+) -> ov.Output:
+    """FakeQuantize of ``x`` by its input and output bounds, as bytes."""
+    integers = _fake_quantize(x, bounds, levels, name)
+    if levels not in _RECOGNISED_LEVELS:
+        lowest = np.float32(-128 if byte == ov.Type.i8 else 0)
+        extent = [np.array(lowest), np.array(lowest + np.float32(255))]
+        integers = _fake_quantize(integers, extent * 2, 256, name + BYTES)
+    return ops.convert(integers, byte).output(0)
+
+
+def bytes_of(encoder: ov.Node) -> ov.Node:
+    """The Convert at the end of what :func:`to_bytes` made; ``encoder`` is its first node."""
+    node = encoder
+    while node.get_type_name() != "Convert":
+        (port,) = node.output(0).get_target_inputs()
+        node = port.get_node()
+    return node
+
+
+def decode(integers: ov.Output, quantizer: Quantizer) -> ov.Output:
+    """Values of the integers that :func:`encode` gives."""
+    values = ops.convert(integers, np.float32)
+    if not quantizer.is_signed and quantizer.zero():
+        values = ops.subtract(values, ops.constant(quantizer.zero().astype(np.float32)))
+    fine = quantizer.step / np.float32(quantizer.refinement)
+    result = ops.multiply(values, ops.constant(fine.astype(np.float32)))
+    suffix = EXIT + TRANSPOSED if quantizer.transposed else EXIT
+    result.set_friendly_name(PREFIX + quantizer.label + suffix)
+    return result.output(0)
 
 
 def elementwise(x: ov.Output, quantizer: Quantizer) -> ov.Output:
@@ -111,7 +177,8 @@ def elementwise(x: ov.Output, quantizer: Quantizer) -> ov.Output:
     shifted.set_friendly_name(PREFIX + quantizer.label)
     position = ops.clamp(ops.divide(shifted, step), 0.0, 2.0**quantizer.bits - 1)
     result = ops.add(ops.multiply(ops.round(position, "half_to_even"), step), lower)
-    result.set_friendly_name(PREFIX + quantizer.label + EXIT)
+    suffix = EXIT + TRANSPOSED if quantizer.transposed else EXIT
+    result.set_friendly_name(PREFIX + quantizer.label + suffix)
     return result.output(0)
 
 
@@ -162,12 +229,21 @@ def _look_up(
 
 
 def _fake_quantize(
-    x: ov.Output, bounds: list[NDArray[np.float64]], levels: int, name: str
+    x: ov.Output, bounds: Sequence[NDArray[np.float32]], levels: int, name: str
 ) -> ov.Output:
-    lower, upper = (ops.constant(np.asarray(bound, np.float32)) for bound in bounds)
-    node = ops.fake_quantize(x, lower, upper, lower, upper, levels)
+    node = ops.fake_quantize(x, *(ops.constant(bound) for bound in bounds), levels=levels)
     node.set_friendly_name(name)
     return node.output(0)
+
+
+def is_encoder(node: ov.Node) -> bool:
+    """Whether a node is the FakeQuantize that rounds in :func:`encode`."""
+    name = node.get_friendly_name()
+    return bool(
+        node.get_type_name() == "FakeQuantize"
+        and name.startswith(PREFIX)
+        and not name.endswith(BYTES)
+    )
 
 
 def per_row(values: NDArray, old: tuple[int, ...], new: tuple[int, ...]) -> NDArray:

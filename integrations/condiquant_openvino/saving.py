@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from functools import cache
@@ -13,7 +14,8 @@ import openvino as ov
 from condiquant_openvino.compaction import halve
 from condiquant_plugin import InputError
 
-_METADATA = ["condiquant"]
+_METADATA, _BIN_DIGEST = ["condiquant"], ["condiquant_bin_sha256"]
+_HEAD = 1024
 
 
 @cache
@@ -44,7 +46,7 @@ def read_metadata(model: ov.Model | str | os.PathLike[str]) -> dict[str, Any]:
 def save(
     model: ov.Model, path: str | os.PathLike[str], *, compress_to_fp16: bool = False
 ) -> dict[str, int]:
-    """Write ``path`` (.xml) and its .bin.
+    """Write ``path`` (.xml) and its .bin, whose sha256 the .xml holds.
 
     Args:
         compress_to_fp16: store large float constants in half precision: half their size, values
@@ -61,11 +63,14 @@ def save(
         raise InputError(f"{xml}: the name of an IR must end in .xml")
     temporary = xml.with_name(f".{xml.stem}.{os.getpid()}.xml")
     pairs = [(temporary.with_suffix(".bin"), xml.with_suffix(".bin")), (temporary, xml)]
+    model = model.clone()
     if compress_to_fp16:
-        model = model.clone()
         halve(model)
     try:
         xml.parent.mkdir(parents=True, exist_ok=True)
+        ov.save_model(model, temporary, compress_to_fp16=False)
+        # The .bin is the same again: only the .xml holds what is added here.
+        model.set_rt_info(_sha256(temporary.with_suffix(".bin")), _BIN_DIGEST)
         ov.save_model(model, temporary, compress_to_fp16=False)
         # A kill between the two renames must not leave an old graph with new weights.
         xml.unlink(missing_ok=True)
@@ -84,15 +89,36 @@ def read_ir(path: str | os.PathLike[str]) -> ov.Model:
     """Read an IR.
 
     Raises:
-        InputError: if the .xml or its .bin is missing, unreadable or not an IR.
+        InputError: if the .xml or its .bin is missing, unreadable or not an IR, or if the .bin is
+            not the one that :func:`save` wrote.
     """
     xml = Path(path)
     if xml.suffix != ".xml":
         raise InputError(f"{xml} is not an OpenVINO IR: give the .xml file")
-    for file in (xml, xml.with_suffix(".bin")):
+    weights = xml.with_suffix(".bin")
+    for file in (xml, weights):
         if not file.is_file():
             raise InputError(f"{file} does not exist: an IR is a .xml and a .bin side by side")
     try:
-        return core_of_process().read_model(xml)
+        # OpenVINO tries other formats on what is no IR, and they print lines of their own.
+        with xml.open("rb") as stream:
+            if b"<net" not in stream.read(_HEAD):
+                raise InputError(f"{xml} is not a readable OpenVINO IR: export it again")
+        model = core_of_process().read_model(xml)
+        if (digest := _bin_digest(model)) is not None and digest != _sha256(weights):
+            raise InputError(f"{weights} is not what {xml.name} was saved with: export it again")
     except (OSError, RuntimeError) as error:
-        raise InputError(f"{xml} is not a readable OpenVINO IR: export it again") from error
+        reason = str(error).strip().splitlines()[-1]
+        raise InputError(
+            f"{xml} with {weights.name} is not a readable OpenVINO IR ({reason}): export it again"
+        ) from error
+    return model
+
+
+def _bin_digest(model: ov.Model) -> str | None:
+    return model.get_rt_info(_BIN_DIGEST).astype(str) if model.has_rt_info(_BIN_DIGEST) else None
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import pairwise
 from typing import TypeVar
 
@@ -20,8 +20,13 @@ Image = TypeVar("Image", Tensor, NDArray[np.float32])
 _TILE, _OVERLAP = 256, 32
 
 
-def compile_ir(model: ov.Model, device: str = "CPU") -> ov.CompiledModel:
+def compile_ir(
+    model: ov.Model, device: str = "CPU", properties: Mapping[str, str] | None = None
+) -> ov.CompiledModel:
     """Compile with float operators in f32, every other property at its default.
+
+    Args:
+        properties: OpenVINO properties to set otherwise.
 
     Raises:
         InputError: if there is no such device.
@@ -33,7 +38,9 @@ def compile_ir(model: ov.Model, device: str = "CPU") -> ov.CompiledModel:
         devices = ", ".join(core.available_devices)
         raise InputError(f"device {device!r} is not available: use one of {devices}")
     try:
-        return core.compile_model(model, device, {"INFERENCE_PRECISION_HINT": "f32"})
+        return core.compile_model(
+            model, device, {"INFERENCE_PRECISION_HINT": "f32", **(properties or {})}
+        )
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[-1]
         raise InputError(f"device {device!r} cannot run this IR: {reason}") from error
@@ -46,11 +53,21 @@ def infer(model: ov.Model, inputs: list[NDArray[np.float32]], device: str) -> li
     return [tensor.data.copy() for tensor in request.output_tensors]
 
 
+def _takes_u8_nhwc(model: ov.Model) -> bool:
+    """Whether a model takes 8-bit images of shape ``(1, height, width, 3)``."""
+    port = model.input()
+    return bool(
+        port.get_element_type() == ov.Type.u8
+        and port.get_partial_shape().compatible(ov.PartialShape([1, -1, -1, 3]))
+    )
+
+
 class Upscaler:
     """Runs an IR on images of any size, in overlapping tiles where they are large or it is static.
 
     Every output pixel is taken from the tile in which it lies farthest from the border, so a
     network whose receptive field reaches no farther than half the overlap gives the untiled result.
+    An IR of 8-bit images (:func:`condiquant_openvino.take_u8_nhwc`) gets the image rounded to 256 levels.
 
     Args:
         path: IR (.xml); the metadata entry ``pad_multiple`` is the multiple that height and width
@@ -73,6 +90,9 @@ class Upscaler:
         model = read_ir(path)
         self._multiple = int(read_metadata(model).get("pad_multiple", 1))
         shape = model.input().get_partial_shape()
+        self._u8_nhwc = _takes_u8_nhwc(model)
+        if self._u8_nhwc:
+            shape = ov.PartialShape([shape[0], shape[3], shape[1], shape[2]])
         if shape.rank.is_dynamic or shape.rank.get_length() != 4:
             raise InputError(f"{path} takes no image: its input has shape {shape}")
         self._static = shape[2].is_static and shape[3].is_static
@@ -100,8 +120,8 @@ class Upscaler:
             progress: called with the number of finished tiles and of all tiles.
 
         Returns:
-            Float32, shape ``(3, scale * height, scale * width)``, not clipped; a tensor
-            for a tensor.
+            Float32, shape ``(3, scale * height, scale * width)``, not clipped unless the IR gives
+            8-bit images; a tensor for a tensor.
 
         Raises:
             InputError: if the image has another shape.
@@ -130,7 +150,7 @@ class Upscaler:
         for top, first_row, last_row in rows:
             for left, first_column, last_column in columns:
                 patch = image[None, :, top : top + tile[0], left : left + tile[1]]
-                output = self._network([np.ascontiguousarray(patch)])[0][0]
+                output = self._run(patch)
                 scale = output.shape[1] // tile[0]
                 if not done:
                     result = np.empty((output.shape[0], *(scale * p for p in padded)), np.float32)
@@ -146,6 +166,14 @@ class Upscaler:
                 done += 1
                 progress(done, len(rows) * len(columns))
         return result[:, : scale * height, : scale * width].copy()
+
+    def _run(self, patch: NDArray[np.float32]) -> NDArray[np.float32]:
+        """One tile, ``(1, 3, height, width)``, to ``(3, scale * height, scale * width)``."""
+        if not self._u8_nhwc:
+            return self._network([np.ascontiguousarray(patch)])[0][0]
+        levels = np.rint(patch.clip(0, 1) * 255).astype(np.uint8).transpose(0, 2, 3, 1)
+        output = self._network([np.ascontiguousarray(levels)])[0][0]
+        return output.transpose(2, 0, 1) / np.float32(255)
 
 
 def _next_multiple(size: int, multiple: int) -> int:

@@ -44,6 +44,9 @@ SetOption = Annotated[
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 DeviceOption = Annotated[str, typer.Option(help="OpenVINO device.")]
+LayersOption = Annotated[
+    bool, typer.Option("--layers", help="Of an IR: also what each layer runs as, and why not int8.")
+]
 
 
 def _hosts(name: str) -> Any:
@@ -103,6 +106,8 @@ def run(
     )
     reporting = _hosts("reporting")
     Console().print(reporting.run_table(metrics))
+    for note in metrics["ir"]["notes"]:
+        print(f"note: {note}")
     print(f"metrics: {out / 'metrics.json'}\nIR:      {out / 'model.xml'}")
 
 
@@ -138,14 +143,31 @@ def export(
     fp16: Annotated[
         bool | None, typer.Option("--fp16/--fp32", help="Store float leftovers in half precision.")
     ] = None,
+    u8_nhwc: Annotated[
+        bool | None,
+        typer.Option("--u8-nhwc/--f32-nchw", help="Take and give 8-bit images (1, H, W, 3)."),
+    ] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(help="CPU, or NPU: zero on every grid, static; untested on the device."),
+    ] = None,
     quiet: QuietOption = False,
 ) -> None:
-    """Export the network of a finished run once more, with other shapes."""
-    given = {"static": static, "tile": tile, "compress_to_fp16": fp16}
+    """Export the network of a finished run once more, with other shapes or for another device."""
+    given = {
+        "static": static,
+        "tile": tile,
+        "compress_to_fp16": fp16,
+        "u8_nhwc": u8_nhwc,
+        "device": device,
+    }
     changes = {key: value for key, value in given.items() if value is not None}
     target = out or folder
     figures = _hosts("ir").export_again(folder, target, changes, _progress(quiet))
+    notes = figures.pop("notes")
     print(json.dumps(figures, indent=1))
+    for note in notes:
+        print(f"note: {note}")
     print(f"IR: {target / 'model.xml'}")
 
 
@@ -153,13 +175,74 @@ def export(
 def inspect(
     file: Annotated[Path, typer.Argument(help="An IR (.xml), a recipe (.yml) or a checkpoint.")],
     as_json: JsonOption = False,
+    layers: LayersOption = False,
 ) -> None:
     """What is in an IR, a recipe's network, or a checkpoint: layers, shapes, condition numbers."""
-    described = _hosts("inspection").describe(file)
+    described = _hosts("inspection").describe(file, layers=layers)
     if as_json:
         print(json.dumps(described, indent=1, default=str))
     else:
         for part in _hosts("inspection").tables(described):
+            Console().print(part)
+
+
+@app.command()
+def benchmark(
+    models: Annotated[
+        list[Path],
+        typer.Argument(metavar="MODEL...", help="IRs of any tool, or output folders of runs."),
+    ],
+    hint: Annotated[
+        str | None,
+        typer.Option(
+            "-hint", "--hint", help="latency, throughput: only that; none: no performance hint."
+        ),
+    ] = None,
+    iterations: Annotated[
+        int, typer.Option("-niter", "--niter", help="Iterations of the latency measurement.")
+    ] = 30,
+    duration: Annotated[
+        float, typer.Option("-t", "--t", help="Seconds of the throughput measurement, for each IR.")
+    ] = 3.0,
+    shape: Annotated[
+        str | None,
+        typer.Option("-shape", "--shape", help="Make dynamic IRs static with it: [1,3,64,64]."),
+    ] = None,
+    data_shape: Annotated[
+        str | None,
+        typer.Option("-data_shape", "--data_shape", help="Of images for IRs that stay dynamic."),
+    ] = None,
+    device: Annotated[str, typer.Option("-d", "--d", "--device", help="OpenVINO device.")] = "CPU",
+    precision: Annotated[
+        str,
+        typer.Option(
+            "-infer_precision", "--infer_precision", help="Of float operators: f32, bf16 or f16."
+        ),
+    ] = "f32",
+    as_json: JsonOption = False,
+    out: Annotated[Path | None, typer.Option(help="Write JSON to this file.")] = None,
+    layers: LayersOption = False,
+) -> None:
+    """Paired latency and throughput of IRs, the first one the reference; sizes and precisions."""
+    if out is not None and not out.parent.is_dir():
+        raise InputError(f"cannot write {out}: give --out a file in a folder that exists")
+    benchmarking = _hosts("benchmarking")
+    report = benchmarking.benchmark(
+        [_ir_path(model) for model in models],
+        hint=hint,
+        iterations=iterations,
+        duration=duration,
+        shape=shape,
+        data_shape=data_shape,
+        device=device,
+        precision=precision,
+    )
+    if out is not None:
+        benchmarking.write_report(report, out)
+    if as_json:
+        print(json.dumps(report, indent=1))
+    else:
+        for part in benchmarking.tables(report, layers=layers):
             Console().print(part)
 
 

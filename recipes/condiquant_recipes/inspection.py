@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,11 @@ from condiquant_recipes.run import example_image, load_network
 from condiquant_recipes.settings import quantization
 
 
-def describe(file: Path) -> dict[str, Any]:
+def describe(file: Path, *, layers: bool = False) -> dict[str, Any]:
     """Describe an IR (.xml), a recipe (.yml, .yaml) or a checkpoint.
+
+    Args:
+        layers: of an IR, also what each layer runs as; networks always come with their layers.
 
     Raises:
         InputError: missing or unreadable file.
@@ -35,7 +38,7 @@ def describe(file: Path) -> dict[str, Any]:
     if not file.is_file():
         raise InputError(f"{file} does not exist: give an IR, a recipe or a checkpoint")
     if file.suffix == ".xml":
-        return openvino_host.inspect(file)
+        return openvino_host.inspect(file, layers=layers)
     network, scale = basicsr_host.load_network(None, str(file))
     return _describe_network(network, scale, None, nncf_host.QuantizationConfig(scope="all"))
 
@@ -72,9 +75,12 @@ def _describe_network(
 def tables(described: dict[str, Any]) -> Iterator[Table]:
     """The description as tables."""
     summary = Table("property", "value")
-    for key, value in _flat({k: v for k, v in described.items() if k != "layers"}):
+    lists = {"layers", "layer_executions"}
+    for key, value in _flat({k: v for k, v in described.items() if k not in lists}):
         summary.add_row(key, value)
     yield summary
+    if "layer_executions" in described:
+        yield execution_table(described["layer_executions"])
     if "layers" in described:
         layers = Table("layer", "weight", "condition number", "NNCF node (for ignored_scope)")
         for row in described["layers"]:
@@ -82,6 +88,15 @@ def tables(described: dict[str, Any]) -> Iterator[Table]:
             kappa = "" if row["condition"] is None else f"{row['condition']:.1f}"
             layers.add_row(row["name"], shape, kappa, row["nncf_node"])
         yield layers
+
+
+def execution_table(layers: Iterable[Mapping[str, str]], title: str | None = None) -> Table:
+    """What each layer of an IR runs as."""
+    table = Table("layer", "operator", "runs as", "why not int8", title=title)
+    table.columns[0].overflow = "fold"
+    for layer in layers:
+        table.add_row(layer["name"], layer["operator"], layer["runs_as"], layer["reason"])
+    return table
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:

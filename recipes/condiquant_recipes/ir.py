@@ -7,13 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 import condiquant_basicsr as basicsr_host
 import condiquant_openvino as openvino_host
+from condiquant_plugin import fake_quantizers
 from condiquant_plugin.errors import InputError
 from condiquant_recipes.progress import Progress
-from condiquant_recipes.recipe import Recipe
-from condiquant_recipes.run import export, load_network, rebuild
+from condiquant_recipes.recipe import with_export
+from condiquant_recipes.run import example_image, export, load_network, rebuild, tile_size
 from condiquant_recipes.workspace import Workspace, load_parameters
 
 
@@ -25,9 +27,7 @@ def evaluate(
     Raises:
         InputError: no IR, no metadata of this project, missing test sets.
     """
-    scale = openvino_host.read_metadata(model).get("scale")
-    if scale is None:
-        raise InputError(f"{model} was not exported by condiquant: its scale is unknown")
+    scale = _metadata(model)["scale"]
     upscaler = openvino_host.Upscaler(model, device)
     pairs = {name: basicsr_host.test_pairs(data, name, scale) for name in sets}
     scores = {}
@@ -44,22 +44,58 @@ def export_again(
 ) -> dict[str, Any]:
     """Export a finished run with some keys of the recipe's ``export`` section changed.
 
+    A run that was calibrated for an NPU keeps its grids on the CPU, which can run them. One that was
+    calibrated for the CPU gets other grids on an NPU; what that costs is reported.
+
+    Returns:
+        As :func:`condiquant_recipes.run.export`.
+
     Raises:
         InputError: no finished run, or values out of range.
     """
-    workspace, recipe = Workspace.open(folder)
-    values = recipe.model_dump()
-    values["export"] |= changes
-    try:
-        recipe = Recipe.model_validate(values)
-    except ValueError as error:
-        raise InputError(f"export: {' '.join(str(error).split())}") from error
+    workspace, calibrated = Workspace.open(folder)
+    if changes.get("device") == "NPU":
+        changes = {"static": None, **changes}
+    recipe = with_export(calibrated, changes)
     network = load_network(recipe)
     multiple = basicsr_host.pad_multiple(network, recipe.pad_multiple)
     size = recipe.datasets.calibration.crop
-    model, _ = rebuild(network, torch.zeros(1, 3, size, size), recipe)
+    model, _ = rebuild(network, torch.zeros(1, 3, size, size), calibrated)
     load_parameters(model, workspace.network_path)
-    return export(model, recipe, multiple, target, progress)
+    moved = None
+    if recipe.export.device == "NPU" and calibrated.export.device != "NPU":
+        with progress.status("moving the grids"):
+            moved = _move_zero_onto_grids(model, example_image(tile_size(recipe, multiple)))
+    return export(model, recipe, multiple, target, progress, moved)
+
+
+@torch.no_grad()
+def _move_zero_onto_grids(model: nn.Module, image: Tensor) -> dict[str, float]:
+    """Search the weights' bounds again, shift those of activations; returns what it does to the output."""
+    before = model(image)
+    for quantizer in fake_quantizers(model).values():
+        quantizer.zero_on_grid = True
+        if quantizer.kind == "weight":
+            quantizer.search_on_next_input = True
+        else:
+            snapped = quantizer.snapped()
+            upper = snapped.lower + snapped.step * (2**quantizer.bits - 1)
+            quantizer.set_bounds(snapped.lower, upper)
+    difference = (model(image) - before).abs()
+    return {
+        "zero_on_grid_mean_abs": float(difference.mean()),
+        "zero_on_grid_max_abs": float(difference.max()),
+    }
+
+
+def _metadata(model: Path) -> dict[str, Any]:
+    """Metadata of an IR that a run has exported."""
+    metadata = openvino_host.read_metadata(model)
+    if "scale" not in metadata:
+        raise InputError(
+            f"{model} was not exported by condiquant: its scale is unknown; give the IR of a run"
+        )
+    return metadata
 
 
 def upscale(
@@ -74,11 +110,12 @@ def upscale(
     """Enlarge an image file.
 
     Raises:
-        InputError: unreadable IR or image, unknown device, unwritable output.
+        InputError: no IR of a run, unreadable image, unknown device, unwritable output.
     """
     if output.suffix.lower() != ".png" or not output.parent.is_dir():
         raise InputError(f"cannot write {output}: give a .png in an existing folder")
     pixels = basicsr_host.read_image(image)
+    _metadata(model)
     upscaler = openvino_host.Upscaler(model, device, tile, overlap)
     with progress.bar("upscaling", 1) as advance:
         result = upscaler(pixels, lambda done, total: advance("tiles", done, total))

@@ -5,12 +5,12 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from condiquant_plugin.errors import InputError
 from condiquant_plugin.grid import MAX_BITS, MIN_BITS
@@ -100,11 +100,24 @@ class CondiQuantSection(_Section):
 
 
 class ExportSection(_Section):
-    static: bool = False
-    """Keep the traced height and width; needed by networks that cannot be traced for any size."""
+    static: bool | None = None
+    """Keep the traced height and width: other images go through tiles. Left out: only for networks that
+    are wrong at other sizes, and for NPUs."""
     tile: int = Field(72, ge=8)
     """Height and width that the network is traced with."""
     compress_to_fp16: bool = False
+    u8_nhwc: bool = False
+    """Take and give 8-bit images of shape ``(1, height, width, 3)``."""
+    device: Literal["CPU", "NPU"] = "CPU"
+    """``NPU``: zero on every grid, symmetric weights, static shapes; untested on the device."""
+
+    @model_validator(mode="after")
+    def _npu_is_static(self) -> ExportSection:
+        if self.device == "NPU" and self.static is False:
+            raise ValueError(
+                "export.device=NPU needs static shapes: leave out export.static=false (--dynamic)"
+            )
+        return self
 
 
 class Recipe(_Section):
@@ -153,6 +166,20 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         raise InputError(f"{path}: {_explain(error)}") from error
 
 
+def with_export(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
+    """The recipe with some keys of its ``export`` section changed.
+
+    Raises:
+        InputError: a value out of range, or values that exclude one another.
+    """
+    values = recipe.model_dump()
+    values["export"] |= changes
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        raise InputError(_explain(error)) from error
+
+
 def _apply(content: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     if not separator or not key:
@@ -184,6 +211,8 @@ def _explain(error: ValidationError) -> str:
         return f"unknown key {key}: {hint}"
     if first["type"] == "missing":
         return f"key {key} is missing: add it"
+    if first["type"] == "value_error":
+        return str(first["ctx"]["error"])
     return f"{key}={first['input']!r}: {first['msg']}"
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import openvino as ov
 import torch
 from torch import Tensor, nn
 
@@ -119,10 +120,10 @@ def run(
     distilled = _distilled(workspace, quantized, source, recipe, progress)
     seconds["distillation"] = distilled.pop("seconds")
     scores = _evaluated(workspace, "quantized", quantized.model, source, recipe, progress)
+    save_parameters(quantized.model, workspace.network_path)
     started = time.perf_counter()
     ir = export(quantized.model, recipe, source.multiple, workspace.folder, progress)
     seconds["export"] = time.perf_counter() - started
-    save_parameters(quantized.model, workspace.network_path)
 
     metrics = {
         "model": recipe.name,
@@ -227,62 +228,144 @@ def _distilled(
 
 
 def export(
-    model: nn.Module, recipe: Recipe, multiple: int, out: Path, progress: Progress
+    model: nn.Module,
+    recipe: Recipe,
+    multiple: int,
+    out: Path,
+    progress: Progress,
+    moved: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
     """Write ``model.xml`` and check that it computes what torch simulates.
 
     With ``compress_to_fp16`` the figures are those of the halved IR: its rounded float parameters may cost
     more than the tolerance.
 
+    Args:
+        moved: what it cost to move the grids of a network calibrated for another device:
+            ``zero_on_grid_mean_abs`` and ``zero_on_grid_max_abs`` of the output.
+
+    Returns:
+        Sizes, figures, and ``notes``: one-line sentences that the user should read.
+
     Raises:
+        InputError: a network that must keep its traced size, with ``export.static: false``.
         RuntimeError: if parity fails; no IR is written then.
     """
-    size = -(-recipe.export.tile // multiple) * multiple
-    image = example_image(size)
-    images = [image]
-    if not recipe.export.static:  # what a trace takes for a constant shows at another size
-        images.append(example_image(size + multiple))
-    with progress.status("exporting OpenVINO IR"):
-        ir = openvino_host.convert(model, image, static=recipe.export.static)
-    with progress.status("checking parity with the simulation"):
-        parity = openvino_host.check_parity(model, ir, images)
-        parity.raise_if_broken()
-        if recipe.export.compress_to_fp16:
+    section = recipe.export
+    notes = []
+    with progress.status("exporting OpenVINO IR, checking parity with the simulation"):
+        ir, images, parity = _convert(model, recipe, multiple)
+        static = len(images) == 1
+        if static and not section.static and section.device == "CPU":
+            size = "x".join(map(str, images[0].shape[2:]))
+            notes.append(
+                f"{recipe.name} is right only at the size it is traced with: the IR is static, {size}, "
+                "and other images go through tiles"
+            )
+        if section.compress_to_fp16:
             openvino_host.halve(ir)
             parity = openvino_host.check_parity(model, ir, images)
-    figures = {
-        "parity_mean_abs": parity.mean_abs,
-        "parity_max_abs": parity.max_abs,
-        "parity_layer_max": max((layer.error for layer in parity.layers), default=0.0),
-        "parity_stretch_mean_abs": parity.stretch_mean_abs,
-        "code_flip_rate": parity.code_flip_rate,
-        "tie_rate": parity.tie_rate,
-    }
-    openvino_host.set_metadata(
-        ir,
-        {
-            "network": recipe.name,
-            "scale": recipe.scale,
-            "weight_bits": recipe.condiquant.weight_bits,
-            "activation_bits": recipe.condiquant.activation_bits,
-            "scope": recipe.condiquant.scope,
-            "compress_to_fp16": recipe.export.compress_to_fp16,
-            "pad_multiple": multiple,
-            "plugin_version": __version__,
-            "recipe_sha256": recipe.digest(),
-            "calibration": recipe.datasets.calibration.folders,
-            "parity": figures,
-        },
-    )
+        figures = {
+            "parity_mean_abs": parity.mean_abs,
+            "parity_max_abs": parity.max_abs,
+            "parity_layer_max": max((layer.error for layer in parity.layers), default=0.0),
+            "parity_stretch_mean_abs": parity.stretch_mean_abs,
+            "code_flip_rate": parity.code_flip_rate,
+            "tie_rate": parity.tie_rate,
+        }
+        if section.u8_nhwc:
+            float_ir, ir = ir, openvino_host.take_u8_nhwc(ir)
+            photographs = [image.mul(255).round().byte().permute(0, 2, 3, 1) for image in images]
+            levels = openvino_host.check_u8_parity(ir, float_ir, [p.numpy() for p in photographs])
+            levels.raise_if_broken()
+            figures |= {f"u8_{name}": value for name, value in asdict(levels).items()}
+    if section.device == "NPU":
+        notes.append("the NPU flavour is untested on the device: its parity is the CPU plugin's")
+    if moved:
+        figures |= moved
+        notes.append(
+            "calibrated for the CPU, then moved to grids with zero on them: the output changes by "
+            f"{moved['zero_on_grid_mean_abs']:.4f} of 1 on average, at most "
+            f"{moved['zero_on_grid_max_abs']:.4f}; `condiquant run` with --set export.device=NPU "
+            "calibrates for them"
+        )
+    openvino_host.set_metadata(ir, _metadata(recipe, multiple, static) | {"parity": figures})
     sizes = openvino_host.save(ir, out / "model.xml")
-    return {**sizes, **figures}
+    return {**sizes, **figures, "notes": notes}
 
 
-def example_image(size: int) -> Tensor:
-    """A reproducible noisy gradient, ``(1, 3, size, size)`` in [0, 1], to trace and compare on."""
-    ramp = torch.linspace(0, 1, size)
-    image = torch.stack(
-        [ramp.expand(size, size), ramp[:, None].expand(size, size), ramp.flip(0).expand(size, size)]
-    )
+def _convert(
+    model: nn.Module, recipe: Recipe, multiple: int
+) -> tuple[ov.Model, list[Tensor], openvino_host.Parity]:
+    """The IR, the images it was checked on (one for a static IR) and its parity."""
+    size = tile_size(recipe, multiple)
+    image = example_image(size)
+    if not recipe.export.static and recipe.export.device != "NPU":
+        # What a trace takes for a constant shows at another size, and what for a square at this one.
+        images = [image, example_image(size - multiple or 3 * size, size + multiple)]
+        for traced in images:  # at its img_size a network may have its masks as constants
+            try:
+                ir = openvino_host.convert(model, traced)
+                if all(_takes(ir, each, recipe.scale) for each in images):
+                    parity = openvino_host.check_parity(model, ir, images)
+                    if parity.ok:
+                        return ir, images, parity
+            except (InputError, RuntimeError):
+                continue
+    ir = openvino_host.convert(model, image, static=True)
+    parity = openvino_host.check_parity(model, ir, [image])
+    parity.raise_if_broken()
+    if recipe.export.static is False:
+        raise InputError(
+            f"{recipe.name} is right only at the size it is traced with: set export.static: true, "
+            "or export the finished run again with --static"
+        )
+    return ir, [image], parity
+
+
+def _takes(ir: ov.Model, image: Tensor, scale: int) -> bool:
+    """Whether the shapes in an IR work out for the size of an image."""
+    trial = ir.clone()
+    try:
+        trial.reshape(list(image.shape))
+    except RuntimeError:
+        return False
+    height, width = image.shape[2:]
+    return list(trial.output().get_shape()) == [1, 3, scale * height, scale * width]
+
+
+def _metadata(recipe: Recipe, multiple: int, static: bool) -> dict[str, Any]:
+    """What an IR says about itself; nothing about the machine it was made on."""
+    section = recipe.condiquant
+    folders = (Path(folder) for folder in recipe.datasets.calibration.folders)
+    return {
+        "network": recipe.name,
+        "scale": recipe.scale,
+        "weight_bits": section.weight_bits,
+        "activation_bits": section.activation_bits,
+        "other_bits": section.other_bits,
+        "scope": section.scope,
+        "compress_to_fp16": recipe.export.compress_to_fp16,
+        "pad_multiple": multiple,
+        "static": static,
+        "preprocessing": "u8_nhwc" if recipe.export.u8_nhwc else "f32_nchw",
+        "device": recipe.export.device,
+        "tested_on_device": recipe.export.device == "CPU",
+        "plugin_version": __version__,
+        "recipe_sha256": recipe.digest(),
+        "calibration": [f.name if f.is_absolute() else f.as_posix() for f in folders],
+    }
+
+
+def tile_size(recipe: Recipe, multiple: int) -> int:
+    """Height and width that the network is traced with."""
+    return -(-recipe.export.tile // multiple) * multiple
+
+
+def example_image(height: int, width: int | None = None) -> Tensor:
+    """A reproducible noisy gradient, ``(1, 3, height, width)`` in [0, 1], to trace and compare on."""
+    size = (height, height if width is None else width)
+    down, right = torch.linspace(0, 1, size[0])[:, None], torch.linspace(0, 1, size[1])
+    image = torch.stack([right.expand(size), down.expand(size), right.flip(0).expand(size)])
     noise = torch.rand(image.shape, generator=torch.Generator().manual_seed(0))
     return (0.8 * image + 0.2 * noise)[None]

@@ -26,6 +26,7 @@ def quantization(recipe: Recipe) -> QuantizationConfig:
         other_bits=section.other_bits,
         weight_granularity=section.weight_granularity,
         activation_side=section.bounds.side,
+        zero_on_grid=recipe.export.device == "NPU",
         bounds_inputs=section.bounds.inputs,
         recondition=_reconditioning(recipe),
     )

@@ -79,7 +79,7 @@ def test_networks_quantized_by_nncf(name, bits, monkeypatch):
     parity.raise_if_broken()
     assert parity.stretch_mean_abs < 1e-5
     weights = [q for q in fake_quantizers(model).values() if q.kind == "weight"]
-    products = sum(q.kind == "activation" for q in fake_quantizers(model).values()) - len(weights)
+    products = sum(q.kind == "operand" for q in fake_quantizers(model).values())
     assert len(parity.layers) == len(weights) + products // 2
     assert f"u{bits}" in constants(ir)
 

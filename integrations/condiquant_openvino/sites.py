@@ -1,0 +1,196 @@
+"""Where the activation quantizers of a network ended up in its IR.
+
+One FakeQuantize may serve several of them, far from their products: what it rounds is permuted and split
+afterwards. An index map says which of its entries each quantizer of the network got.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import openvino as ov
+import openvino.opset13 as ops
+from numpy.typing import NDArray
+
+from condiquant_openvino.quantizer_graphs import EXIT, PREFIX, TRANSPOSED, bytes_of, is_encoder
+from condiquant_openvino.upscaling import infer
+
+Array = NDArray[np.float32]
+Arrays = Mapping[str, Array]
+_TIE_MARGIN = 1e-3
+_MOST_INDICES = 2**24
+"""Integers up to here are exact in float32."""
+
+
+@dataclass(frozen=True)
+class _Grid:
+    lower: Array
+    step: Array
+    last_code: int
+
+    def codes(self, x: Array) -> Array:
+        return np.rint(((x - self.lower) / self.step).clip(0, self.last_code))
+
+
+@dataclass(frozen=True)
+class Site:
+    """One activation quantizer of the network, for inputs of one shape."""
+
+    label: str
+    entry: str
+    """Friendly name of the node that rounds."""
+    exit: str
+    """Friendly name of the node that gives the quantized values."""
+    transposed: bool
+    """Whether the last two axes are swapped against the network."""
+    grid: _Grid
+    entry_grid: _Grid
+    """Bounds at the entry, in the order of the exit; they differ by a factor moved past the rounding."""
+    entry_shape: tuple[int, ...]
+    index: NDArray[np.int64] | None
+    """Flat index in the entry's tensor of every value at the exit; None if the order is the same."""
+
+    def codes(self, x: Array) -> Array:
+        """Codes of values in the scale of the exit."""
+        return self.grid.codes(x)
+
+    def codes_at_entry(self, tensor: Array) -> Array:
+        """Codes that this quantizer gets of the entry's input, in the order of the exit."""
+        return self.entry_grid.codes(tensor if self.index is None else tensor.ravel()[self.index])
+
+    def from_network(self, x: Array) -> Array:
+        """A tensor of the network in the order of the exit."""
+        return np.swapaxes(x, -1, -2) if self.transposed else x
+
+    def away_from_ties(self, raw: Array, quantized: Array) -> Array:
+        """``raw`` with what lies on a rounding tie moved to the value that torch chose for it."""
+        distance = np.abs(raw - quantized) / self.grid.step
+        return np.where(np.abs(distance - 0.5) < _TIE_MARGIN, quantized, raw)
+
+    def put(self, raw: Array, tensor: Array) -> None:
+        """Write what the network's quantizer saw into the entry's input."""
+        if not np.array_equal(self.entry_grid.step, self.grid.step):
+            factor = self.entry_grid.step.astype(np.float64) / self.grid.step
+            raw = (raw * factor).astype(np.float32)
+        tensor.ravel()[slice(None) if self.index is None else self.index] = (
+            raw.ravel() if self.index is None else raw
+        )
+
+
+def locate(ir: ov.Model, image: Array, device: str) -> list[Site]:
+    """All sites, in the order of the graph, for inputs of the shape of ``image``."""
+    nodes = {node.get_friendly_name(): node for node in ir.get_ordered_ops()}
+    exits: dict[str, ov.Node] = {}
+    for name, node in nodes.items():
+        if name.startswith(PREFIX) and name.removesuffix(TRANSPOSED).endswith(EXIT):
+            exits[name] = node
+    encoders = {n.get_friendly_name(): n for n in nodes.values() if is_encoder(n)}
+    rounded = {name: _encoder_above(node) for name, node in exits.items()}
+    entries = [PREFIX + _label(name) for name in exits if rounded[name] is None]
+    shapes = _input_shapes(ir, [*encoders, *entries], image)
+    indices = _indices(
+        ir, {n: e for n, e in rounded.items() if e is not None}, shapes, image, device
+    )
+    sites = []
+    for name, node in exits.items():
+        label = _label(name)
+        transposed = name.endswith(TRANSPOSED)
+        encoder = rounded[name]
+        if encoder is None:
+            grid = _elementwise_grid(nodes[PREFIX + label])
+            shape = shapes[PREFIX + label]
+            sites.append(Site(label, PREFIX + label, name, transposed, grid, grid, shape, None))
+        else:
+            index = indices.get(name)
+            grids = _grids(node, encoders[encoder], shapes[encoder], index)
+            shape = shapes[encoder]
+            sites.append(Site(label, encoder, name, transposed, *grids, shape, index))
+    return sites
+
+
+def _label(exit_name: str) -> str:
+    return exit_name.removesuffix(TRANSPOSED).removesuffix(EXIT).removeprefix(PREFIX)
+
+
+def _encoder_above(node: ov.Node) -> str | None:
+    """Name of the FakeQuantize whose integers ``node`` decodes; None for other forms."""
+    if node.get_type_name() != "Multiply":
+        return None
+    while not is_encoder(node):
+        node = node.input_value(0).get_node()
+    return str(node.get_friendly_name())
+
+
+def _decoder_input(exit_node: ov.Node) -> ov.Input:
+    """Where the integers go in."""
+    node = exit_node.input_value(0).get_node()
+    if node.get_type_name() == "Subtract":
+        node = node.input_value(0).get_node()
+    return node.input(0)
+
+
+def _input_shapes(ir: ov.Model, names: Sequence[str], image: Array) -> dict[str, tuple[int, ...]]:
+    static = ir.clone()
+    static.reshape({static.input().any_name: image.shape})
+    nodes = {node.get_friendly_name(): node for node in static.get_ops()}
+    return {name: tuple(nodes[name].get_input_shape(0)) for name in names}
+
+
+def _indices(
+    ir: ov.Model,
+    rounded: Mapping[str, str],
+    shapes: Mapping[str, tuple[int, ...]],
+    image: Array,
+    device: str,
+) -> dict[str, NDArray[np.int64]]:
+    """Index maps by exit, where something lies between rounding and decoding."""
+    clone = ir.clone()
+    nodes = {node.get_friendly_name(): node for node in clone.get_ordered_ops()}
+    parameters: dict[str, ov.Node] = {}
+    outputs: dict[str, ov.Output] = {}
+    for exit_name, encoder in rounded.items():
+        codes = bytes_of(nodes[encoder]).output(0)
+        if encoder not in parameters:
+            if _decoder_input(nodes[exit_name]).get_source_output() == codes:
+                continue
+            if np.prod(shapes[encoder]) > _MOST_INDICES:
+                raise ValueError(f"{encoder}: too large for a parity check, give a smaller input")
+            parameters[encoder] = ops.parameter(codes.get_partial_shape(), np.float32)
+            for target in codes.get_target_inputs():
+                target.replace_source_output(parameters[encoder].output(0))
+        outputs[exit_name] = _decoder_input(nodes[exit_name]).get_source_output()
+    if not outputs:
+        return {}
+    model = ov.Model(list(outputs.values()), [*clone.get_parameters(), *parameters.values()])
+    order = [np.arange(np.prod(shapes[e]), dtype=np.float32).reshape(shapes[e]) for e in parameters]
+    found = infer(model, [image, *order], device)
+    return {n: values.astype(np.int64) for n, values in zip(outputs, found, strict=True)}
+
+
+def _grids(
+    exit_node: ov.Node, encoder: ov.Node, shape: tuple[int, ...], index: NDArray[np.int64] | None
+) -> tuple[_Grid, _Grid]:
+    """Grid at the exit and at the entry; every value of an exit has the same."""
+    last_code = encoder.get_attributes()["levels"] - 1
+    bounds = [encoder.input_value(i).get_node().data for i in (1, 2, 3, 4)]
+    first = 0 if index is None else int(index.flat[0])
+    low, high, out_low, out_high = (np.broadcast_to(b, shape).flat[first] for b in bounds)
+    zero = np.float32(0)
+    if exit_node.input_value(0).get_node().get_type_name() == "Subtract":
+        zero = exit_node.input_value(0).get_node().input_value(1).get_node().data
+    fine = exit_node.input_value(1).get_node().data
+    step = np.asarray((out_high - out_low) / last_code * fine, np.float32)
+    lower = np.asarray((out_low - zero) * fine, np.float32)
+    entry_step = np.asarray((high - low) / np.float32(last_code), np.float32)
+    if np.allclose(entry_step, step, rtol=1e-6):
+        entry_step, low = step, lower
+    return _Grid(lower, step, last_code), _Grid(np.asarray(low), entry_step, last_code)
+
+
+def _elementwise_grid(entry: ov.Node) -> _Grid:
+    (divide,) = (port.get_node() for port in entry.output(0).get_target_inputs())
+    (clamp,) = (port.get_node() for port in divide.output(0).get_target_inputs())
+    lower, step = (node.input_value(1).get_node().data for node in (entry, divide))
+    return _Grid(lower, step, int(clamp.get_attributes()["max"]))

@@ -1,0 +1,157 @@
+"""``condiquant benchmark``: IRs of any tool against each other."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import openvino as ov
+from rich import box
+from rich.table import Table
+
+import condiquant_openvino as openvino_host
+from condiquant_plugin.errors import InputError
+from condiquant_plugin.files import write_atomic
+from condiquant_recipes.inspection import execution_table
+
+
+def benchmark(
+    files: Sequence[Path],
+    *,
+    hint: str | None = None,
+    iterations: int = 30,
+    duration: float = 3.0,
+    shape: str | None = None,
+    data_shape: str | None = None,
+    device: str = "CPU",
+    precision: str = "f32",
+) -> dict[str, Any]:
+    """Measure IRs in turns.
+
+    Args:
+        shape, data_shape: as benchmark_app takes them: ``[1,3,64,64]`` or ``image[1,3,64,64]``.
+
+    Returns:
+        ``openvino``, ``device``, ``precision``, ``hint`` and ``models``: by name ``file``,
+        ``xml_bytes``, ``bin_bytes`` and what :func:`condiquant_openvino.compare_latency` returns.
+
+    Raises:
+        InputError: a file that is no IR, or a setting that an IR or OpenVINO cannot take.
+    """
+    names = dict(zip(distinct_names(files), files, strict=True))
+    found = openvino_host.compare_latency(
+        names,
+        parse_shape(shape),
+        data_shape=parse_shape(data_shape),
+        iterations=iterations,
+        duration=duration,
+        hint=hint,
+        device=device,
+        precision=precision,
+    )
+    models = {}
+    for name, figures in found.items():
+        xml = names[name]
+        sizes = {"xml_bytes": xml.stat().st_size}
+        sizes["bin_bytes"] = xml.with_suffix(".bin").stat().st_size
+        layers = [asdict(layer) for layer in figures["layers"]]
+        models[name] = {"file": str(xml), **sizes, **figures, "layers": layers}
+    return {
+        "openvino": ov.get_version(),
+        "device": device,
+        "precision": precision,
+        "hint": hint,
+        "models": models,
+    }
+
+
+def write_report(report: dict[str, Any], path: Path) -> None:
+    """Write as JSON.
+
+    Raises:
+        InputError: if the file cannot be written.
+    """
+    try:
+        write_atomic(path, json.dumps(report, indent=1).encode())
+    except OSError as error:
+        raise InputError(
+            f"cannot write {path}: {error.strerror}; give --out a file in a folder that exists"
+        ) from error
+
+
+def tables(report: dict[str, Any], *, layers: bool = False) -> Iterator[Table]:
+    """The figures as a table, then with ``layers`` one table for each IR."""
+    models = report["models"]
+    shapes = {"x".join(map(str, m["shape"])) + " dynamic" * m["dynamic"] for m in models.values()}
+    title = "input " + ", ".join(sorted(shapes))
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("model", overflow="fold")
+    headers = (".bin KiB", ".xml KiB", "ms", "p10", "p90", "ratio", "frames /s", "ratio", "int8")
+    for header in headers:
+        table.add_column(header, justify="right")
+    for name, model in models.items():
+        table.add_row(
+            name,
+            *(_number(model[f"{part}_bytes"] / 1024, ".0f") for part in ("bin", "xml")),
+            *(_number(model[f"{part}_ms"], ".2f") for part in ("median", "p10", "p90")),
+            _number(model["ratio"], ".3f"),
+            _number(model["frames_per_second"], ".2f"),
+            _number(model["throughput_ratio"], ".3f"),
+            _number(model["int8_share"], ".0%"),
+        )
+    for column in table.columns[1:]:
+        words = [*str(column.header).split(), *map(str, column.cells)]
+        column.min_width = max(map(len, words))
+    table.caption = (
+        f"{report['device']}, float operators in {report['precision']}; ratios to {next(iter(models))}: "
+        "of time (less is faster), of frames/s (more is faster); int8: share of the convolutions "
+        "and matrix products"
+    )
+    yield table
+    if layers:
+        for name, model in models.items():
+            yield execution_table(model["layers"], title=name)
+
+
+def parse_shape(text: str | None) -> list[int] | None:
+    """A shape as benchmark_app takes it.
+
+    >>> parse_shape("image[1,3,64,64]")
+    [1, 3, 64, 64]
+
+    Raises:
+        InputError: if it is none.
+    """
+    if text is None:
+        return None
+    found = re.fullmatch(r"(?:[^\[\],]*\[)?\s*(\d+(?:\s*,\s*\d+)*)\s*\]?", text.strip())
+    if found is None:
+        raise InputError(f"shape {text!r} is none: give 1,3,height,width, such as [1,3,64,64]")
+    return [int(size) for size in found[1].split(",")]
+
+
+def distinct_names(files: Sequence[Path]) -> list[str]:
+    """Stems with as many folders in front as tell them apart; a file given again is numbered.
+
+    >>> distinct_names([Path("a/model.xml"), Path("b/model.xml")])
+    ['a/model', 'b/model']
+    """
+    paths = [file.resolve().with_suffix("") for file in files]
+    depths = range(1, max(len(path.parts) for path in paths) + 1)
+    for depth in depths:
+        short = {path: "/".join(path.parts[-depth:]) for path in paths}
+        if len(set(short.values())) == len(short):
+            break
+    names: list[str] = []
+    for path in paths:
+        again = sum(earlier == path for earlier in paths[: len(names)])
+        names.append(short[path] + (f" ({again + 1})" if again else ""))
+    return names
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
