@@ -59,30 +59,30 @@ class Lattice:
 
 
 def lattice(bits: int, kind: Kind, zero_on_grid: bool = False) -> Lattice:
-    """The finest lattice whose every level fits u8 (activations) or i8 (weights, operands).
+    """The finest lattice whose every level fits i8; 8-bit activations fit u8.
 
-    An operand is a factor of a product of two activations (attention): 8-bit kernels take no zero point
-    there, so its integers are signed. At 8 bits zero lies in the middle, or at the lower end (u8).
+    8-bit kernels subtract a zero point in float32, or refuse one (products of two activations, whose
+    factors are the operands): below 8 bits zero is the integer 0. At 8 bits zero of an activation lies
+    anywhere, of a weight in the middle, of an operand in the middle or at the lower end (u8).
 
     Args:
         zero_on_grid: the lattice is the grid itself, and zero is code ``2**(bits-1)`` of a weight.
 
-    >>> lattice(4, "weight")
+    >>> lattice(4, "activation")
     Lattice(refinement=8, lowest_zero=0, highest_zero=120, zero_spacing=1)
-    >>> lattice(2, "activation")
-    Lattice(refinement=85, lowest_zero=0, highest_zero=255, zero_spacing=1)
+    >>> lattice(8, "activation")
+    Lattice(refinement=1, lowest_zero=0, highest_zero=255, zero_spacing=1)
     >>> lattice(4, "weight", zero_on_grid=True)
     Lattice(refinement=1, lowest_zero=8, highest_zero=8, zero_spacing=1)
     """
     last_code = 2 ** check_bits(bits) - 1
     if zero_on_grid and kind == "weight":
         return Lattice(1, 2 ** (bits - 1), 2 ** (bits - 1))
-    if kind == "activation":
-        refinement = 1 if zero_on_grid else 255 // last_code
-        return Lattice(refinement, 0, refinement * last_code)
     refinement = 1 if zero_on_grid else max(127 // last_code, 1)
     span = refinement * last_code
-    if kind == "operand" and bits == MAX_BITS:
+    if bits == MAX_BITS and kind == "activation":
+        return Lattice(refinement, 0, span)
+    if bits == MAX_BITS and kind == "operand":
         return Lattice(refinement, 0, 128, zero_spacing=128)
     return Lattice(refinement, max(0, span - 127), min(128, span))
 

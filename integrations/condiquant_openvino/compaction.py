@@ -6,7 +6,7 @@ times the packed weights. The tables fold back into the same constants when the 
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 
 import numpy as np
 import openvino as ov
@@ -22,7 +22,13 @@ def compact(model: ov.Model) -> None:
     for node in model.get_ordered_ops():
         if node.get_type_name() == "Constant" and node.get_output_element_type(0) == ov.Type.f32:
             values = node.data
-            if values.size >= _FEWEST_ENTRIES and (table := _as_table(values)) is not None:
+            if values.size < _FEWEST_ENTRIES:
+                continue
+            values = _without_repeats(values, node.output(0))
+            table = _as_table(values)
+            if table is None and values.size < node.data.size:
+                table = ops.constant(values).output(0)
+            if table is not None:
                 table.get_node().set_friendly_name(node.get_friendly_name())
                 for port in node.output(0).get_target_inputs():
                     port.replace_source_output(table)
@@ -62,8 +68,61 @@ def _bytes(node: ov.Node) -> bytes:
     return data
 
 
+def _without_repeats(values: NDArray[np.float32], output: ov.Output) -> NDArray[np.float32]:
+    """Without the axes along which nothing varies, where every use broadcasts them again."""
+    for axis in range(values.ndim):
+        first = values.take([0], axis)
+        if (values == first).all() and all(
+            _broadcasts(port, axis - values.ndim) for port in output.get_target_inputs()
+        ):
+            values = first
+    return np.ascontiguousarray(values)
+
+
+def _broadcasts(port: ov.Input, axis: int) -> bool:
+    """Whether the other operand has the whole of ``axis``, counted from the end."""
+    node = port.get_node()
+    if node.get_type_name() not in {"Add", "Multiply", "Subtract"}:
+        return False
+    other, this = (
+        node.get_input_partial_shape(i) for i in (1 - port.get_index(), port.get_index())
+    )
+    return len(other) >= -axis and bool(other[axis] == this[axis])
+
+
 def _as_table(values: NDArray[np.float32]) -> ov.Output | None:
-    """Distinct columns of ``values`` and the index of each, if that takes less than half the space.
+    """``values`` from what is distinct in them, if that takes less than half the space."""
+    candidates = [_by_columns(values), _by_axes(values)]
+    size, build = min(candidates, key=lambda candidate: candidate[0])
+    return build() if size <= values.nbytes // 2 else None
+
+
+def _by_axes(values: NDArray[np.float32]) -> tuple[int, Callable[[], ov.Output]]:
+    """Bytes, and a builder: distinct slices along each axis, and an index per axis.
+
+    Masks of shifted windows repeat whole rows and columns.
+    """
+    indices: dict[int, NDArray[np.int32]] = {}
+    for axis in range(values.ndim):
+        slices = np.moveaxis(values, axis, -1).reshape(-1, values.shape[axis])
+        distinct, index = _distinct_columns(slices)
+        if len(distinct) < values.shape[axis]:
+            shape = [n for i, n in enumerate(values.shape) if i != axis]
+            values = np.moveaxis(distinct.T.reshape(*shape, len(distinct)), -1, axis)
+            indices[axis] = index
+    values = np.ascontiguousarray(values)
+
+    def build() -> ov.Output:
+        result = ops.constant(values).output(0)
+        for axis, index in indices.items():
+            result = _gather(result, index, axis)
+        return result
+
+    return values.nbytes + sum(_packed_bytes(index) for index in indices.values()), build
+
+
+def _by_columns(values: NDArray[np.float32]) -> tuple[int, Callable[[], ov.Output]]:
+    """Bytes, and a builder: distinct columns of ``values`` and the index of each.
 
     A column runs along the leading axes: ``(1, heads, n, n)`` biases are ``n * n`` columns of
     ``heads`` values, and all blocks of a network share their index.
@@ -71,19 +130,34 @@ def _as_table(values: NDArray[np.float32]) -> ov.Output | None:
     best = None
     for leading in range(values.ndim):
         rows = int(np.prod(values.shape[:leading]))
-        columns = values.reshape(rows, -1)
-        table, index = _distinct_columns(columns)
-        bits = next((b for b in _INDEX_BITS if len(table) <= 2**b), 32)
-        size = table.nbytes + index.size * bits // 8
+        table, index = _distinct_columns(values.reshape(rows, -1))
+        size = table.nbytes + _packed_bytes(index)
         if best is None or size < best[0]:
-            best = size, leading, table, index, bits
-    if best is None or best[0] > values.nbytes // 2 or best[4] not in _INDEX_BITS:
-        return None
-    _, leading, table, index, bits = best
-    packed = ops.constant(index.reshape(values.shape[leading:]), dtype=_INDEX_BITS[bits])
-    shaped = ops.constant(np.ascontiguousarray(table.T).reshape(*values.shape[:leading], -1))
-    looked_up = ops.gather(shaped, ops.convert(packed, np.int32), ops.constant(np.int64(leading)))
-    return looked_up.output(0)
+            best = size, leading, table, index
+    assert best is not None  # a large constant has axes
+    size, leading, table, index = best
+
+    def build() -> ov.Output:
+        shaped = np.ascontiguousarray(table.T).reshape(*values.shape[:leading], -1)
+        return _gather(
+            ops.constant(shaped).output(0), index.reshape(values.shape[leading:]), leading
+        )
+
+    return size, build
+
+
+def _index_type(index: NDArray[np.int32]) -> ov.Type:
+    last = int(index.max())
+    return next((t for bits, t in _INDEX_BITS.items() if last < 2**bits), ov.Type.i32)
+
+
+def _packed_bytes(index: NDArray[np.int32]) -> int:
+    return int(index.size * _index_type(index).bitwidth // 8)
+
+
+def _gather(table: ov.Output, index: NDArray[np.int32], axis: int) -> ov.Output:
+    packed = ops.convert(ops.constant(index, dtype=_index_type(index)), np.int32)
+    return ops.gather(table, packed, ops.constant(np.int64(axis))).output(0)
 
 
 def _distinct_columns(

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from condiquant_openvino import quantizer_graphs
 from condiquant_openvino.compaction import compact
 from condiquant_openvino.hoisting import hoist
+from condiquant_openvino.joining import join
 from condiquant_openvino.quantizer_graphs import Quantizer
 from condiquant_openvino.rearranging import collapse
 from condiquant_openvino.simplification import simplify
@@ -121,10 +122,12 @@ def convert(
             )
             for i in (1, 2)
         )
-        bits, kind, name = (context.get_values_from_const_input(i) for i in (3, 4, 5))
+        bits, kind, name, refinement = (
+            context.get_values_from_const_input(i) for i in (3, 4, 5, 6)
+        )
         label = call_label(name, calls[name])
         calls[name] += 1
-        quantizers[label] = Quantizer(label, lower, step, int(bits), kind)
+        quantizers[label] = Quantizer(label, lower, step, int(bits), kind, int(refinement))
         return _Placeholder([context.get_input(0)], label).outputs()
 
     extension = ConversionExtension("condiquant::fake_quantize", mark)
@@ -154,6 +157,7 @@ def convert(
     _replace_placeholders(converted, quantizers)
     converted = hoist(converted)
     collapse(converted)
+    join(converted)
     compact(converted)
     converted.validate_nodes_and_infer_types()
     converted.set_friendly_name(type(model).__name__)

@@ -22,7 +22,6 @@ PREFIX = "fake_quantize/"
 EXIT = "/exit"
 TRANSPOSED = "/transposed"
 BYTES = "/bytes"
-_RECOGNISED_LEVELS = {16, 256}
 
 _OUTPUT_CHANNEL_AXES = {
     "Convolution": {0},
@@ -45,18 +44,16 @@ class Quantizer:
     step: NDArray[np.float32]
     bits: int
     kind: grid.Kind
+    refinement: int
+    """Lattice steps in one grid step."""
     transposed: bool = False
     """Whether its values have the last two axes swapped in the IR."""
 
     @property
-    def refinement(self) -> int:
-        """Lattice steps in one grid step."""
-        return grid.lattice(self.bits, self.kind).refinement
-
-    @property
     def is_signed(self) -> bool:
-        """Whether its integers are i8 with zero at 0; else u8 with a zero point."""
-        return self.kind == "operand" and not (self.bits == grid.MAX_BITS and self.zero() == 0)
+        """Whether its integers are i8 and zero is 0; else u8, with a zero point at 8 bits."""
+        free = self.kind == "activation" and self.bits == grid.MAX_BITS
+        return bool(self.zero() > 0) and not free
 
     def zero(self) -> NDArray[np.int32]:
         """Position of zero in lattice steps, shape of ``lower``."""
@@ -121,8 +118,9 @@ def output_channel_axes(product: ov.Node) -> set[int]:
 def encode(x: ov.Output, quantizer: Quantizer) -> ov.Output:
     """Integers of the lattice as bytes: FakeQuantize, which a kernel in front of it takes in.
 
-    The low-precision transforms see bytes only behind 16 or 256 levels: other grids get a second
-    FakeQuantize, which changes nothing.
+    The low-precision transforms see bytes behind 256 levels, or behind 16 that start at zero; behind 16
+    others they round the zero point, silently. There a second FakeQuantize, which changes nothing,
+    has 256.
 
     Args:
         quantizer: one grid for all of ``x``; see :func:`is_exact_in_8_bits`.
@@ -142,7 +140,7 @@ def to_bytes(
 ) -> ov.Output:
     """FakeQuantize of ``x`` by its input and output bounds, as bytes."""
     integers = _fake_quantize(x, bounds, levels, name)
-    if levels not in _RECOGNISED_LEVELS:
+    if levels != 256 and not (levels == 16 and byte == ov.Type.u8):
         lowest = np.float32(-128 if byte == ov.Type.i8 else 0)
         extent = [np.array(lowest), np.array(lowest + np.float32(255))]
         integers = _fake_quantize(integers, extent * 2, 256, name + BYTES)
@@ -242,7 +240,7 @@ def is_encoder(node: ov.Node) -> bool:
     return bool(
         node.get_type_name() == "FakeQuantize"
         and name.startswith(PREFIX)
-        and not name.endswith(BYTES)
+        and not name.endswith((BYTES, EXIT))
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,8 @@ def save(
         # The .bin is the same again: only the .xml holds what is added here.
         model.set_rt_info(_sha256(temporary.with_suffix(".bin")), _BIN_DIGEST)
         ov.save_model(model, temporary, compress_to_fp16=False)
+        # Indentation is a sixth of the file.
+        temporary.write_text(re.sub(r">\s+<", "><", temporary.read_text("utf-8")), "utf-8")
         # A kill between the two renames must not leave an old graph with new weights.
         xml.unlink(missing_ok=True)
         for source, target in pairs:

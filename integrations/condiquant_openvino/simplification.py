@@ -19,6 +19,8 @@ def simplify(model: ov.Model) -> None:
             _remove_empty_padding(node)
         elif node.get_type_name() == "Reshape":
             _add_mask_without_batch_axis(node)
+        elif node.get_type_name() == "Transpose":
+            _shuffle_pixels_at_once(node)
 
 
 def _remove_empty_padding(pad: ov.Node) -> None:
@@ -48,6 +50,25 @@ def _add_mask_without_batch_axis(merge: ov.Node) -> None:
         return
     flat = ops.squeeze(mask, ops.constant([0]))
     _redirect(merge.output(0), ops.add(scores, flat).output(0))
+
+
+def _shuffle_pixels_at_once(transpose: ov.Node) -> None:
+    """PixelShuffle comes as Reshape, Transpose, Reshape; DepthToSpace takes any memory layout."""
+    order = constant_values(transpose.input_value(1))
+    consumers = [port.get_node() for port in transpose.output(0).get_target_inputs()]
+    split = transpose.input_value(0).get_node()
+    kinds = [split.get_type_name(), *(node.get_type_name() for node in consumers)]
+    if order is None or list(order) != [0, 1, 4, 2, 5, 3] or kinds != ["Reshape", "Reshape"]:
+        return
+    image, merged = split.input_value(0), consumers[0].output(0)
+    before, parts = image.get_partial_shape(), list(split.get_output_partial_shape(0))
+    if len(before) != 4 or before[1].is_dynamic or any(d.is_dynamic for d in parts[2:4]):
+        return
+    rows, columns = (d.get_length() for d in parts[2:4])
+    # Height and width may be dynamic: that they are the image's is known from the operator's name.
+    if rows != columns or "pixel_shuffle" not in transpose.get_friendly_name():
+        return
+    _redirect(merged, ops.depth_to_space(image, "depth_first", rows).output(0))
 
 
 def _redirect(old: ov.Output, new: ov.Output) -> None:

@@ -24,6 +24,17 @@ _MOST_INDICES = 2**24
 """Integers up to here are exact in float32."""
 
 
+def value_range(values: Array) -> float:
+    """Maximum minus minimum of the values and 0, never 0."""
+    extent = max(float(values.max()), 0.0) - min(float(values.min()), 0.0)
+    return max(extent, float(np.finfo(np.float32).tiny))
+
+
+def mean_error(values: Array, expected: Array) -> float:
+    """Mean absolute difference over the value range of ``expected``."""
+    return float(np.abs(values - expected).mean()) / value_range(expected)
+
+
 @dataclass(frozen=True)
 class _Grid:
     lower: Array
@@ -59,6 +70,13 @@ class Site:
     def codes_at_entry(self, tensor: Array) -> Array:
         """Codes that this quantizer gets of the entry's input, in the order of the exit."""
         return self.entry_grid.codes(tensor if self.index is None else tensor.ravel()[self.index])
+
+    def input_error(self, tensor: Array, raw: Array) -> float:
+        """Mean difference of the entry's input from what torch saw, over the value range of that."""
+        arrived = (tensor if self.index is None else tensor.ravel()[self.index]).ravel()
+        if not np.array_equal(self.entry_grid.step, self.grid.step):
+            arrived = arrived * np.float32(self.grid.step / self.entry_grid.step)
+        return mean_error(arrived, raw.ravel())
 
     def from_network(self, x: Array) -> Array:
         """A tensor of the network in the order of the exit."""
@@ -116,7 +134,7 @@ def _label(exit_name: str) -> str:
 
 def _encoder_above(node: ov.Node) -> str | None:
     """Name of the FakeQuantize whose integers ``node`` decodes; None for other forms."""
-    if node.get_type_name() != "Multiply":
+    if node.get_type_name() not in {"Multiply", "FakeQuantize"}:
         return None
     while not is_encoder(node):
         node = node.input_value(0).get_node()
@@ -151,6 +169,8 @@ def _indices(
     parameters: dict[str, ov.Node] = {}
     outputs: dict[str, ov.Output] = {}
     for exit_name, encoder in rounded.items():
+        if nodes[exit_name].get_type_name() == "FakeQuantize":
+            continue
         codes = bytes_of(nodes[encoder]).output(0)
         if encoder not in parameters:
             if _decoder_input(nodes[exit_name]).get_source_output() == codes:
@@ -180,7 +200,11 @@ def _grids(
     zero = np.float32(0)
     if exit_node.input_value(0).get_node().get_type_name() == "Subtract":
         zero = exit_node.input_value(0).get_node().input_value(1).get_node().data
-    fine = exit_node.input_value(1).get_node().data
+    if exit_node.get_type_name() == "Multiply":
+        fine = exit_node.input_value(1).get_node().data
+    else:
+        integer, value = (exit_node.input_value(i).get_node().data for i in (2, 4))
+        fine = value / integer
     step = np.asarray((out_high - out_low) / last_code * fine, np.float32)
     lower = np.asarray((out_low - zero) * fine, np.float32)
     entry_step = np.asarray((high - low) / np.float32(last_code), np.float32)

@@ -1,0 +1,54 @@
+"""One FakeQuantize in the place of bytes that are decoded at once."""
+
+from __future__ import annotations
+
+import numpy as np
+import openvino as ov
+import openvino.opset13 as ops
+
+from condiquant_openvino.quantizer_graphs import (
+    BYTES,
+    EXIT,
+    PREFIX,
+    PRODUCTS,
+    bytes_of,
+    is_encoder,
+    origin,
+)
+
+
+def join(model: ov.Model) -> None:
+    """Join in place, in front of convolutions and linear layers; it makes the .xml smaller.
+
+    Operands of attention stay bytes: there the plugin takes signed integers only as such.
+    """
+    for encoder in model.get_ordered_ops():
+        if not is_encoder(encoder):
+            continue
+        to_bytes = bytes_of(encoder)
+        widened = to_bytes.input_value(0).get_node()
+        decoders = [port.get_node() for port in to_bytes.output(0).get_target_inputs()]
+        if not widened.get_friendly_name().endswith(BYTES) or len(decoders) != 1:
+            continue
+        (port,) = decoders[0].output(0).get_target_inputs()
+        scaled = port.get_node()
+        if decoders[0].get_type_name() != "Convert" or scaled.get_type_name() != "Multiply":
+            continue
+        consumers = [port.get_node() for port in scaled.output(0).get_target_inputs()]
+        if not scaled.get_friendly_name().endswith(EXIT) or not all(map(_has_weight, consumers)):
+            continue
+        lowest, highest = (widened.input_value(i) for i in (1, 2))
+        fine = scaled.input_value(1).get_node().data
+        real = [ops.constant(np.float32(b.get_node().data * fine)) for b in (lowest, highest)]
+        joined = ops.fake_quantize(widened.input_value(0), lowest, highest, *real, 256)
+        joined.set_friendly_name(scaled.get_friendly_name())
+        for port in scaled.output(0).get_target_inputs():
+            port.replace_source_output(joined.output(0))
+
+
+def _has_weight(product: ov.Node) -> bool:
+    if product.get_type_name() not in PRODUCTS:
+        return False
+    weight = origin(product.input_value(1))
+    name = weight.get_friendly_name()
+    return weight.get_type_name() == "Constant" or (name.startswith(PREFIX) and EXIT not in name)
