@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from condiquant_openvino.quantizer_graphs import (
     bytes_of,
     constant_values,
+    has_weight,
     is_encoder,
     to_bytes,
 )
@@ -135,7 +136,7 @@ def _rise(encoder: _Encoder, apart: set[str]) -> bool:
         return True
     if (selection := _selection(passed)) is not None:
         return _merge_selections(passed.input_value(0), selection.axis, apart)
-    if _would_leave_transpose_at_product(passed, encoder):
+    if _would_leave_transpose_at_product(passed, encoder) or _is_behind_attention(passed, encoder):
         return False
     bounds = _bounds_before(passed, encoder.bounds)
     varying = {axis for bound in encoder.bounds for axis, n in enumerate(bound.shape) if n > 1}
@@ -161,6 +162,15 @@ def _would_leave_transpose_at_product(passed: ov.Node, encoder: _Encoder) -> boo
         and passed.get_output_partial_shape(0).is_dynamic
         and any(node.get_type_name() == "Convert" for node in consumers)
     )
+
+
+def _is_behind_attention(passed: ov.Node, encoder: _Encoder) -> bool:
+    """Taken into the plugin's attention kernel, the first of two FakeQuantize in a row is lost."""
+    product = passed.input_value(0).get_node()
+    while product.get_type_name() == "Transpose":
+        product = product.input_value(0).get_node()
+    two = encoder.convert.input_value(0).get_node().get_name() != encoder.node.get_name()
+    return two and product.get_type_name() == "MatMul" and not has_weight(product)
 
 
 def _merge_selections(tensor: ov.Output, axis: int, apart: set[str]) -> bool:

@@ -6,15 +6,7 @@ import numpy as np
 import openvino as ov
 import openvino.opset13 as ops
 
-from condiquant_openvino.quantizer_graphs import (
-    BYTES,
-    EXIT,
-    PREFIX,
-    PRODUCTS,
-    bytes_of,
-    is_encoder,
-    origin,
-)
+from condiquant_openvino.quantizer_graphs import BYTES, EXIT, bytes_of, has_weight, is_encoder
 
 
 def join(model: ov.Model) -> None:
@@ -35,7 +27,7 @@ def join(model: ov.Model) -> None:
         if decoders[0].get_type_name() != "Convert" or scaled.get_type_name() != "Multiply":
             continue
         consumers = [port.get_node() for port in scaled.output(0).get_target_inputs()]
-        if not scaled.get_friendly_name().endswith(EXIT) or not all(map(_has_weight, consumers)):
+        if not scaled.get_friendly_name().endswith(EXIT) or not all(map(has_weight, consumers)):
             continue
         lowest, highest = (widened.input_value(i) for i in (1, 2))
         fine = scaled.input_value(1).get_node().data
@@ -44,11 +36,3 @@ def join(model: ov.Model) -> None:
         joined.set_friendly_name(scaled.get_friendly_name())
         for port in scaled.output(0).get_target_inputs():
             port.replace_source_output(joined.output(0))
-
-
-def _has_weight(product: ov.Node) -> bool:
-    if product.get_type_name() not in PRODUCTS:
-        return False
-    weight = origin(product.input_value(1))
-    name = weight.get_friendly_name()
-    return weight.get_type_name() == "Constant" or (name.startswith(PREFIX) and EXIT not in name)

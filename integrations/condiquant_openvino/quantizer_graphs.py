@@ -107,6 +107,15 @@ def origin(source: ov.Output) -> ov.Node:
     return node
 
 
+def has_weight(node: ov.Node) -> bool:
+    """Whether a node is a product with a weight, quantized or float."""
+    if node.get_type_name() not in PRODUCTS:
+        return False
+    weight = origin(node.input_value(1))
+    name = weight.get_friendly_name()
+    return weight.get_type_name() == "Constant" or (name.startswith(PREFIX) and EXIT not in name)
+
+
 def output_channel_axes(product: ov.Node) -> set[int]:
     """Axes of the output channels in the second operand."""
     if product.get_type_name() != "MatMul":
