@@ -189,6 +189,7 @@ def _merge_selections(tensor: ov.Output, axis: int, apart: set[str]) -> bool:
         parts.append((node, selection, encoders[0]))
     if size.is_dynamic or len({encoder.kind for _, _, encoder in parts}) > 1:
         return False
+    parts.sort(key=lambda part: str(part[2].node.get_friendly_name()))  # targets have no order
     merged = []
     for index in range(4):
         pieces = []
