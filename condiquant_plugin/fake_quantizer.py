@@ -22,7 +22,11 @@ class _FakeQuantize(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, lower: Tensor, step: Tensor, last_code: int) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, lower: Tensor, step: Tensor, last_code: int, refinement: int
+    ) -> Tensor:
+        fine = step / refinement
+        lowest = (lower / fine).round()
         position = (x - lower).div_(step)
         codes = position.clamp(0, last_code)
         if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
@@ -30,8 +34,8 @@ class _FakeQuantize(torch.autograd.Function):
             codes.round_()
             ctx.save_for_backward(position, inside, codes)
             ctx.shape = lower.shape
-            return (codes * step).add_(lower)
-        return codes.round_().mul_(step).add_(lower)
+            return (codes * refinement).add_(lowest).mul_(fine)
+        return codes.round_().mul_(refinement).add_(lowest).mul_(fine)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
@@ -40,7 +44,7 @@ class _FakeQuantize(torch.autograd.Function):
         grad_x = grad * inside
         grad_lower = _sum_to(grad, ctx.shape) - _sum_to(grad_x, ctx.shape)
         grad_step = _inner(grad, codes, ctx.shape) - _inner(grad_x, position, ctx.shape)
-        return grad_x, grad_lower, grad_step, None
+        return grad_x, grad_lower, grad_step, None, None
 
 
 def _sum_to(value: Tensor, shape: torch.Size) -> Tensor:
@@ -61,7 +65,7 @@ def fake_quantize_op(
     ``lower`` and ``step`` are already snapped and broadcast against ``x``; ``name`` labels the
     quantizer in reports; ``refinement`` is that of its :class:`condiquant_plugin.grid.Lattice`.
     """
-    return grid.quantize(x, lower, step, bits)
+    return grid.quantize(x, lower, step, bits, refinement)
 
 
 @fake_quantize_op.register_fake
@@ -145,6 +149,7 @@ class FakeQuantizer(nn.Module):
             return x
         step = ((self.upper - self.lower) / (2**self.bits - 1)).clamp_min(grid.SMALLEST_STEP)
         lower = self.lower + (self.snapped().lower - self.lower).detach()
+        refinement = grid.lattice(self.bits, self.kind, self.zero_on_grid).refinement
         if torch.jit.is_tracing():
             return fake_quantize_op(
                 x,
@@ -153,10 +158,10 @@ class FakeQuantizer(nn.Module):
                 self.bits,
                 self.kind,
                 self.name,
-                grid.lattice(self.bits, self.kind, self.zero_on_grid).refinement,
+                refinement,
             )
         lower, step = self._spread(lower, x), self._spread(step, x)
-        result: Tensor = _FakeQuantize.apply(x, lower, step, 2**self.bits - 1)
+        result: Tensor = _FakeQuantize.apply(x, lower, step, 2**self.bits - 1, refinement)
         return result
 
     def _block_rows(self, x: Tensor) -> Tensor:

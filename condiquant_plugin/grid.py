@@ -119,6 +119,17 @@ def codes(x: Tensor, lower: Tensor, step: Tensor, bits: int) -> Tensor:
     return ((x - lower) / step).clamp(0, 2**bits - 1).round()
 
 
-def quantize(x: Tensor, lower: Tensor, step: Tensor, bits: int) -> Tensor:
-    """Nearest grid value of every entry of ``x`` (ties to even codes)."""
-    return codes(x, lower, step, bits) * step + lower
+def quantize(
+    x: Tensor, lower: Tensor, step: Tensor, bits: int, refinement: int | None = None
+) -> Tensor:
+    """Nearest grid value of every entry of ``x`` (ties to even codes).
+
+    Args:
+        refinement: of the lattice that ``lower`` lies on; then the values are its integers times the
+            lattice step, as in an 8-bit kernel, and zero is exactly 0.
+    """
+    found = codes(x, lower, step, bits)
+    if refinement is None:
+        return found * step + lower
+    fine = step / refinement
+    return (found * refinement + (lower / fine).round()) * fine

@@ -3,28 +3,48 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from math import prod
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import openvino as ov
 import openvino.opset13 as ops
 
 from condiquant_openvino.quantizer_graphs import EXIT, PREFIX, is_encoder
+from condiquant_openvino.saving import core_of_process
 from condiquant_openvino.sites import Array, Arrays, Site
-from condiquant_openvino.upscaling import infer
 
 FloatOperands = Mapping[tuple[str, int], Array]
+OUTPUT = "the output"
+_LEAST_SKIPPED, _MOST_IN_A_ROW = 4, 4
+
+
+@dataclass(frozen=True)
+class Runner:
+    """A device with exactly these properties, all others at their defaults."""
+
+    device: str
+    properties: Mapping[str, Any]
+
+    def compile(self, model: ov.Model) -> ov.CompiledModel:
+        return core_of_process().compile_model(model, self.device, dict(self.properties))
+
+    def infer(self, model: ov.Model, inputs: list[Array]) -> list[Array]:
+        """Every result of one run, in order, also where two results are the same tensor."""
+        request = self.compile(model).create_infer_request()
+        request.infer(inputs)
+        return [tensor.data.copy() for tensor in request.output_tensors]
 
 
 def quantized_tensors(
-    ir: ov.Model, sites: Sequence[Site], image: Array, device: str
+    ir: ov.Model, sites: Sequence[Site], image: Array, runner: Runner
 ) -> dict[str, Array]:
     """What every activation quantizer gives, by label."""
     clone = ir.clone()
     nodes = {node.get_friendly_name(): node for node in clone.get_ordered_ops()}
     results = [port.get_node().input_value(0) for port in clone.outputs]
     exits = [nodes[site.exit].output(0) for site in sites]
-    found = infer(ov.Model([*results, *exits], clone.get_parameters()), [image], device)
+    found = runner.infer(ov.Model([*results, *exits], clone.get_parameters()), [image])
     return {site.label: v for site, v in zip(sites, found[len(results) :], strict=True)}
 
 
@@ -36,23 +56,60 @@ def entry_tensors(sites: Sequence[Site], raw: Arrays) -> Arrays:
     return tensors
 
 
-def _spell_out(encoder: ov.Node) -> None:
-    """Bounds per channel as elementwise operators: behind no kernel, the plugin refuses them."""
-    lower, upper, lowest, highest = (encoder.input_value(i) for i in (1, 2, 3, 4))
-    if all(prod(bound.get_shape()) == 1 for bound in (lower, upper, lowest, highest)):
-        return
-    last_code = ops.constant(np.float32(encoder.get_attributes()["levels"] - 1))
-    step = ops.divide(ops.subtract(upper, lower), last_code)
-    fine = ops.divide(ops.subtract(highest, lowest), last_code)
-    position = ops.divide(ops.subtract(encoder.input_value(0), lower), step)
-    codes = ops.round(ops.minimum(ops.relu(position), last_code), "half_to_even")
-    integers = ops.add(ops.multiply(codes, fine), lowest)
-    for port in encoder.output(0).get_target_inputs():
-        port.replace_source_output(integers.output(0))
+def cut_sets(ir: ov.Model, sites: Sequence[Site]) -> list[list[str]]:
+    """Two sets of the nodes that round, in order, to cut an IR at the one and at the other.
+
+    A value on a tie rounds either way, and what follows goes astray: cuts keep it near. The more that
+    stays whole between them, the more of what the plugin fuses is as without. The first set has what a
+    residual path leads to past four levels of quantizers or more, so attention stays whole; and of
+    a chain of quantizers every fifth. The second has all others: with them cut, nothing that goes
+    astray gets back to a residual path.
+    """
+    entry_of = {site.exit: site.entry for site in sites}
+    entries = set(entry_of.values())
+    image = ""
+    level, in_a_row = {image: 0}, {image: 0}
+    first: list[str] = []
+    second: list[str] = []
+    reached: dict[str, frozenset[str]] = {}
+    for node in ir.get_ordered_ops():
+        name = node.get_friendly_name()
+        above = frozenset[str]().union(
+            *(reached[value.get_node().get_friendly_name()] for value in node.input_values())
+        )
+        if name in entries:
+            level[name] = 1 + max((level[n] for n in above), default=0)
+            in_a_row[name] = 1 + max((in_a_row[n] for n in above), default=0)
+            skipped = level[name] - min((level[n] for n in above), default=0)
+            if skipped >= _LEAST_SKIPPED or in_a_row[name] > _MOST_IN_A_ROW:
+                in_a_row[name] = 0
+                first.append(name)
+            else:
+                second.append(name)
+        if node.get_type_name() == "Parameter":
+            above = frozenset({image})
+        elif node.get_type_name() == "ShapeOf":
+            above = frozenset()
+        reached[name] = frozenset({entry_of[name]}) if name in entry_of else above
+    return [chosen for chosen in (first, second) if chosen] or [[]]
+
+
+def _bounds(encoder: ov.Node) -> list[Array]:
+    return [encoder.input_value(i).get_node().data for i in (1, 2, 3, 4)]
+
+
+def _integers(encoder: ov.Node, x: Array) -> Array:
+    """What an encoder makes of ``x``."""
+    lower, upper, lowest, highest = _bounds(encoder)
+    last_code = np.float32(encoder.get_attributes()["levels"] - 1)
+    codes = np.rint(((x - lower) / ((upper - lower) / last_code)).clip(0, last_code))
+    return np.asarray(codes * ((highest - lowest) / last_code) + lowest, np.float32)
 
 
 class Pieces:
     """A copy of an IR that takes the tensors at its activation quantizers as inputs.
+
+    ``nodes`` has its operators by name, in order.
 
     Args:
         values: tensors by name of the node to cut: the input of a node that rounds, or the output of
@@ -71,26 +128,27 @@ class Pieces:
         floats: FloatOperands | None = None,
     ) -> None:
         self._model = ir.clone()
-        self._nodes = {node.get_friendly_name(): node for node in self._model.get_ordered_ops()}
+        self.nodes = {node.get_friendly_name(): node for node in self._model.get_ordered_ops()}
         self._values: dict[str, Array] = {}
         self._parameters: dict[str, ov.Node] = {}
         self._sources: dict[str, ov.Output] = {}
         for name, value in values.items():
-            node = self._nodes[name]
+            node = self.nodes[name]
             if EXIT in name:
-                source, targets = node.output(0), node.output(0).get_target_inputs()
-                self._cut(name, source, targets, value)
+                self._cut(name, node.output(0), node.output(0).get_target_inputs(), value)
+            elif is_encoder(node) and any(bound.size > 1 for bound in _bounds(node)):
+                # Behind no kernel the plugin refuses bounds per channel: its integers are put in.
+                targets = node.output(0).get_target_inputs()
+                self._cut(name, node.input_value(0), targets, _integers(node, value))
             else:
                 self._cut(name, node.input_value(0), {node.input(0)}, value)
-            if is_encoder(node):
-                _spell_out(node)
         for label, value in (weights or {}).items():
-            node = self._nodes[PREFIX + label]
+            node = self.nodes[PREFIX + label]
             constant = ops.constant(value.reshape(list(node.get_output_shape(0))))
             for port in node.output(0).get_target_inputs():
                 port.replace_source_output(constant.output(0))
         for (name, operand), value in (floats or {}).items():
-            port = self._nodes[name].input(operand)
+            port = self.nodes[name].input(operand)
             self._cut(f"{name}:{operand}", port.get_source_output(), {port}, value)
 
     def _cut(self, key: str, source: ov.Output, targets: set[ov.Input], value: Array) -> None:
@@ -101,24 +159,21 @@ class Pieces:
         for port in targets:
             port.replace_source_output(parameter.output(0))
 
-    def run_node(self, name: str, image: Array, device: str) -> Array:
-        """Output of one node, computed from the cuts above it; ``image`` gives shapes only."""
-        node = self._nodes[name]
-        keys = self._cuts_above(node)
+    def source(self, place: str) -> ov.Output:
+        """What arrives at a node that rounds, or at ``OUTPUT``."""
+        if place == OUTPUT:
+            return self._model.get_results()[0].input_value(0)
+        return self._sources.get(place, self.nodes[place].input_value(0))
+
+    def run(self, ports: Sequence[ov.Output], image: Array, runner: Runner) -> list[Array]:
+        """Values of ``ports``, each computed from the cuts above it."""
+        keys = self._cuts_above([port.get_node() for port in ports])
         inputs = [*self._model.get_parameters(), *(self._parameters[key] for key in keys)]
         values = [image, *(self._values[key] for key in keys)]
-        return infer(ov.Model([node.output(0)], inputs), values, device)[0]
+        return runner.infer(ov.Model(list(ports), inputs), values)
 
-    def run_stretches(self, image: Array, device: str) -> tuple[Array, dict[str, Array]]:
-        """Output of the network, and what arrives at every cut, each from the cuts above it."""
-        results = [port.get_node().input_value(0) for port in self._model.outputs]
-        outputs = [*results[:1], *self._sources.values()]
-        inputs = [*self._model.get_parameters(), *self._parameters.values()]
-        output, *found = infer(ov.Model(outputs, inputs), [image, *self._values.values()], device)
-        return output, dict(zip(self._sources, found, strict=True))
-
-    def _cuts_above(self, node: ov.Node) -> list[str]:
-        keys, seen, pending = [], {node.get_name()}, [node]
+    def _cuts_above(self, nodes: Sequence[ov.Node]) -> list[str]:
+        keys, seen, pending = [], {node.get_name() for node in nodes}, list(nodes)
         names = {parameter.get_name(): key for key, parameter in self._parameters.items()}
         while pending:
             current = pending.pop()

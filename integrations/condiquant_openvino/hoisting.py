@@ -94,7 +94,11 @@ def _move(model: ov.Model, apart: set[str]) -> None:
 def _is_runnable(encoder: _Encoder) -> bool:
     """Whether the CPU plugin takes it: of a dynamic shape with bounds per channel only in a kernel."""
     varying = {axis for bound in encoder.bounds for axis, n in enumerate(bound.shape) if n > 1}
-    if varying <= {1} or encoder.source.get_partial_shape().is_static:
+    if varying <= {1}:
+        return True
+    if encoder.kind[0] == 256:
+        return False  # the low-precision transforms take it apart, and no kernel takes it in
+    if encoder.source.get_partial_shape().is_static:
         return True
     producer = encoder.source.get_node()
     if producer.get_type_name() == "Add":

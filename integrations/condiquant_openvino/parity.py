@@ -2,32 +2,61 @@
 
 A value on the tie between two codes may round either way: another order of float32 sums is enough.
 With global attention one such flip changes codes everywhere: torch on two inputs 1e-7 apart can end
-1 % apart. Hence the comparison stretch by stretch: each part between quantizers starts from the
-tensors that torch saw.
+1 % apart. Hence the comparison in stretches that start from the tensors that torch saw at some of the
+quantizers.
+
+What rounding may come to differs from network to network, so torch measures it: the simulation runs
+again with the result of every operator outside the quantizers rounded, to the 8 significant bits of
+bfloat16 where the device computes in it, else to 16 bits, the relative 2**-17 that sums of thousands of
+float32 terms may be apart. The IR may differ by ``ROOM`` times as much, or by the strict tolerances if
+they are more.
 """
 
 from __future__ import annotations
 
 import os
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
 
-import numpy as np
 import openvino as ov
-import torch
 from torch import Tensor, nn
 
-from condiquant_openvino.conversion import call_label, labelled
-from condiquant_openvino.cutting import Pieces, entry_tensors, quantized_tensors
-from condiquant_openvino.layer_parity import LayerParity, check_layers, value_range
+from condiquant_openvino.bisection import Difference, find_first_difference
+from condiquant_openvino.comparison import (
+    END_TO_END_TOLERANCE,
+    ROOM,
+    TIE_TOLERANCE,
+    Example,
+    Figures,
+    tolerance,
+)
+from condiquant_openvino.cutting import OUTPUT, Runner, cut_sets
+from condiquant_openvino.layer_parity import F32, LayerParity, check_layers
 from condiquant_openvino.saving import read_ir
-from condiquant_openvino.sites import Array, Arrays, Site, locate
-from condiquant_openvino.upscaling import compile_ir
-from condiquant_plugin import FakeQuantizer
+from condiquant_openvino.simulation import Rounding
 
-LAYER_TOLERANCE, END_TO_END_TOLERANCE, TIE_TOLERANCE = 1e-5, 1e-4, 1e-4
+PROPERTIES: Mapping[str, Mapping[str, Any]] = {
+    "f32": F32,
+    "accuracy": {"EXECUTION_MODE_HINT": "ACCURACY"},
+    "default": {},
+}
+"""What an IR is checked with; bfloat16 is the default of CPUs that have it."""
+LAYER_TOLERANCE = 1e-5
+_SIGNIFICANT_BITS = {"bf16": 8, "f16": 11}
+_FLOAT32_SUM_BITS = 16
+
+
+@dataclass(frozen=True)
+class InputParity:
+    """What arrives at a quantizer, in a stretch that starts from the tensors torch saw."""
+
+    name: str
+    """Label of the quantizer, or ``the output``."""
+    error: float
+    """Mean absolute difference over the value range."""
+    tolerance: float
 
 
 @dataclass(frozen=True)
@@ -38,66 +67,63 @@ class Parity:
     """End to end, mean over all inputs."""
     max_abs: float
     """End to end, maximum over all inputs."""
-    code_flip_rate: float
-    """Share of the codes of all activation quantizers that differ, end to end."""
+    code_flip_rate: float | None
+    """Share of the codes of all activation quantizers that differ, end to end; None if not counted."""
     stretch_mean_abs: float
-    """As ``mean_abs``, with the tensors torch saw put in at every activation quantizer."""
+    """As ``mean_abs``, with the tensors torch saw put in wherever that leads back to no residual path."""
     stretch_max_abs: float
     """As ``max_abs``, likewise."""
     tie_rate: float
-    """As ``code_flip_rate``, likewise: only ties are left of it."""
+    """Share of the codes that differ, likewise: little more than ties is left of it."""
+    inputs: list[InputParity] = field(default_factory=list)
+    """Every activation quantizer and the output, also in longer stretches; maximum over all inputs."""
     layers: list[LayerParity] = field(default_factory=list)
     """Every quantized product checked, on the first input."""
-    layer_tolerance: float = LAYER_TOLERANCE
+    properties: Mapping[str, Any] = field(default_factory=lambda: F32)
+    """What the IR was compiled with, all others at their defaults."""
+    precision: str = "f32"
+    """What the device computes float operators in: ``f32``, ``bf16`` or ``f16``."""
     end_to_end_tolerance: float = END_TO_END_TOLERANCE
+    """Of ``mean_abs``."""
     tie_tolerance: float = TIE_TOLERANCE
+    layer_tolerance: float = LAYER_TOLERANCE
+    bisect: Callable[[], Difference | None] = field(default=lambda: None, repr=False, compare=False)
+    """Looks for the first layer that differs; runs the network some ten times."""
 
     @property
     def ok(self) -> bool:
-        """Whether every layer agrees, and the whole up to rounding ties."""
+        """Whether every layer agrees, and the whole up to rounding."""
         return self.complaint() is None
 
     def complaint(self) -> str | None:
-        """What is wrong, naming the first bad layer; None if nothing is."""
+        """What is wrong; None if nothing is."""
         for layer in self.layers:
             if not layer.error <= self.layer_tolerance:
-                return (
-                    f"the IR differs from the simulation in {layer.name}: {layer.error:.1e} of the "
-                    f"value range, allowed {self.layer_tolerance:.0e}"
-                )
-        if self.mean_abs <= self.end_to_end_tolerance:
-            return None
-        if not self.stretch_mean_abs <= self.end_to_end_tolerance:
-            return (
-                f"the IR differs from the simulation end to end: mean {self.mean_abs:.1e} of the "
-                f"value range, {self.stretch_mean_abs:.1e} with torch's tensors at the quantizers, "
-                f"allowed {self.end_to_end_tolerance:.0e}"
-            )
+                return self._complaint(f"in {layer.name}", layer.error, self.layer_tolerance)
+        for entry in self.inputs:
+            if not entry.error <= entry.tolerance:
+                place = f"in front of {entry.name}, given what torch has before it"
+                return self._complaint(place, entry.error, entry.tolerance)
         if not self.tie_rate <= self.tie_tolerance:
-            return (
-                f"the IR rounds {self.tie_rate:.1e} of all codes otherwise than the simulation, "
-                f"allowed {self.tie_tolerance:.0e}"
-            )
+            return self._complaint("in rounding", self.tie_rate, self.tie_tolerance, "all codes")
+        if not self.mean_abs <= self.end_to_end_tolerance:
+            return self._complaint("end to end", self.mean_abs, self.end_to_end_tolerance)
         return None
 
+    def _complaint(
+        self, place: str, error: float, allowed: float, whole: str = "the value range"
+    ) -> str:
+        given = ", ".join(f"{name}={value}" for name, value in self.properties.items())
+        return (
+            f"with {given or 'default'} properties the IR differs from the simulation {place}: "
+            f"{error:.1e} of {whole}, allowed {allowed:.1e}"
+        )
+
     def raise_if_broken(self) -> None:
-        """Raises RuntimeError with the complaint, if there is one."""
+        """Raises RuntimeError with the complaint and the first layer that differs, if there is one."""
         if (complaint := self.complaint()) is not None:
-            raise RuntimeError(complaint)
-
-
-@dataclass
-class _Record:
-    """What one forward pass of torch saw and computed at its quantizers, by label."""
-
-    raw: dict[str, Array] = field(default_factory=dict)
-    quantized: dict[str, Array] = field(default_factory=dict)
-
-    def arrange(self, sites: Sequence[Site]) -> None:
-        """Bring the tensors into the order of the IR's exits."""
-        for site in sites:
-            for tensors in (self.raw, self.quantized):
-                tensors[site.label] = site.from_network(tensors[site.label])
+            first = self.bisect()
+            raise RuntimeError(complaint if first is None else f"{complaint}; {first}")
 
 
 def check_parity(
@@ -107,101 +133,86 @@ def check_parity(
     *,
     max_layers: int | None = None,
     device: str = "CPU",
-    layer_tolerance: float = LAYER_TOLERANCE,
-    end_to_end_tolerance: float = END_TO_END_TOLERANCE,
+    properties: Mapping[str, Any] = F32,
 ) -> Parity:
-    """Compare a model with fake quantizers and its IR, compiled at default properties plus f32.
+    """Compare a model with fake quantizers and its IR.
 
-    Keeps every quantized tensor of a forward pass in memory: give small inputs, such as 64x64.
+    Keeps every quantized tensor of a forward pass in memory: give small inputs, such as 64x64. An IR
+    whose float parameters are in half precision may differ from ``model`` by what their rounding costs.
 
     Args:
         inputs: at least one, shape ``(1, channels, height, width)``; a static IR needs its own
             shape. The layers are checked on the first.
         max_layers: check that many layers, evenly spread; all by default, 0 for none.
+        properties: to compile with, all others at their defaults; ``{}`` for the plugin's own
+            choice, which is bfloat16 for float operators on CPUs that have it.
 
     Raises:
         InputError: if the path is no IR.
     """
     ir = ov_model_or_path if isinstance(ov_model_or_path, ov.Model) else read_ir(ov_model_or_path)
-    network = compile_ir(ir, device)
-    free, stretches = _Differences(), _Differences()
-    layers: list[LayerParity] = []
-    was_training = model.training
-    model.eval()
-    try:
-        for index, tensor in enumerate(inputs):
-            image = tensor.numpy()
-            with torch.no_grad(), _recording(model) as record:
-                expected = model(tensor).numpy()
-            sites = locate(ir, image, device)
-            record.arrange(sites)
-            found = quantized_tensors(ir, sites, image, device)
-            codes = {site.label: site.codes(found[site.label]) for site in sites}
-            free.add(network([image])[0], expected, codes, record.quantized, sites)
-            clear = {
-                s.label: s.away_from_ties(record.raw[s.label], record.quantized[s.label])
-                for s in sites
-            }
-            entries = entry_tensors(sites, clear)
-            output, arrived = Pieces(ir, entries).run_stretches(image, device)
-            codes = {site.label: site.codes_at_entry(arrived[site.entry]) for site in sites}
-            stretches.add(output, expected, codes, record.quantized, sites)
-            if index == 0 and max_layers != 0:
-                exits = {site.exit: record.quantized[site.label] for site in sites}
-                activations = {site.label for site in sites}
-                weights = {n: w for n, w in record.quantized.items() if n not in activations}
-                layers = check_layers(ir, image, entries, exits, weights, max_layers, device)
-    finally:
-        model.train(was_training)
-    return Parity(
-        *free.summary(),
-        *stretches.summary(),
-        layers=layers,
-        layer_tolerance=layer_tolerance,
-        end_to_end_tolerance=end_to_end_tolerance,
+    examples = [Example(model, ir, image, device) for image in inputs]
+    runner = Runner(device, properties)
+    parity = _end_to_end_and_stretches(model, ir, inputs, examples, runner)
+    return _with_layers(parity, ir, examples, runner, max_layers)
+
+
+def check_parities(
+    model: nn.Module, ir: ov.Model, inputs: Sequence[Tensor], *, device: str = "CPU"
+) -> dict[str, Parity]:
+    """Parity by name of ``PROPERTIES``, up to the first that is broken.
+
+    In ``f32`` as :func:`check_parity` has it; with the others without layers and flipped codes.
+    """
+    examples = [Example(model, ir, image, device) for image in inputs]
+    parities: dict[str, Parity] = {}
+    for name, properties in PROPERTIES.items():
+        runner = Runner(device, properties)
+        parity = _end_to_end_and_stretches(model, ir, inputs, examples, runner)
+        if name == "f32":
+            parity = _with_layers(parity, ir, examples, runner, None)
+        parities[name] = parity
+        if not parity.ok:
+            break
+    return parities
+
+
+def _end_to_end_and_stretches(
+    model: nn.Module,
+    ir: ov.Model,
+    inputs: Sequence[Tensor],
+    examples: Sequence[Example],
+    runner: Runner,
+) -> Parity:
+    network = runner.compile(ir)
+    precision = str(network.get_property("INFERENCE_PRECISION_HINT").get_type_name())
+    rounding = _rounding(ir, precision)
+    free, rounded_free, shortest, rounded_shortest = (Figures() for _ in range(4))
+    inputs: dict[str, float] = {}
+    tolerances: dict[str, float] = {}
+    for example in examples:
+        free.add(example.from_image(network))
+        rounded_free.add(example.rounded((), rounding))
+        stretches, rounded = Figures(), Figures()
+        for cuts in cut_sets(ir, example.sites):
+def _with_layers(
+    parity: Parity,
+    ir: ov.Model,
+    examples: Sequence[Example],
+    runner: Runner,
+    max_layers: int | None,
+) -> Parity:
+    codes = Figures()
+    for example in examples:
+        codes.add(example.codes_from_image(runner))
+    layers = [] if max_layers == 0 else check_layers(ir, examples[0], runner, max_layers)
+    return replace(parity, layers=layers, code_flip_rate=codes.flip_rate)
+
+
+def _rounding(ir: ov.Model, precision: str) -> Rounding:
+    results = _SIGNIFICANT_BITS.get(precision, _FLOAT32_SUM_BITS)
+    halved = any(
+        node.get_type_name() == "Constant" and node.get_output_element_type(0) == ov.Type.f16
+        for node in ir.get_ops()
     )
-
-
-@dataclass
-class _Differences:
-    mean_abs: list[float] = field(default_factory=list)
-    max_abs: float = 0.0
-    flips: int = 0
-    codes: int = 0
-
-    def add(
-        self,
-        output: Array,
-        expected: Array,
-        codes: Arrays,
-        quantized: Arrays,
-        sites: Sequence[Site],
-    ) -> None:
-        difference = np.abs(output - expected) / value_range(expected)
-        self.mean_abs.append(float(difference.mean()))
-        self.max_abs = max(self.max_abs, float(difference.max()))
-        for site in sites:
-            differing = codes[site.label] != site.codes(quantized[site.label])
-            self.flips += int(np.count_nonzero(differing))
-            self.codes += differing.size
-
-    def summary(self) -> tuple[float, float, float]:
-        return float(np.mean(self.mean_abs)), self.max_abs, self.flips / max(self.codes, 1)
-
-
-@contextmanager
-def _recording(model: nn.Module) -> Iterator[_Record]:
-    record, calls = _Record(), Counter[str]()
-
-    def hook(quantizer: FakeQuantizer, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        label = call_label(quantizer.name, calls[quantizer.name])
-        calls[quantizer.name] += 1
-        record.raw[label], record.quantized[label] = inputs[0].numpy(), output.numpy()
-
-    with labelled(model) as quantizers:
-        handles = [q.register_forward_hook(hook) for q in quantizers.values() if q.enabled]
-        try:
-            yield record
-        finally:
-            for handle in handles:
-                handle.remove()
+    return Rounding(results, min(results, _SIGNIFICANT_BITS["f16"]) if halved else results)

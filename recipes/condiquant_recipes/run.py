@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import condiquant_basicsr as basicsr_host
 import condiquant_nncf as nncf_host
 import condiquant_openvino as openvino_host
+from condiquant_openvino.parity import check_parities
 from condiquant_plugin import __version__
 from condiquant_plugin.distillation import DistillationResult, distill
 from condiquant_plugin.errors import InputError
@@ -237,8 +238,10 @@ def export(
 ) -> dict[str, Any]:
     """Write ``model.xml`` and check that it computes what torch simulates.
 
-    With ``compress_to_fp16`` the figures are those of the halved IR: its rounded float parameters may cost
-    more than the tolerance.
+    Parity is checked in f32, with the execution mode hint ACCURACY and with the plugin's default
+    properties; the latter two have figures under ``accuracy`` and ``default``. With
+    ``compress_to_fp16`` all figures are those of the halved IR, which may differ by what rounding its
+    float parameters costs; those without it, in f32, are under ``before_fp16``.
 
     Args:
         moved: what it cost to move the grids of a network calibrated for another device:
@@ -254,7 +257,7 @@ def export(
     section = recipe.export
     notes = []
     with progress.status("exporting OpenVINO IR, checking parity with the simulation"):
-        ir, images, parity = _convert(model, recipe, multiple)
+        ir, images, parities = _convert(model, recipe, multiple)
         static = len(images) == 1
         if static and not section.static and section.device == "CPU":
             size = "x".join(map(str, images[0].shape[2:]))
@@ -262,16 +265,18 @@ def export(
                 f"{recipe.name} is right only at the size it is traced with: the IR is static, {size}, "
                 "and other images go through tiles"
             )
+        before_fp16 = {}
         if section.compress_to_fp16:
+            before_fp16 = {"before_fp16": _figures(parities["f32"])}
             openvino_host.halve(ir)
-            parity = openvino_host.check_parity(model, ir, images)
+            parities = _checked(model, ir, images)
+        in_f32 = parities.pop("f32")
         figures = {
-            "parity_mean_abs": parity.mean_abs,
-            "parity_max_abs": parity.max_abs,
-            "parity_layer_max": max((layer.error for layer in parity.layers), default=0.0),
-            "parity_stretch_mean_abs": parity.stretch_mean_abs,
-            "code_flip_rate": parity.code_flip_rate,
-            "tie_rate": parity.tie_rate,
+            **_figures(in_f32),
+            "parity_layer_max": max((layer.error for layer in in_f32.layers), default=0.0),
+            "code_flip_rate": in_f32.code_flip_rate,
+            **{name: _figures(parity) for name, parity in parities.items()},
+            **before_fp16,
         }
         if section.u8_nhwc:
             float_ir, ir = ir, openvino_host.take_u8_nhwc(ir)
@@ -296,8 +301,8 @@ def export(
 
 def _convert(
     model: nn.Module, recipe: Recipe, multiple: int
-) -> tuple[ov.Model, list[Tensor], openvino_host.Parity]:
-    """The IR, the images it was checked on (one for a static IR) and its parity."""
+) -> tuple[ov.Model, list[Tensor], dict[str, openvino_host.Parity]]:
+    """The IR, the images it was checked on (one for a static IR) and its parities."""
     size = tile_size(recipe, multiple)
     image = example_image(size)
     if not recipe.export.static and recipe.export.device != "NPU":
@@ -307,20 +312,44 @@ def _convert(
             try:
                 ir = openvino_host.convert(model, traced)
                 if all(_takes(ir, each, recipe.scale) for each in images):
-                    parity = openvino_host.check_parity(model, ir, images)
-                    if parity.ok:
-                        return ir, images, parity
+                    parities = check_parities(model, ir, images)
+                    if all(parity.ok for parity in parities.values()):
+                        return ir, images, parities
             except (InputError, RuntimeError):
                 continue
     ir = openvino_host.convert(model, image, static=True)
-    parity = openvino_host.check_parity(model, ir, [image])
-    parity.raise_if_broken()
+    parities = _checked(model, ir, [image])
     if recipe.export.static is False:
         raise InputError(
             f"{recipe.name} is right only at the size it is traced with: set export.static: true, "
             "or export the finished run again with --static"
         )
-    return ir, [image], parity
+    return ir, [image], parities
+
+
+def _checked(
+    model: nn.Module, ir: ov.Model, images: Sequence[Tensor]
+) -> dict[str, openvino_host.Parity]:
+    """Parities that hold.
+
+    Raises:
+        RuntimeError: naming the first layer that differs.
+    """
+    parities = check_parities(model, ir, images)
+    for parity in parities.values():
+        parity.raise_if_broken()
+    return parities
+
+
+def _figures(parity: openvino_host.Parity) -> dict[str, Any]:
+    return {
+        "precision": parity.precision,
+        "parity_mean_abs": parity.mean_abs,
+        "parity_max_abs": parity.max_abs,
+        "parity_stretch_mean_abs": parity.stretch_mean_abs,
+        "parity_input_max": max((entry.error for entry in parity.inputs), default=0.0),
+        "tie_rate": parity.tie_rate,
+    }
 
 
 def _takes(ir: ov.Model, image: Tensor, scale: int) -> bool:

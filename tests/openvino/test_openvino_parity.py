@@ -1,3 +1,5 @@
+import copy
+
 import numpy as np
 import openvino as ov
 import openvino.opset13 as ops
@@ -5,9 +7,13 @@ import pytest
 import torch
 from torch import nn
 
+import condiquant_nncf
 from condiquant_openvino import LayerParity, Parity, check_parity, convert
+from condiquant_openvino.cutting import cut_sets
+from condiquant_openvino.parity import InputParity
 from condiquant_openvino.sites import locate
 from condiquant_plugin import FakeQuantizer
+from networks import build
 
 
 def nodes(ir):
@@ -27,7 +33,8 @@ def test_a_changed_weight_scale_is_found(exported_convolutions):
     assert not parity.ok
     bad = [layer for layer in parity.layers if layer.error > 1e-5]
     assert len(bad) == 1
-    with pytest.raises(RuntimeError, match="grouped"):
+    assert parity.bisect().layers == ("grouped.input x grouped.layer.parametrizations.weight.0",)
+    with pytest.raises(RuntimeError, match=r"in grouped.*the first layer that differs is grouped"):
         parity.raise_if_broken()
 
 
@@ -37,7 +44,9 @@ def test_a_changed_bound_is_found(exported_convolutions):
     for i in range(1, 3):
         port = node.input(i)
         replace(port, port.get_source_output().get_node().data + 0.02)
-    with pytest.raises(RuntimeError, match=r"in plain\.input x plain"):
+    with pytest.raises(
+        RuntimeError, match=r"in plain\.input x plain.*that differs is plain\.input x"
+    ):
         check_parity(model, ir, [x]).raise_if_broken()
 
 
@@ -47,9 +56,86 @@ def test_a_change_outside_the_quantized_layers_is_found(exported_convolutions):
         model.head.bias += 0.01
     parity = check_parity(model, ir, [x])
     assert all(layer.error <= 1e-5 for layer in parity.layers)
-    assert parity.stretch_mean_abs > 1e-4 or parity.tie_rate > 1e-4
-    with pytest.raises(RuntimeError, match=r"end to end|codes"):
+    first = parity.bisect()
+    assert (len(first.layers), first.place) == (1, "plain.input")
+    assert "head" in first.layers[0]
+    with pytest.raises(
+        RuntimeError, match=r"in front of plain\.input.*differs is .*head"
+    ) as caught:
         parity.raise_if_broken()
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("layer", ["linear", "back", "wide"])
+def test_a_changed_bias_is_found_behind_its_layer(exported_convolutions, layer):
+    model, ir, x = exported_convolutions
+    with torch.no_grad():
+        model.get_submodule(layer).layer.bias += 0.05
+    parity = check_parity(model, ir, [x], max_layers=0)
+    assert [name.split(".")[0] for name in parity.bisect().layers] == [layer]
+
+
+@pytest.fixture(scope="module")
+def window_attention():
+    config = condiquant_nncf.QuantizationConfig(scope="transformer", recondition=None)
+    images = torch.rand(2, 3, 16, 16)
+    model = condiquant_nncf.quantize_network(build("swinir"), images, config).model
+    return model, convert(model, images, static=True), images[:1]
+
+
+def scale_weight(_model, ir, name):
+    (node,) = (node for key, node in nodes(ir).items() if key == f"fake_quantize/{name}.weight")
+    replace(node.input(1), node.input_value(1).get_node().data * 1.05)
+
+
+def move_bounds_of_values(_model, ir, name):
+    """Those of the values only, of a FakeQuantize that serves queries and keys as well."""
+    sites = locate(ir, np.zeros((1, 3, 16, 16), np.float32), "CPU")
+    (entry,) = (site.entry for site in sites if site.label.endswith(f"{name}.input1"))
+    assert sum(site.entry == entry for site in sites) == 3
+    node = nodes(ir)[entry]
+    for index in (1, 2):
+        bounds = node.input_value(index).get_node().data.copy()
+        bounds[..., -bounds.shape[-1] // 3 :] += 0.1
+        replace(node.input(index), bounds)
+
+
+def shift_bias(model, _ir, name):
+    with torch.no_grad():
+        model.get_parameter(f"{name}.bias")[0] += 0.2  # norms remove what all channels share
+
+
+@pytest.mark.parametrize(
+    ("change", "name", "layer"),
+    [
+        (scale_weight, "layers.0.residual_group.blocks.1.mlp.fc1", "blocks.1.mlp.fc1"),
+        (scale_weight, "layers.1.residual_group.blocks.0.attn.qkv", "blocks.0.attn.qkv"),
+        (shift_bias, "layers.0.residual_group.blocks.1.attn.proj", "blocks.1.attn.proj"),
+        (move_bounds_of_values, "attn/matmul/3", "attn/matmul/3"),
+    ],
+)
+def test_the_first_layer_that_differs_is_found_in_attention(window_attention, change, name, layer):
+    model, ir, x = window_attention
+    model, ir = copy.deepcopy(model), ir.clone()
+    change(model, ir, name)
+    first = check_parity(model, ir, [x], max_layers=0).bisect()
+    assert [layer in found for found in first.layers] == [True]
+
+
+def test_nothing_is_found_where_nothing_differs(window_attention):
+    model, ir, x = window_attention
+    parity = check_parity(model, ir, [x], max_layers=0)
+    parity.raise_if_broken()
+    assert parity.bisect() is None
+
+
+def test_cuts_leave_attention_whole(window_attention):
+    _, ir, x = window_attention
+    on_residual_paths, others = cut_sets(ir, locate(ir, x.numpy(), "CPU"))
+    kinds = {name.split(".", 4)[-1] for name in on_residual_paths}
+    assert kinds == {"1.attn.qkv.input", "0.attn.qkv.input", "0.mlp.fc1.input", "1.mlp.fc1.input"}
+    assert len(on_residual_paths) == 7  # the first is on no residual path yet
+    assert sum("matmul" in name for name in others) == 8
 
 
 def test_flipped_codes_are_counted():
@@ -101,10 +187,12 @@ def test_layers_can_be_sampled(exported_convolutions):
     ("changes", "words"),
     [
         ({}, None),
-        ({"mean_abs": 0.01, "code_flip_rate": 0.2}, None),
-        ({"mean_abs": 0.01, "stretch_mean_abs": 0.01}, "end to end"),
-        ({"mean_abs": 0.01, "stretch_mean_abs": float("nan")}, "end to end"),
-        ({"mean_abs": 0.01, "tie_rate": 0.01}, "codes"),
+        ({"mean_abs": 0.01, "end_to_end_tolerance": 0.02, "code_flip_rate": 0.2}, None),
+        ({"mean_abs": 0.01, "code_flip_rate": None}, "end to end"),
+        ({"stretch_mean_abs": 0.01}, "in the output"),
+        ({"stretch_mean_abs": float("nan")}, "in the output"),
+        ({"tie_rate": 0.01}, "codes"),
+        ({"inputs": [InputParity("a", 1e-6, 1e-5), InputParity("b", 1e-4, 1e-5)]}, "front of b"),
         ({"layers": [LayerParity("a", "MatMul", 1e-6), LayerParity("b", "MatMul", 1e-4)]}, "in b"),
         ({"layers": [LayerParity("a", "MatMul", float("nan"))]}, "in a"),
     ],
