@@ -6,9 +6,9 @@ With global attention one such flip changes codes everywhere: torch on two input
 quantizers.
 
 What rounding may come to differs from network to network, so torch measures it: the simulation runs
-again with the result of every operator outside the quantizers rounded, to the 8 significant bits of
-bfloat16 where the device computes in it, else to 16 bits, the relative 2**-17 that sums of thousands of
-float32 terms may be apart. The IR may differ by ``ROOM`` times as much, or by the strict tolerances if
+again with every product off by up to ``LAYER_TOLERANCE``, and with the result of every operator outside
+the quantizers rounded: to the 8 significant bits of bfloat16, at most 2**-8 off, where the device
+computes in it, else to 16. The IR may differ by ``ROOM`` times as much, or by the strict tolerances if
 they are more.
 """
 
@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from condiquant_openvino.bisection import Difference, find_first_difference
 from condiquant_openvino.comparison import (
     END_TO_END_TOLERANCE,
+    LAYER_TOLERANCE,
     ROOM,
     TIE_TOLERANCE,
     Example,
@@ -43,7 +44,6 @@ PROPERTIES: Mapping[str, Mapping[str, Any]] = {
     "default": {},
 }
 """What an IR is checked with; bfloat16 is the default of CPUs that have it."""
-LAYER_TOLERANCE = 1e-5
 _SIGNIFICANT_BITS = {"bf16": 8, "f16": 11}
 _FLOAT32_SUM_BITS = 16
 
@@ -187,14 +187,38 @@ def _end_to_end_and_stretches(
     network = runner.compile(ir)
     precision = str(network.get_property("INFERENCE_PRECISION_HINT").get_type_name())
     rounding = _rounding(ir, precision)
-    free, rounded_free, shortest, rounded_shortest = (Figures() for _ in range(4))
-    inputs: dict[str, float] = {}
-    tolerances: dict[str, float] = {}
+    free, found, shortest = Figures(), Figures(), Figures()
+    rounded_free, rounded, rounded_shortest = Figures(), Figures(), Figures()
     for example in examples:
         free.add(example.from_image(network))
         rounded_free.add(example.rounded((), rounding))
-        stretches, rounded = Figures(), Figures()
         for cuts in cut_sets(ir, example.sites):
+            by_rounding = example.rounded(cuts, rounding)
+            by_ir = example.between(cuts, runner, by_rounding.tolerances())
+            found.add(by_ir)
+            rounded.add(by_rounding)
+        shortest.add(by_ir)
+        rounded_shortest.add(by_rounding)
+    tolerances = rounded.tolerances()
+    places = [*(site.label for site in examples[0].sites), OUTPUT]
+    in_float = precision not in _SIGNIFICANT_BITS
+    return Parity(
+        mean_abs=free.mean_abs,
+        max_abs=free.max_abs,
+        code_flip_rate=None,
+        stretch_mean_abs=shortest.mean_abs,
+        stretch_max_abs=shortest.max_abs,
+        tie_rate=shortest.flip_rate,
+        inputs=[InputParity(place, found.inputs[place], tolerances[place]) for place in places],
+        properties=runner.properties,
+        precision="f32" if in_float else precision,
+        end_to_end_tolerance=rounded_free.tolerances()[OUTPUT],
+        tie_tolerance=tolerance(TIE_TOLERANCE, rounded_shortest.flip_rate),
+        layer_tolerance=LAYER_TOLERANCE if in_float else ROOM * 2.0**-rounding.results,
+        bisect=partial(find_first_difference, model, ir, inputs, runner, rounding),
+    )
+
+
 def _with_layers(
     parity: Parity,
     ir: ov.Model,
@@ -215,4 +239,5 @@ def _rounding(ir: ov.Model, precision: str) -> Rounding:
         node.get_type_name() == "Constant" and node.get_output_element_type(0) == ov.Type.f16
         for node in ir.get_ops()
     )
-    return Rounding(results, min(results, _SIGNIFICANT_BITS["f16"]) if halved else results)
+    parameters = min(results, _SIGNIFICANT_BITS["f16"]) if halved else results
+    return Rounding(results, parameters, LAYER_TOLERANCE)

@@ -115,7 +115,9 @@ class _RoundingMode(TorchFunctionMode):
         result = func(*args, **kwargs)
         if getattr(func, "__name__", "") in _PRODUCTS:
             uniform = torch.rand(result.shape, generator=self._generator)
-            result = result + (2 * uniform - 1) * (self._rounding.noise * value_range(result.numpy()))
+            result = result + (2 * uniform - 1) * (
+                self._rounding.noise * value_range(result.numpy())
+            )
         # What a function passes on unchanged may be state of the model.
         return result if args and result is args[0] else tree_map(self._result, result)
 
