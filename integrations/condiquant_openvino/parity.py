@@ -6,10 +6,10 @@ With global attention one such flip changes codes everywhere: torch on two input
 quantizers.
 
 What rounding may come to differs from network to network, so torch measures it: the simulation runs
-again with every product off by up to ``LAYER_TOLERANCE``, and with the result of every operator outside
-the quantizers rounded: to the 8 significant bits of bfloat16, at most 2**-8 off, where the device
-computes in it, else to 16. The IR may differ by ``ROOM`` times as much, or by the strict tolerances if
-they are more.
+again with the result of every operator outside the quantizers rounded: to the 8 significant bits of
+bfloat16, at most 2**-8 off, where the device computes in it, else to 16, the 2**-16 that long float32
+sums may be off; and with as much noise on products as float32 leaves where terms cancel, which decides
+exact ties. The IR may differ by ``ROOM`` times as much, or by the strict tolerances if they are more.
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ PROPERTIES: Mapping[str, Mapping[str, Any]] = {
 """What an IR is checked with; bfloat16 is the default of CPUs that have it."""
 _SIGNIFICANT_BITS = {"bf16": 8, "f16": 11}
 _FLOAT32_SUM_BITS = 16
+_CANCELLATION = 2.0**-22
 
 
 @dataclass(frozen=True)
@@ -240,4 +241,4 @@ def _rounding(ir: ov.Model, precision: str) -> Rounding:
         for node in ir.get_ops()
     )
     parameters = min(results, _SIGNIFICANT_BITS["f16"]) if halved else results
-    return Rounding(results, parameters, LAYER_TOLERANCE)
+    return Rounding(results, parameters, _CANCELLATION)

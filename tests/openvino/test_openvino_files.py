@@ -99,7 +99,7 @@ def test_inspection(ir, tmp_path):
     assert found["constants"]["u4"] == 7
     convolutions = 16 * 16 * 9 + 16 * 4 * 9 + 16 * 9 + 16 * 4 * 16 + 8 * 12 * 4
     assert found["constant_values"]["u4"] == convolutions + 2 * 16 * 48
-    assert found["fake_quantize"] == {16: 7}
+    assert found["fake_quantize"] == {256: 7, 16: 7}
 
 
 def test_paired_latency(convolution_net, tmp_path):
