@@ -44,17 +44,19 @@ def search(
     Args:
         rows: finite values, shape ``(rows, entries)``.
         side: ``"symmetric"`` shrinks both ends alike; ``"one_sided"`` the upper end only (softmax maps,
-            inputs behind GELU or ReLU); ``"auto"`` tries both.
+            inputs behind GELU or ReLU); ``"auto"`` tries both. Where zero is in one of few places
+            (8 bits, ``zero_on_grid`` weights) ranges shrink towards it, whatever the side.
         zero_on_grid: see :func:`condiquant_plugin.grid.lattice`.
     """
     lowest, highest = rows.amin(1), rows.amax(1)
     centers, counts = _histogram(rows, lowest, highest, bits)
-    cells = grid.lattice(bits, kind, zero_on_grid)
-    last_code, ends = 2**bits - 1, (lowest, highest)
-    if cells.zero_is_fixed:  # shrunk about its own middle, a skewed range would stay wide
-        ends = _covering_zero(*ends, last_code, cells)
-    candidate = _candidate_bounds(*ends, side, candidates)
-    lower, upper = _covering_zero(*candidate, last_code, cells)
+    cells, last_code = grid.lattice(bits, kind, zero_on_grid), 2**bits - 1
+    if cells.zero_is_free:
+        candidate = _candidate_bounds(lowest, highest, side, candidates)
+        lower, upper = _covering_zero(*candidate, last_code, cells)
+    else:  # about its own middle a skewed range would not shrink
+        ends = _covering_zero(lowest, highest, last_code, cells)
+        lower, upper = (end[:, None] * (1 - _shrink(end, candidates)) for end in ends)
     snapped = grid.snap(lower, upper, bits, kind, zero_on_grid)
     error = torch.empty_like(lower)
     for row in range(rows.shape[0]):
@@ -71,7 +73,7 @@ def _candidate_bounds(
     lowest: Tensor, highest: Tensor, side: Side, candidates: int
 ) -> tuple[Tensor, Tensor]:
     """Lower and upper bounds, shape ``(rows, candidates)`` (twice as many for ``"auto"``)."""
-    shrink = torch.arange(candidates, dtype=lowest.dtype, device=lowest.device) / candidates
+    shrink = _shrink(lowest, candidates)
     width = (highest - lowest)[:, None]
     symmetric = lowest[:, None] + 0.5 * width * shrink, highest[:, None] - 0.5 * width * shrink
     one_sided = lowest[:, None].expand_as(symmetric[0]), highest[:, None] - width * shrink
@@ -82,10 +84,14 @@ def _candidate_bounds(
     return symmetric if side == "symmetric" else one_sided
 
 
+def _shrink(like: Tensor, candidates: int) -> Tensor:
+    return torch.arange(candidates, dtype=like.dtype, device=like.device) / candidates
+
+
 def _covering_zero(
     lower: Tensor, upper: Tensor, last_code: int, cells: grid.Lattice
 ) -> tuple[Tensor, Tensor]:
-    """Ranges widened to what the lattice can hold: zero inside, for 8-bit weights in the middle."""
+    """Ranges widened to what the lattice can hold: zero inside, or at one of few places."""
     lower, upper = lower.clamp_max(0), upper.clamp_min(0)
     lowest_zero = torch.full_like(lower, cells.lowest_zero)
     if cells.zero_spacing > 1:
@@ -97,7 +103,7 @@ def _covering_zero(
         upper * cells.refinement / above_zero,
     )
     step = torch.stack(steps).amax(0)
-    if cells.zero_spacing > 1 or cells.zero_is_fixed:
+    if not cells.zero_is_free:
         lower = -step * lowest_zero / cells.refinement
     return lower, lower + step * last_code
 

@@ -53,17 +53,17 @@ class Lattice:
     """Allowed positions of zero are ``lowest_zero`` plus multiples of it."""
 
     @property
-    def zero_is_fixed(self) -> bool:
-        """Whether zero has one position only."""
-        return self.lowest_zero == self.highest_zero
+    def zero_is_free(self) -> bool:
+        """Whether zero may be anywhere between its limits."""
+        return self.zero_spacing == 1 and self.lowest_zero < self.highest_zero
 
 
 def lattice(bits: int, kind: Kind, zero_on_grid: bool = False) -> Lattice:
-    """The finest lattice whose every level fits i8; 8-bit activations fit u8.
+    """The finest lattice whose every level fits i8 with zero at the integer 0; 8 bits may fit u8.
 
-    8-bit kernels subtract a zero point in float32, or refuse one (products of two activations, whose
-    factors are the operands): below 8 bits zero is the integer 0. At 8 bits zero of an activation lies
-    anywhere, of a weight in the middle, of an operand in the middle or at the lower end (u8).
+    8-bit kernels subtract a zero point in float32, where a wide range cancels, or refuse one (products
+    of two activations, whose factors are the operands). At 8 bits, where the lattice is the grid, zero
+    of an activation is in the middle (i8) or at the lower end (u8), of a weight in the middle.
 
     Args:
         zero_on_grid: the lattice is the grid itself, and zero is code ``2**(bits-1)`` of a weight.
@@ -71,7 +71,7 @@ def lattice(bits: int, kind: Kind, zero_on_grid: bool = False) -> Lattice:
     >>> lattice(4, "activation")
     Lattice(refinement=8, lowest_zero=0, highest_zero=120, zero_spacing=1)
     >>> lattice(8, "activation")
-    Lattice(refinement=1, lowest_zero=0, highest_zero=255, zero_spacing=1)
+    Lattice(refinement=1, lowest_zero=0, highest_zero=128, zero_spacing=128)
     >>> lattice(4, "weight", zero_on_grid=True)
     Lattice(refinement=1, lowest_zero=8, highest_zero=8, zero_spacing=1)
     """
@@ -80,9 +80,7 @@ def lattice(bits: int, kind: Kind, zero_on_grid: bool = False) -> Lattice:
         return Lattice(1, 2 ** (bits - 1), 2 ** (bits - 1))
     refinement = 1 if zero_on_grid else max(127 // last_code, 1)
     span = refinement * last_code
-    if bits == MAX_BITS and kind == "activation":
-        return Lattice(refinement, 0, span)
-    if bits == MAX_BITS and kind == "operand":
+    if bits == MAX_BITS and kind != "weight":
         return Lattice(refinement, 0, 128, zero_spacing=128)
     return Lattice(refinement, max(0, span - 127), min(128, span))
 

@@ -51,9 +51,8 @@ class Quantizer:
 
     @property
     def is_signed(self) -> bool:
-        """Whether its integers are i8 and zero is 0; else u8, with a zero point at 8 bits."""
-        free = self.kind == "activation" and self.bits == grid.MAX_BITS
-        return bool(self.zero() > 0) and not free
+        """Whether its integers are i8; else u8. Zero is 0 in both."""
+        return bool(self.zero() > 0)
 
     def zero(self) -> NDArray[np.int32]:
         """Position of zero in lattice steps, shape of ``lower``."""
@@ -136,9 +135,8 @@ def encode(x: ov.Output, quantizer: Quantizer) -> ov.Output:
     """
     zero, last_code = float(quantizer.zero()), 2**quantizer.bits - 1
     fine = float(quantizer.step) / quantizer.refinement
-    lowest = -zero if quantizer.is_signed else 0.0
-    integers = [lowest, lowest + last_code * quantizer.refinement]
-    values = [(i - lowest - zero) * fine for i in integers]
+    integers = [-zero, last_code * quantizer.refinement - zero]
+    values = [i * fine for i in integers]
     bounds = [np.array(v, np.float32) for v in (*values, *integers)]
     byte = ov.Type.i8 if quantizer.is_signed else ov.Type.u8
     return to_bytes(x, bounds, last_code + 1, byte, PREFIX + quantizer.label)
@@ -168,8 +166,6 @@ def bytes_of(encoder: ov.Node) -> ov.Node:
 def decode(integers: ov.Output, quantizer: Quantizer) -> ov.Output:
     """Values of the integers that :func:`encode` gives."""
     values = ops.convert(integers, np.float32)
-    if not quantizer.is_signed and quantizer.zero():
-        values = ops.subtract(values, ops.constant(quantizer.zero().astype(np.float32)))
     fine = quantizer.step / np.float32(quantizer.refinement)
     result = ops.multiply(values, ops.constant(fine.astype(np.float32)))
     suffix = EXIT + TRANSPOSED if quantizer.transposed else EXIT
