@@ -43,7 +43,7 @@ class Difference:
 def find_first_difference(
     model: nn.Module, ir: ov.Model, inputs: Sequence[Tensor], runner: Runner, rounding: Rounding
 ) -> Difference | None:
-    """Search between cuts, where ties cannot carry far, and if nothing shows there, from the image.
+    """Search between cuts, those first where ties carry least, and if nothing shows, from the image.
 
     Args:
         inputs: images, shape ``(1, channels, height, width)``; tried one after the other.
@@ -55,7 +55,7 @@ def find_first_difference(
     for cut in (True, False):
         for image in inputs:
             example = Example(model, ir, image, runner.device)
-            for cuts in cut_sets(ir, example.sites) if cut else [[]]:
+            for cuts in reversed(cut_sets(ir, example.sites)) if cut else [[]]:
                 tolerances = example.rounded(cuts, rounding).tolerances()
                 if (found := _find(example, runner, cuts, tolerances)) is not None:
                     return found

@@ -171,7 +171,8 @@ class Example:
     def rounded(self, cuts: Sequence[str], rounding: Rounding) -> Figures:
         """The simulation with its floats rounded, with the tensors torch saw at ``cuts``.
 
-        Inputs are those of all quantizers, codes those at ``cuts``.
+        Between cuts every tie goes the other way than in torch. Inputs are those of all quantizers,
+        codes those at ``cuts``.
         """
         key = tuple(cuts), rounding
         if key not in self._rounded:
@@ -180,16 +181,18 @@ class Example:
 
     def _round(self, cuts: Collection[str], rounding: Rounding) -> Figures:
         figures, expected = Figures(), self.expected
-        entry_of = {site.label: site.entry for site in self.sites}
+        sites = {site.label: site for site in self.sites}
 
         def observe(label: str, raw: Array, quantized: Array) -> Array | None:
-            if label not in entry_of:
+            if label not in sites:
                 return None
-            is_cut = entry_of[label] in cuts
             figures.add_input(label, mean_error(raw, expected.raw[label]))
-            if is_cut:
+            if sites[label].entry in cuts:
                 figures.add_codes(quantized != expected.quantized[label])
-            return expected.quantized[label] if is_cut else None
+                return expected.quantized[label]
+            if not cuts:
+                return None
+            return sites[label].with_other_ties(expected.raw[label], quantized)
 
         output = simulate(self._model, self._tensor, observe, rounding)
         figures.add_output(output, expected.output)

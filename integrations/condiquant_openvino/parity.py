@@ -15,6 +15,7 @@ exact ties. The IR may differ by ``ROOM`` times as much, or by the strict tolera
 from __future__ import annotations
 
 import os
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -77,7 +78,7 @@ class Parity:
     tie_rate: float
     """Share of the codes that differ, likewise: little more than ties is left of it."""
     inputs: list[InputParity] = field(default_factory=list)
-    """Every activation quantizer and the output, also in longer stretches; maximum over all inputs."""
+    """Every activation quantizer and the output; of all stretches and inputs the worst by its tolerance."""
     layers: list[LayerParity] = field(default_factory=list)
     """Every quantized product checked, on the first input."""
     properties: Mapping[str, Any] = field(default_factory=lambda: F32)
@@ -188,19 +189,19 @@ def _end_to_end_and_stretches(
     network = runner.compile(ir)
     precision = str(network.get_property("INFERENCE_PRECISION_HINT").get_type_name())
     rounding = _rounding(ir, precision)
-    free, found, shortest = Figures(), Figures(), Figures()
-    rounded_free, rounded, rounded_shortest = Figures(), Figures(), Figures()
+    free, shortest, rounded_free, rounded_shortest = (Figures() for _ in range(4))
+    found: dict[str, list[InputParity]] = defaultdict(list)
     for example in examples:
         free.add(example.from_image(network))
         rounded_free.add(example.rounded((), rounding))
         for cuts in cut_sets(ir, example.sites):
             by_rounding = example.rounded(cuts, rounding)
-            by_ir = example.between(cuts, runner, by_rounding.tolerances())
-            found.add(by_ir)
-            rounded.add(by_rounding)
+            tolerances = by_rounding.tolerances()
+            by_ir = example.between(cuts, runner, tolerances)
+            for place, error in by_ir.inputs.items():
+                found[place].append(InputParity(place, error, tolerances[place]))
         shortest.add(by_ir)
         rounded_shortest.add(by_rounding)
-    tolerances = rounded.tolerances()
     places = [*(site.label for site in examples[0].sites), OUTPUT]
     in_float = precision not in _SIGNIFICANT_BITS
     return Parity(
@@ -210,7 +211,7 @@ def _end_to_end_and_stretches(
         stretch_mean_abs=shortest.mean_abs,
         stretch_max_abs=shortest.max_abs,
         tie_rate=shortest.flip_rate,
-        inputs=[InputParity(place, found.inputs[place], tolerances[place]) for place in places],
+        inputs=[max(found[place], key=lambda e: e.error / e.tolerance) for place in places],
         properties=runner.properties,
         precision="f32" if in_float else precision,
         end_to_end_tolerance=rounded_free.tolerances()[OUTPUT],

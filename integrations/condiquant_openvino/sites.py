@@ -20,6 +20,8 @@ from condiquant_openvino.upscaling import infer
 Array = NDArray[np.float32]
 Arrays = Mapping[str, Array]
 _TIE_MARGIN = 1e-3
+_SUM_ERROR = 2.0**-20
+"""Of the value range: 16 units in the last place."""
 _MOST_INDICES = 2**24
 """Integers up to here are exact in float32."""
 
@@ -86,6 +88,14 @@ class Site:
         """``raw`` with what lies on a rounding tie moved to the value that torch chose for it."""
         distance = np.abs(raw - quantized) / self.grid.step
         return np.where(np.abs(distance - 0.5) < _TIE_MARGIN, quantized, raw)
+
+    def with_other_ties(self, raw: Array, quantized: Array) -> Array:
+        """``quantized`` where sums in another order decide for the other neighbour of ``raw``."""
+        position = ((raw - self.grid.lower) / self.grid.step).clip(0, self.grid.last_code)
+        below, code = np.floor(position), self.grid.codes(raw)
+        margin = _SUM_ERROR * value_range(raw) / self.grid.step
+        other = self.grid.lower + (2 * below + 1 - code) * self.grid.step
+        return np.where(np.abs(position - below - 0.5) < margin, other, quantized)
 
     def put(self, raw: Array, tensor: Array) -> None:
         """Write what the network's quantizer saw into the entry's input."""

@@ -136,8 +136,9 @@ class Recipe(_Section):
     export: ExportSection = ExportSection()
 
     def digest(self) -> str:
-        """sha256 of the recipe's values."""
-        return hashlib.sha256(json.dumps(self.model_dump(), sort_keys=True).encode()).hexdigest()
+        """sha256 of what the quantized network depends on: of ``export``, the device's grids only."""
+        values = self.model_dump(exclude={"export"}) | {"device": self.export.device}
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
     def to_yaml(self) -> str:
         """The whole recipe, defaults included."""

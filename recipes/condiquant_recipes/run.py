@@ -16,14 +16,16 @@ from torch import Tensor, nn
 import condiquant_basicsr as basicsr_host
 import condiquant_nncf as nncf_host
 import condiquant_openvino as openvino_host
+from condiquant_openvino.execution import int8_share, layer_executions
 from condiquant_openvino.parity import check_parities
+from condiquant_openvino.upscaling import compile_ir
 from condiquant_plugin import __version__
 from condiquant_plugin.distillation import DistillationResult, distill
 from condiquant_plugin.errors import InputError
 from condiquant_plugin.reconditioning import LayerReport
 from condiquant_recipes import settings
 from condiquant_recipes.progress import Progress
-from condiquant_recipes.recipe import Recipe
+from condiquant_recipes.recipe import Recipe, with_export
 from condiquant_recipes.workspace import Workspace, save_parameters, write_metrics
 
 
@@ -248,7 +250,8 @@ def export(
             ``zero_on_grid_mean_abs`` and ``zero_on_grid_max_abs`` of the output.
 
     Returns:
-        Sizes, figures, and ``notes``: one-line sentences that the user should read.
+        Sizes, figures, what each layer runs as on the CPU plugin, and ``notes``: one-line sentences
+        that the user should read.
 
     Raises:
         InputError: a network that must keep its traced size, with ``export.static: false``.
@@ -294,9 +297,18 @@ def export(
             f"{moved['zero_on_grid_max_abs']:.4f}; `condiquant run` with --set export.device=NPU "
             "calibrates for them"
         )
-    openvino_host.set_metadata(ir, _metadata(recipe, multiple, static) | {"parity": figures})
+    calibrated = with_export(recipe, {"device": "CPU"}) if moved else recipe
+    metadata = _metadata(recipe, multiple, static) | {"recipe_sha256": calibrated.digest()}
+    openvino_host.set_metadata(ir, metadata | {"parity": figures})
+    executions = layer_executions(ir, compile_ir(ir))
     sizes = openvino_host.save(ir, out / "model.xml")
-    return {**sizes, **figures, "notes": notes}
+    return {
+        **sizes,
+        **figures,
+        "int8_share": int8_share(executions),
+        "layer_executions": [asdict(layer) for layer in executions],
+        "notes": notes,
+    }
 
 
 def _convert(
@@ -311,12 +323,13 @@ def _convert(
         for traced in images:  # at its img_size a network may have its masks as constants
             try:
                 ir = openvino_host.convert(model, traced)
-                if all(_takes(ir, each, recipe.scale) for each in images):
-                    parities = check_parities(model, ir, images)
-                    if all(parity.ok for parity in parities.values()):
-                        return ir, images, parities
-            except (InputError, RuntimeError):
+                if not all(_takes(ir, each, recipe.scale) for each in images):
+                    continue
+                return ir, images, _checked(model, ir, images)
+            except InputError:  # static it may convert
                 continue
+            except RuntimeError:
+                _checked(model, ir, [traced])  # raises what is wrong at any size
     ir = openvino_host.convert(model, image, static=True)
     parities = _checked(model, ir, [image])
     if recipe.export.static is False:
@@ -381,7 +394,6 @@ def _metadata(recipe: Recipe, multiple: int, static: bool) -> dict[str, Any]:
         "device": recipe.export.device,
         "tested_on_device": recipe.export.device == "CPU",
         "plugin_version": __version__,
-        "recipe_sha256": recipe.digest(),
         "calibration": [f.name if f.is_absolute() else f.as_posix() for f in folders],
     }
 

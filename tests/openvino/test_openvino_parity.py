@@ -11,7 +11,7 @@ import condiquant_nncf
 from condiquant_openvino import LayerParity, Parity, check_parity, convert
 from condiquant_openvino.cutting import cut_sets
 from condiquant_openvino.parity import InputParity
-from condiquant_openvino.sites import locate
+from condiquant_openvino.sites import Site, _Grid, locate, value_range
 from condiquant_plugin import FakeQuantizer
 from networks import build
 
@@ -213,3 +213,26 @@ def test_verdict(changes, words):
     if words:
         with pytest.raises(RuntimeError, match=words):
             parity.raise_if_broken()
+
+
+def test_a_thousandth_of_the_range_is_too_much_in_a_short_stretch(window_attention):
+    model, ir, x = window_attention
+    ir = ir.clone()
+    port = ir.get_results()[0].input(0)
+    with torch.no_grad():
+        extent = value_range(model(x).numpy())
+    shifted = ops.add(port.get_source_output(), ops.constant(np.float32(1e-3 * extent)))
+    port.replace_source_output(shifted.output(0))
+    parity = check_parity(model, ir, [x], max_layers=0)
+    assert "in front of the output" in parity.complaint()
+    assert parity.inputs[-1].tolerance == pytest.approx(1e-4)
+
+
+def test_ties_are_allowed_to_go_the_other_way_and_nothing_else_is():
+    grid = _Grid(np.float32(-1), np.float32(0.5), 3)
+    site = Site("x", "x", "x/exit", False, grid, grid, (5,), None)
+    raw = np.array([-0.75, -0.25, -0.2, 0.9, -1.25], np.float32)
+    quantized = grid.lower + grid.step * grid.codes(raw)
+    other = site.with_other_ties(raw, quantized)
+    np.testing.assert_array_equal(quantized, np.array([-1, 0, 0, 0.5, -1], np.float32))
+    np.testing.assert_array_equal(other, np.array([-0.5, -0.5, 0, 0.5, -1], np.float32))

@@ -9,7 +9,7 @@ from condiquant_basicsr import read_image, write_image
 from condiquant_openvino import Upscaler, read_ir, read_metadata
 from condiquant_plugin import fake_quantizers
 from condiquant_recipes import cli
-from condiquant_recipes.recipe import load_recipe
+from condiquant_recipes.recipe import load_recipe, with_export
 from condiquant_recipes.run import load_network, rebuild
 from condiquant_recipes.workspace import load_parameters
 
@@ -73,6 +73,8 @@ def test_every_export_says_what_it_is(finished):
     metadata = read_metadata(job.out / "model.xml")
     parity = metadata.pop("parity")
     assert metadata.pop("recipe_sha256") == recipe.digest()
+    assert with_export(recipe, {"compress_to_fp16": True}).digest() == recipe.digest()
+    assert with_export(recipe, {"device": "NPU", "static": None}).digest() != recipe.digest()
     assert metadata.pop("plugin_version")
     assert metadata == {
         "network": "tiny", "scale": 2, "weight_bits": 4, "activation_bits": 4, "other_bits": None,
@@ -106,6 +108,7 @@ def test_a_run_for_the_cpu_exported_for_an_npu(finished, condiquant):
     assert (metadata["device"], metadata["tested_on_device"], metadata["static"]) == (
         "NPU", False, True,
     )  # fmt: skip
+    assert metadata["recipe_sha256"] == load_recipe(job.out / "recipe.yml").digest()
     cost = metadata["parity"]
     assert 0 < cost["zero_on_grid_mean_abs"] < cost["zero_on_grid_max_abs"]
     assert list(read_ir(npu / "model.xml").input().get_shape()) == [1, 3, 24, 24]

@@ -19,8 +19,7 @@ def without_times(metrics):
     return {k: v for k, v in metrics.items() if k != "seconds"}
 
 
-@pytest.mark.parametrize("name", ["swinir", "dat", "edsr", "compact"])
-@pytest.mark.parametrize("bits", [4, 2])
+@pytest.mark.parametrize(("name", "bits"), [("swinir", 4), ("dat", 2), ("edsr", 2), ("compact", 4)])
 def test_a_run_ends_with_metrics_and_an_ir_that_follows_the_simulation(make_job, name, bits):
     job = make_job(name)
     overrides = [f"condiquant.weight_bits={bits}", f"condiquant.activation_bits={bits}"]
@@ -31,6 +30,9 @@ def test_a_run_ends_with_metrics_and_an_ir_that_follows_the_simulation(make_job,
     assert metrics["quantized"]["Tiny"]["psnr"] != metrics["float"]["Tiny"]["psnr"]
     assert metrics["ir"]["parity_mean_abs"] <= 1e-4
     assert metrics["ir"]["parity_layer_max"] <= 1e-5
+    executions = metrics["ir"]["layer_executions"]
+    assert all(e["runs_as"] == "int8" or e["reason"] for e in executions)
+    assert metrics["ir"]["int8_share"] > 0.3
     assert set(metrics["seconds"]) == {"gram", "recondition", "bounds", "distillation", "export"}
     assert read_metadata(job.out / "model.xml")["weight_bits"] == bits
     assert not list(job.out.rglob(".*"))
@@ -40,7 +42,7 @@ def test_a_run_ends_with_metrics_and_an_ir_that_follows_the_simulation(make_job,
 
 
 def test_the_same_run_twice_gives_identical_metrics(make_job):
-    job = make_job()
+    job = make_job("compact")
     recipe = load_recipe(job.write())
     first = run_recipe(recipe, job.data, job.folder / "one")
     second = run_recipe(recipe, job.data, job.folder / "two")
@@ -50,7 +52,7 @@ def test_the_same_run_twice_gives_identical_metrics(make_job):
 
 
 def test_a_run_killed_in_distillation_resumes_to_the_end_of_an_unbroken_one(make_job, monkeypatch):
-    job = make_job()
+    job = make_job("compact")
     recipe = load_recipe(job.write())
     unbroken = run_recipe(recipe, job.data, job.folder / "unbroken")
 
@@ -82,7 +84,7 @@ def test_a_run_killed_in_distillation_resumes_to_the_end_of_an_unbroken_one(make
 
 
 def test_resuming_another_recipe_is_refused(make_job):
-    job = make_job()
+    job = make_job("compact")
     run_recipe(load_recipe(job.write()), job.data, job.out)
     other = load_recipe(job.write(), ["condiquant.weight_bits=3"])
     with pytest.raises(InputError, match="other recipe"):
@@ -146,20 +148,23 @@ def test_a_finished_run_is_exported_again_with_another_shape(make_job):
     assert static(wide).shape == dynamic(wide).shape == (3, 80, 140)
 
 
-def test_a_failed_parity_check_leaves_no_ir(make_job, monkeypatch):
+@pytest.mark.parametrize("offset", [50, 1])
+@pytest.mark.parametrize("wrong_when", [{}, {"static": True}])
+def test_a_failed_parity_check_leaves_no_ir(make_job, monkeypatch, offset, wrong_when):
     job = make_job("edsr")
-    wrong = run.openvino_host.convert
+    convert = run.openvino_host.convert
+    job.recipe["export"]["static"] = wrong_when.get("static")
 
     def off_by_an_offset(model, image, **options):
         with torch.no_grad():
             bias = model.get_parameter("conv_last.bias")
-            bias += 50
-            converted = wrong(model, image, **options)
-            bias -= 50
+            bias += offset * (options == wrong_when)
+            converted = convert(model, image, **options)
+            bias -= offset * (options == wrong_when)
         return converted
 
     monkeypatch.setattr(run.openvino_host, "convert", off_by_an_offset)
-    with pytest.raises(RuntimeError, match="differs from the simulation"):
+    with pytest.raises(RuntimeError, match=r"differs from the simulation .* first layer"):
         run_recipe(load_recipe(job.write()), job.data, job.out)
     assert not (job.out / "model.xml").exists()
     assert not (job.out / "metrics.json").exists()
