@@ -12,6 +12,7 @@ from condiquant_openvino.conversion import convert
 from condiquant_openvino.execution import LayerExecution, executed_precisions, layer_executions
 from condiquant_openvino.inspection import inspect
 from condiquant_openvino.latency import compare_latency
+from condiquant_openvino.packing import pack
 from condiquant_openvino.parity import LayerParity, Parity, check_parity
 from condiquant_openvino.preprocessing import U8Parity, check_u8_parity, take_u8_nhwc
 from condiquant_openvino.saving import read_ir, read_metadata, save, set_metadata
@@ -31,6 +32,7 @@ __all__ = [
     "halve",
     "inspect",
     "layer_executions",
+    "pack",
     "read_ir",
     "read_metadata",
     "save",

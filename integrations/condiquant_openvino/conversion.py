@@ -28,7 +28,7 @@ from condiquant_openvino.simplification import simplify
 from condiquant_plugin import FakeQuantizer, InputError, fake_quantizers
 
 
-class _Placeholder(ov.Op):
+class Placeholder(ov.Op):
     """Stands for a fake quantizer while OpenVINO simplifies the graph around it."""
 
     def __init__(self, inputs: list[ov.Output] | None = None, label: str = "") -> None:
@@ -40,8 +40,8 @@ class _Placeholder(ov.Op):
     def validate_and_infer_types(self) -> None:
         self.set_output_type(0, self.get_input_element_type(0), self.get_input_partial_shape(0))
 
-    def clone_with_new_inputs(self, new_inputs: list[ov.Output]) -> _Placeholder:
-        return _Placeholder(new_inputs, self.label)
+    def clone_with_new_inputs(self, new_inputs: list[ov.Output]) -> Placeholder:
+        return Placeholder(new_inputs, self.label)
 
     def has_evaluate(self) -> bool:
         return False
@@ -128,7 +128,7 @@ def convert(
         label = call_label(name, calls[name])
         calls[name] += 1
         quantizers[label] = Quantizer(label, lower, step, int(bits), kind, int(refinement))
-        return _Placeholder([context.get_input(0)], label).outputs()
+        return Placeholder([context.get_input(0)], label).outputs()
 
     extension = ConversionExtension("condiquant::fake_quantize", mark)
     was_training = model.training
@@ -152,17 +152,28 @@ def convert(
         port.get_tensor().set_names({name})
     for port, name in zip(converted.outputs, output_names, strict=False):
         port.get_tensor().set_names({name})
-    simplify(converted)
-    _absorb_transposes(converted, quantizers)
-    _replace_placeholders(converted, quantizers)
-    converted = hoist(converted)
-    collapse(converted)
-    join(converted)
-    compact(converted)
-    converted.validate_nodes_and_infer_types()
     converted.set_friendly_name(type(model).__name__)
-    _name_reproducibly(converted)
-    return converted
+    return write_quantizers(converted, quantizers)
+
+
+def write_quantizers(model: ov.Model, quantizers: dict[str, Quantizer]) -> ov.Model:
+    """Replace placeholders by what int8 kernels compute, weights packed; ``model`` is used up.
+
+    Args:
+        quantizers: by the labels of the placeholders.
+    """
+    name = model.get_friendly_name()
+    simplify(model)
+    _absorb_transposes(model, quantizers)
+    _replace_placeholders(model, quantizers)
+    model = hoist(model)
+    collapse(model)
+    join(model)
+    compact(model)
+    model.validate_nodes_and_infer_types()
+    model.set_friendly_name(name)
+    _name_reproducibly(model)
+    return model
 
 
 def _name_reproducibly(model: ov.Model) -> None:
@@ -187,7 +198,7 @@ def _absorb_transposes(model: ov.Model, quantizers: dict[str, Quantizer]) -> Non
         sources = product.input_values()
         for operand, flag in enumerate(("transpose_a", "transpose_b")):
             placeholder = sources[operand].get_node()
-            if not isinstance(placeholder, _Placeholder):
+            if not isinstance(placeholder, Placeholder):
                 continue
             if quantizers[placeholder.label].kind != "operand":
                 continue
@@ -195,7 +206,7 @@ def _absorb_transposes(model: ov.Model, quantizers: dict[str, Quantizer]) -> Non
             if straight is not None and len(placeholder.output(0).get_target_inputs()) == 1:
                 quantizer = replace(quantizers[placeholder.label], transposed=True)
                 quantizers[placeholder.label] = quantizer
-                moved = _Placeholder([straight], placeholder.label)
+                moved = Placeholder([straight], placeholder.label)
                 sources[operand] = moved.output(0)
                 flags[flag] = not flags[flag]
         if any(new != old for new, old in zip(sources, product.input_values(), strict=True)):
@@ -205,7 +216,7 @@ def _absorb_transposes(model: ov.Model, quantizers: dict[str, Quantizer]) -> Non
 
 
 def _replace_placeholders(model: ov.Model, quantizers: dict[str, Quantizer]) -> None:
-    placeholders = [node for node in model.get_ordered_ops() if isinstance(node, _Placeholder)]
+    placeholders = [node for node in model.get_ordered_ops() if isinstance(node, Placeholder)]
     # All decisions come first: they look at the placeholders around.
     forms = [_form(node, quantizers) for node in placeholders]
     for node, form in zip(placeholders, forms, strict=True):
@@ -221,7 +232,7 @@ def _replace_placeholders(model: ov.Model, quantizers: dict[str, Quantizer]) -> 
             _redirect(replaced, quantizer_graphs.weight(values, quantizer, shape, int8=int8))
 
 
-def _form(node: _Placeholder, quantizers: dict[str, Quantizer]) -> _Form:
+def _form(node: Placeholder, quantizers: dict[str, Quantizer]) -> _Form:
     quantizer, constant = quantizers[node.label], _is_constant(node.input_value(0).get_node())
     if quantizer.kind != "weight":
         if quantizer.lower.size == 1 and not constant and _feeds_products_only(node.output(0)):
@@ -240,7 +251,7 @@ def _form(node: _Placeholder, quantizers: dict[str, Quantizer]) -> _Form:
         source = quantizer_graphs.origin(product.input_value(0))
         if (
             not rows <= quantizer_graphs.output_channel_axes(product)
-            or not isinstance(source, _Placeholder)
+            or not isinstance(source, Placeholder)
             or _form(source, quantizers) is not _Form.ACTIVATION
         ):
             return _Form.FLOAT_WEIGHT
@@ -256,7 +267,7 @@ def _feeds_products_only(values: ov.Output) -> bool:
                 return False
         elif node.get_type_name() in quantizer_graphs.PRODUCTS:
             other = quantizer_graphs.origin(node.input_value(1 - port.get_index()))
-            if not (isinstance(other, _Placeholder) or _is_constant(other)):
+            if not (isinstance(other, Placeholder) or _is_constant(other)):
                 return False
         else:
             return False
@@ -267,7 +278,7 @@ def _is_constant(node: ov.Node) -> bool:
     return bool(node.get_type_name() == "Constant")
 
 
-def _after_reshape(node: _Placeholder) -> ov.Output:
+def _after_reshape(node: Placeholder) -> ov.Output:
     """Grouped convolutions reshape their weight; the packed codes take that shape at once."""
     consumers = [port.get_node() for port in node.output(0).get_target_inputs()]
     if len(consumers) == 1 and consumers[0].get_type_name() == "Reshape":

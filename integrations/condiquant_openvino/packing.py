@@ -1,0 +1,137 @@
+"""``ov.Model`` with low-bit FakeQuantize to ``ov.Model`` with packed weights and int8 kernels."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterator
+
+import numpy as np
+import openvino as ov
+from numpy.typing import NDArray
+
+from condiquant_openvino.conversion import Placeholder, call_label, write_quantizers
+from condiquant_openvino.quantizer_graphs import (
+    PREFIX,
+    PRODUCTS,
+    Quantizer,
+    only_rearranges,
+    origin,
+)
+from condiquant_plugin import InputError, grid
+
+_BITS_OF_LEVELS = {2**bits: bits for bits in range(grid.MIN_BITS, grid.MAX_BITS + 1)}
+_LATTICE_TOLERANCE = 1e-3
+
+
+def pack(model: ov.Model) -> ov.Model:
+    """Write the FakeQuantize nodes of a model as :func:`condiquant_openvino.convert` writes quantizers.
+
+    Taken are those on the lattice of :mod:`condiquant_plugin.grid`, as
+    ``condiquant_nncf.LearnedBoundsQuantization`` places them, where all factors of a product are
+    quantized so; any other stays as it is. The result computes what the FakeQuantize nodes stand for.
+
+    Args:
+        model: left untouched; its input must have batch 1 for the same graph as from PyTorch.
+
+    Raises:
+        InputError: if there is no such node.
+    """
+    model = model.clone()
+    found = _on_lattice(model)
+    labels: Counter[str] = Counter()
+    quantizers: dict[str, Quantizer] = {}
+    for node, (lower, step, bits, kind) in found:
+        name = node.get_friendly_name().removeprefix(PREFIX)
+        label = call_label(name, labels[name])
+        labels[name] += 1
+        refinement = grid.lattice(bits, kind).refinement
+        quantizers[label] = Quantizer(label, lower, step, bits, kind, refinement)
+        placeholder = Placeholder([node.input_value(0)], label)
+        for port in node.output(0).get_target_inputs():
+            port.replace_source_output(placeholder.output(0))
+    if not quantizers:
+        raise InputError(
+            f"{model.get_friendly_name()} has no low-bit FakeQuantize to pack: quantize it with "
+            'condiquant_nncf.quantize(..., then="bounds")'
+        )
+    return write_quantizers(model, quantizers)
+
+
+_Array = NDArray[np.float32]
+_Grid = tuple[_Array, _Array, int, grid.Kind]
+
+
+def _on_lattice(model: ov.Model) -> list[tuple[ov.Node, _Grid]]:
+    """The FakeQuantize nodes to take, in graph order."""
+    nodes = [node for node in model.get_ordered_ops() if node.get_type_name() == "FakeQuantize"]
+    taken = {n.get_friendly_name(): (n, g) for n in nodes if (g := _grid(n)) is not None}
+    while others := [n for n, _ in taken.values() if not _feeds_quantized_products(n, taken)]:
+        for node in others:
+            del taken[node.get_friendly_name()]
+    return list(taken.values())
+
+
+def _grid(node: ov.Node) -> _Grid | None:
+    """Lower bound, step, bits and kind; None if the kernels' lattice does not hold the levels."""
+    bits = _BITS_OF_LEVELS.get(node.get_attributes()["levels"])
+    constants = [value.get_node() for value in node.input_values()[1:]]
+    if bits is None or any(constant.get_type_name() != "Constant" for constant in constants):
+        return None
+    lower, upper, *output = (constant.data.astype(np.float32) for constant in constants)
+    if not (np.array_equal(output[0], lower) and np.array_equal(output[1], upper)):
+        return None
+    if not (upper > lower).all():
+        return None
+    kind = _kind(node)
+    cells = grid.lattice(bits, kind)
+    step = ((upper.astype(np.float64) - lower) / (2**bits - 1)).astype(np.float32)
+    zero = -lower.astype(np.float64) / step * cells.refinement
+    places = (zero - cells.lowest_zero) / cells.zero_spacing
+    is_on_lattice = (
+        (np.abs(places - np.rint(places)) < _LATTICE_TOLERANCE)
+        & (np.rint(zero) >= cells.lowest_zero)
+        & (np.rint(zero) <= cells.highest_zero)
+    )
+    if not is_on_lattice.all():
+        return None
+    if lower.size == 1:
+        lower, step = lower.reshape(()), step.reshape(())
+    return lower, step, bits, kind
+
+
+def _feeds_quantized_products(node: ov.Node, taken: Collection[str]) -> bool:
+    """Whether all uses are products whose other factor is taken too."""
+    factors = list(_other_factors(node.output(0)))
+    return all(f is not None and origin(f).get_friendly_name() in taken for f in factors)
+
+
+def _kind(node: ov.Node) -> grid.Kind:
+    if _is_constant(node.input_value(0)):
+        return "weight"
+    factors = list(_other_factors(node.output(0)))
+    of_products = factors and not any(f is None or _is_constant(_unquantized(f)) for f in factors)
+    return "operand" if of_products else "activation"
+
+
+def _other_factors(values: ov.Output) -> Iterator[ov.Output | None]:
+    """Of every product that uses values, rearranged or not; None for another use."""
+    for port in values.get_target_inputs():
+        node = port.get_node()
+        if only_rearranges(node):
+            yield from _other_factors(node.output(0))
+        elif node.get_type_name() in PRODUCTS:
+            yield node.input_value(1 - port.get_index())
+        else:
+            yield None
+
+
+def _unquantized(values: ov.Output) -> ov.Output:
+    node = origin(values)
+    return node.input_value(0) if node.get_type_name() == "FakeQuantize" else values
+
+
+def _is_constant(values: ov.Output) -> bool:
+    node = origin(values)
+    if node.get_type_name() == "Convert":
+        node = node.input_value(0).get_node()
+    return bool(node.get_type_name() == "Constant")
