@@ -6,6 +6,23 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryFile
+
+from condiquant_plugin.errors import InputError
+
+
+def check_writable(folder: Path) -> None:
+    """Find out before long work whether files can be made in a folder, or the folder itself.
+
+    Raises:
+        InputError: if not.
+    """
+    try:
+        existing = next(place for place in (folder, *folder.parents) if place.exists())
+        with TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise InputError(f"cannot write to {folder} ({error.strerror}): choose another") from error
 
 
 @contextmanager

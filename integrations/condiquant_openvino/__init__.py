@@ -9,7 +9,7 @@ except ImportError as error:
 
 from condiquant_openvino.compaction import halve
 from condiquant_openvino.conversion import convert
-from condiquant_openvino.execution import LayerExecution, executed_precisions, layer_executions
+from condiquant_openvino.execution import LayerExecution, layer_executions
 from condiquant_openvino.inspection import inspect
 from condiquant_openvino.latency import compare_latency
 from condiquant_openvino.packing import pack
@@ -28,7 +28,6 @@ __all__ = [
     "check_u8_parity",
     "compare_latency",
     "convert",
-    "executed_precisions",
     "halve",
     "inspect",
     "layer_executions",

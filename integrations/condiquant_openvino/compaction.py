@@ -13,7 +13,12 @@ import openvino as ov
 import openvino.opset13 as ops
 from numpy.typing import NDArray
 
-_FEWEST_ENTRIES, _FEWEST_HALVED = 16384, 1024
+from condiquant_openvino.quantizer_graphs import PREFIX
+
+_FEWEST_ENTRIES = 16384
+_FEWEST_HALVED = 16
+"""Scalars, sizes and the mean of an image's channels stay exact: they save nothing."""
+_HALF_BITS = 11
 _INDEX_BITS = {2: ov.Type.u2, 4: ov.Type.u4, 8: ov.Type.u8, 16: ov.Type.u16}
 
 
@@ -36,18 +41,42 @@ def compact(model: ov.Model) -> None:
 
 
 def halve(model: ov.Model) -> None:
-    """Store large float constants in half precision, in place; OpenVINO skips quantized models.
+    """Store float constants in half precision, in place; OpenVINO skips quantized models.
 
-    Bounds and scales are small constants and stay exact, and so do codes and their lattice.
+    What belongs to a quantizer stays exact (bounds, scales, codes and their lattice), and so does what
+    shapes are computed from, has fewer than 16 entries, or is too large or too small for half precision.
     """
     for node in model.get_ordered_ops():
         if node.get_type_name() != "Constant" or node.get_output_element_type(0) != ov.Type.f32:
             continue
-        if node.data.size < _FEWEST_HALVED or np.abs(node.data).max() > np.finfo(np.float16).max:
+        ports = [port for port in node.output(0).get_target_inputs() if not _must_be_exact(port)]
+        values = node.data
+        if values.size < _FEWEST_HALVED or not ports:
             continue
-        widened = ops.convert(ops.constant(node.data.astype(np.float16)), np.float32)
-        for port in node.output(0).get_target_inputs():
+        with np.errstate(over="ignore", invalid="ignore"):
+            halved = values.astype(np.float16)
+            error = np.abs(halved.astype(np.float32) - values).max()
+        if not error <= np.abs(values).max() * 2.0**-_HALF_BITS:
+            continue
+        stored = ops.constant(halved)
+        stored.set_friendly_name(node.get_friendly_name())
+        widened = ops.convert(stored, np.float32)
+        for port in ports:
             port.replace_source_output(widened.output(0))
+
+
+def _must_be_exact(port: ov.Input) -> bool:
+    """Whether a constant is a quantizer's there, or something that shapes are computed from."""
+    node = port.get_node()
+    if node.get_friendly_name().startswith(PREFIX):
+        return True
+    if node.get_type_name() == "FakeQuantize":
+        return bool(port.get_index() > 0)
+    if node.get_type_name() == "Gather":  # of a weight's codes
+        users = [target.get_node() for target in node.output(0).get_target_inputs()]
+        return any(user.get_friendly_name().startswith(PREFIX) for user in users)
+    rank = node.get_output_partial_shape(0).rank
+    return node.get_type_name() == "Interpolate" or (rank.is_static and rank.get_length() < 2)
 
 
 def _share_constants(model: ov.Model) -> None:

@@ -33,7 +33,6 @@ _ATTENTION = "ScaledDotProductAttention"
 _ENDS = {*PRODUCTS, _ATTENTION, "Result"}
 _LOST = "not in the runtime graph"
 _DEQUANTIZATION = re.compile(r"/Dequantization\w+$")
-_MATRIX_PRODUCT = re.compile(r"(^|/)MatMul(_\d+)?$")
 _QUANTIZER_SUFFIX = re.compile(r"\.(weight|input[01]?)(?=#\d+$|$)")
 
 
@@ -49,22 +48,6 @@ class LayerExecution:
     """``int8``, or the element type that the kernel multiplies: ``f32``, ``bf16``, ``f16``."""
     reason: str
     """Why not int8, one clause; empty for int8."""
-
-
-def executed_precisions(compiled: ov.CompiledModel) -> dict[str, int]:
-    """Convolutions and matrix products by precision, as ``{"int8": 3, "f32": 1}``.
-
-    Inside fused attentions a product is known by its name only, which must end in ``MatMul`` as
-    OpenVINO's frontends have it; :func:`layer_executions` needs no names.
-    """
-    counts: Counter[str] = Counter()
-    for node in compiled.get_runtime_model().get_ops():
-        if _layer_type(node) in _KERNELS:
-            counts[_precision_of_product(node, 0, 1)] += 1
-        elif _layer_type(node) in _FUSED:
-            products = len(_matrix_products(node))
-            counts.update(_precision_of_product(node, i, products) for i in range(products))
-    return dict(counts)
 
 
 def layer_executions(ir: ov.Model, compiled: ov.CompiledModel) -> list[LayerExecution]:
@@ -112,7 +95,7 @@ class _RuntimeGraph:
                 self._kernels |= dict.fromkeys(_replaced(node), node)
             elif _layer_type(node) in _FUSED:
                 names = _replaced(node)
-                if not product_names.isdisjoint(names) or _matrix_products(node):
+                if not product_names.isdisjoint(names):
                     self._fused |= dict.fromkeys(names, node)
 
     def executor(self, product: ov.Node, part: int) -> ov.Node | None:
@@ -148,10 +131,6 @@ def _replaced(node: ov.Node) -> list[str]:
         # A product that took in its dequantization may be left with that name only.
         names = [_DEQUANTIZATION.sub("", name) for name in names]
     return list(dict.fromkeys(name for name in names if name))
-
-
-def _matrix_products(node: ov.Node) -> list[str]:
-    return [name for name in _replaced(node) if _MATRIX_PRODUCT.search(name)]
 
 
 def _precision(operands: Sequence[ov.Output]) -> str:

@@ -21,6 +21,7 @@ from condiquant_openvino.quantizer_graphs import (
     constant_values,
     has_weight,
     is_encoder,
+    redirect,
     to_bytes,
 )
 
@@ -120,7 +121,7 @@ def _share(encoder: _Encoder) -> bool:
             continue
         pairs = zip(encoder.bounds, other.bounds, strict=True)
         if all(np.array_equal(mine, theirs) for mine, theirs in pairs):
-            _redirect(other.convert.output(0), encoder.convert.output(0))
+            redirect(other.convert.output(0), encoder.convert.output(0))
             shared = True
     return shared
 
@@ -135,8 +136,8 @@ def _rise(encoder: _Encoder, apart: set[str]) -> bool:
     if (factor := _positive_factor(passed)) is not None and alone:
         lower, upper, *integers = encoder.bounds
         risen = _encode(passed.input_value(0), [lower / factor, upper / factor, *integers], encoder)
-        _redirect(tensor, risen)
-        _redirect(encoder.convert.output(0), risen)
+        redirect(tensor, risen)
+        redirect(encoder.convert.output(0), risen)
         return True
     if (selection := _selection(passed)) is not None:
         return _merge_selections(passed.input_value(0), selection.axis, apart)
@@ -229,11 +230,6 @@ def _copy(node: ov.Node, source: ov.Output) -> ov.Output:
         zeros = node.get_attributes()["special_zero"]
         return ops.reshape(source, node.input_value(1), zeros).output(0)
     return ops.transpose(source, node.input_value(1)).output(0)
-
-
-def _redirect(old: ov.Output, new: ov.Output) -> None:
-    for port in old.get_target_inputs():
-        port.replace_source_output(new)
 
 
 def _data_consumers(tensor: ov.Output) -> int:

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from math import lcm
+from math import inf, lcm
 from time import perf_counter
 from typing import Any
 
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from condiquant_openvino.execution import int8_share, layer_executions
 from condiquant_openvino.saving import read_ir, read_metadata
-from condiquant_openvino.upscaling import compile_ir
+from condiquant_openvino.upscaling import compile_ir, next_multiple
 from condiquant_plugin import InputError
 
 _WARM_UP, _ROUNDS, _SIDE = 3, 8, 64
@@ -85,7 +85,8 @@ def compare_latency(
 
     Returns:
         For each name ``shape`` (of the input), ``dynamic``; ``median_ms``, ``p10_ms``, ``p90_ms``,
-        ``ratio`` (median over the iterations of its time over the reference's);
+        ``ratio`` (median over the iterations of its time over the reference's), ``iteration_ms``
+        (one time per iteration, paired by index with those of the others);
         ``frames_per_second`` (median over the rounds), ``throughput_ratio`` (likewise, its over the
         reference's); ``precisions`` (number of products by precision), ``int8_share`` (of them) and
         ``layers`` (:func:`layer_executions`), empty on other devices than the CPU. None for what is
@@ -101,12 +102,12 @@ def compare_latency(
         raise InputError(f"precision {precision!r} is not known: use {', '.join(_PRECISIONS)}")
     if iterations < 1:
         raise InputError(f"{iterations} iterations measure nothing: use 1 or more")
-    if not duration > 0:
-        raise InputError(f"{duration} s measure nothing: use more than 0")
+    if not 0 < duration < inf:
+        raise InputError(f"{duration} s cannot be measured: use a number above 0")
     candidates = _candidates(models, shape, data_shape)
     found: dict[str, dict[str, Any]] = {
         name: {"shape": list(candidate.image.shape), "dynamic": candidate.is_dynamic}
-        | dict.fromkeys(("median_ms", "p10_ms", "p90_ms", "ratio"))
+        | dict.fromkeys(("median_ms", "p10_ms", "p90_ms", "ratio", "iteration_ms"))
         | dict.fromkeys(("frames_per_second", "throughput_ratio"))
         for name, candidate in candidates.items()
     }
@@ -137,7 +138,7 @@ def _execution(model: ov.Model, compiled: ov.CompiledModel) -> dict[str, Any]:
 
 def _measure_latency(
     compiled: Mapping[str, ov.CompiledModel], images: Mapping[str, NDArray], iterations: int
-) -> dict[str, dict[str, float]]:
+) -> dict[str, dict[str, Any]]:
     requests = {name: network.create_infer_request() for name, network in compiled.items()}
     seconds: dict[str, list[float]] = {name: [] for name in compiled}
     for iteration in range(-_WARM_UP, iterations):
@@ -154,6 +155,7 @@ def _measure_latency(
             "p10_ms": float(np.percentile(ms, 10)),
             "p90_ms": float(np.percentile(ms, 90)),
             "ratio": float(np.median(ms / reference)),
+            "iteration_ms": ms.tolist(),
         }
         for name, ms in times.items()
     }
@@ -202,7 +204,7 @@ def _candidates(
     candidates = {}
     for name, ir in irs.items():
         path, port = models[name], ir.inputs[0]
-        own = _as_nhwc(wanted) if _is_nhwc(port) else wanted
+        own = _as_nhwc(wanted) if _is_nhwc(port.get_partial_shape()) else wanted
         if not port.get_partial_shape().compatible(ov.PartialShape(list(own))):
             raise InputError(
                 f"{path} takes images of shape {port.get_partial_shape()}, not {_text(own)}: "
@@ -210,7 +212,7 @@ def _candidates(
             )
         multiple, sizes = _pad_multiple(ir), wanted[2:]
         if any(size % multiple for size in sizes):
-            nearest = [_next_multiple(size, multiple) for size in sizes]
+            nearest = [next_multiple(size, multiple) for size in sizes]
             raise InputError(
                 f"{path} takes no images of {sizes[0]}x{sizes[1]}: its windows need multiples of "
                 f"{multiple}, such as {nearest[0]}x{nearest[1]}"
@@ -226,33 +228,40 @@ def _wanted_shape(
     given: Sequence[int] | None, irs: Mapping[str, ov.Model], paths: Mapping[str, IrPath]
 ) -> tuple[int, ...]:
     """Shape of the images in NCHW order."""
-    fixed: dict[tuple[int, ...], IrPath] = {}
+    shapes: dict[IrPath, ov.PartialShape] = {}
     for name, ir in irs.items():
         shape = ir.inputs[0].get_partial_shape() if len(ir.inputs) == 1 else None
         if shape is None or shape.rank.is_dynamic or len(shape) != 4:
             inputs = ", ".join(str(port.get_partial_shape()) for port in ir.inputs)
             raise InputError(f"{paths[name]} takes {inputs}: give an IR that takes one image")
-        if shape.is_static:
-            fixed.setdefault(_as_nchw(shape.to_shape()), paths[name])
+        shapes[paths[name]] = shape
     if given is not None:
         if len(given) != 4 or min(given) < 1:
             raise InputError(f"shape {_text(given)} is no image: use 1,3,height,width")
         return _as_nchw(given)
-    if len(fixed) > 1:
-        found = ", ".join(f"{path} takes {_text(shape)}" for shape, path in fixed.items())
-        raise InputError(f"{found}: compare IRs that take the same shape")
-    if fixed:
-        return next(iter(fixed))
-    side = _next_multiple(_SIDE, lcm(*(_pad_multiple(ir) for ir in irs.values())))
-    return 1, 3, side, side
+    side = next_multiple(_SIDE, lcm(*(_pad_multiple(ir) for ir in irs.values())))
+    wanted = []
+    for axis, size in enumerate((1, 3, side, side)):
+        sizes = (_sizes(shape)[axis] for shape in shapes.values())
+        fixed = {size for size in sizes if size is not None}
+        if len(fixed) > 1:
+            found = ", ".join(f"{path} takes {shape}" for path, shape in shapes.items())
+            raise InputError(f"{found}: compare IRs that take the same shape")
+        wanted.append(next(iter(fixed), size))
+    return tuple(wanted)
+
+
+def _sizes(shape: ov.PartialShape) -> list[int | None]:
+    """In NCHW order; None where dynamic."""
+    sizes = [size.get_length() if size.is_static else None for size in shape]
+    return [sizes[axis] for axis in ((0, 3, 1, 2) if _is_nhwc(shape) else range(4))]
 
 
 def _pad_multiple(ir: ov.Model) -> int:
     return int(read_metadata(ir).get("pad_multiple", 1))
 
 
-def _is_nhwc(port: ov.Output) -> bool:
-    shape = port.get_partial_shape()
+def _is_nhwc(shape: ov.PartialShape) -> bool:
     return bool(shape[3] == 3 and not (shape[1].is_static and shape[1] == 3))
 
 
@@ -271,10 +280,6 @@ def _image(shape: Sequence[int], element_type: ov.Type) -> NDArray:
     if element_type.is_integral():
         pixels = np.floor(pixels * 256)
     return pixels.astype(element_type.to_dtype())
-
-
-def _next_multiple(size: int, multiple: int) -> int:
-    return -(-size // multiple) * multiple
 
 
 def _text(shape: Sequence[int]) -> str:

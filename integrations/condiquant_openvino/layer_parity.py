@@ -10,7 +10,14 @@ import openvino as ov
 
 from condiquant_openvino.comparison import Example
 from condiquant_openvino.cutting import FloatOperands, Pieces, Runner
-from condiquant_openvino.quantizer_graphs import EXIT, PREFIX, PRODUCTS, TRANSPOSED, origin
+from condiquant_openvino.quantizer_graphs import (
+    EXIT,
+    PREFIX,
+    PRODUCTS,
+    TRANSPOSED,
+    constant_values,
+    origin,
+)
 from condiquant_openvino.sites import Array, value_range
 
 F32 = {"INFERENCE_PRECISION_HINT": "f32"}
@@ -112,7 +119,7 @@ def _float_operands(
     for layer in layers:
         for operand, label in enumerate(layer.operands):
             source = nodes[layer.node].input_value(operand)
-            if label is None and source.get_node().get_type_name() != "Constant":
+            if label is None and constant_values(source) is None:
                 sources[layer.node, operand] = source
     if not sources:
         return {}

@@ -67,6 +67,12 @@ class Quantizer:
         return found.numpy()
 
 
+def redirect(old: ov.Output, new: ov.Output) -> None:
+    """Give all consumers of ``old`` the values of ``new``."""
+    for port in old.get_target_inputs():
+        port.replace_source_output(new)
+
+
 def constant_values(value: ov.Output) -> NDArray | None:
     """Values of a constant, also behind a Convert; None if ``value`` is computed."""
     node = value.get_node()
@@ -178,8 +184,12 @@ def elementwise(x: ov.Output, quantizer: Quantizer) -> ov.Output:
     lower, step = ops.constant(quantizer.lower), ops.constant(quantizer.step)
     shifted = ops.subtract(x, lower)
     shifted.set_friendly_name(PREFIX + quantizer.label)
-    position = ops.clamp(ops.divide(shifted, step), 0.0, 2.0**quantizer.bits - 1)
-    result = ops.add(ops.multiply(ops.round(position, "half_to_even"), step), lower)
+    position = ops.divide(shifted, step)
+    codes = ops.round(ops.clamp(position, 0.0, 2.0**quantizer.bits - 1), "half_to_even")
+    scaled = ops.multiply(codes, step)
+    for node, part in ((position, "/position"), (scaled, "/scaled")):
+        node.set_friendly_name(PREFIX + quantizer.label + part)
+    result = ops.add(scaled, lower)
     suffix = EXIT + TRANSPOSED if quantizer.transposed else EXIT
     result.set_friendly_name(PREFIX + quantizer.label + suffix)
     return result.output(0)

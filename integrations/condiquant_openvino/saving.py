@@ -6,8 +6,11 @@ import hashlib
 import json
 import os
 import re
+import shutil
+import threading
 from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import openvino as ov
@@ -15,8 +18,11 @@ import openvino as ov
 from condiquant_openvino.compaction import halve
 from condiquant_plugin import InputError
 
-_METADATA, _BIN_DIGEST = ["condiquant"], ["condiquant_bin_sha256"]
+_METADATA = ["condiquant"]
+_BIN_DIGEST, _LAYERS_DIGEST = ["condiquant_bin_sha256"], ["condiquant_layers_sha256"]
+_UNKNOWN = "unknown"
 _HEAD = 1024
+_one_at_a_time = threading.Lock()
 
 
 @cache
@@ -47,45 +53,65 @@ def read_metadata(model: ov.Model | str | os.PathLike[str]) -> dict[str, Any]:
 def save(
     model: ov.Model, path: str | os.PathLike[str], *, compress_to_fp16: bool = False
 ) -> dict[str, int]:
-    """Write ``path`` (.xml) and its .bin, whose sha256 the .xml holds.
+    """Write ``path`` (.xml) and its .bin; the .xml holds the sha256 of the .bin and of its own layers.
+
+    An IR that was there before stays whole if anything fails. A kill between the two renames leaves its
+    .xml beside the new .bin, which :func:`read_ir` refuses.
 
     Args:
-        compress_to_fp16: store large float constants in half precision: half their size, values
-            rounded to 11 bits.
+        compress_to_fp16: store float constants in half precision, as
+            :func:`condiquant_openvino.halve`; ``model`` itself stays as it is.
 
     Returns:
         ``{"xml_bytes": ..., "bin_bytes": ...}``.
 
     Raises:
-        InputError: if the name does not end in .xml or the folder cannot be written.
+        InputError: if the name does not end in .xml or the files cannot be written.
     """
     xml = Path(path)
     if xml.suffix != ".xml":
         raise InputError(f"{xml}: the name of an IR must end in .xml")
-    temporary = xml.with_name(f".{xml.stem}.{os.getpid()}.xml")
-    pairs = [(temporary.with_suffix(".bin"), xml.with_suffix(".bin")), (temporary, xml)]
     model = model.clone()
     if compress_to_fp16:
         halve(model)
+    for key in (_BIN_DIGEST, _LAYERS_DIGEST):
+        model.set_rt_info(_UNKNOWN, key)
     try:
         xml.parent.mkdir(parents=True, exist_ok=True)
-        ov.save_model(model, temporary, compress_to_fp16=False)
-        # The .bin is the same again: only the .xml holds what is added here.
-        model.set_rt_info(_sha256(temporary.with_suffix(".bin")), _BIN_DIGEST)
-        ov.save_model(model, temporary, compress_to_fp16=False)
-        # Indentation is a sixth of the file.
-        temporary.write_text(re.sub(r">\s+<", "><", temporary.read_text("utf-8")), "utf-8")
-        # A kill between the two renames must not leave an old graph with new weights.
-        xml.unlink(missing_ok=True)
-        for source, target in pairs:
-            os.replace(source, target)
+        with TemporaryDirectory(prefix=f".{xml.stem}.", dir=xml.parent) as folder:
+            new = Path(folder) / "new.xml"
+            ov.save_model(model, new, compress_to_fp16=False)
+            # Indentation is a sixth of the file.
+            content = re.sub(rb">\s+<", b"><", new.read_bytes())
+            for key, digest in (
+                (_BIN_DIGEST, _sha256(new.with_suffix(".bin"))),
+                (_LAYERS_DIGEST, _layers_digest(content)),
+            ):
+                unknown, known = (f'<{key[0]} value="{v}"'.encode() for v in (_UNKNOWN, digest))
+                content = content.replace(unknown, known)
+            new.write_bytes(content)
+            with _one_at_a_time:
+                _put_in_place(new, xml)
     except (OSError, RuntimeError) as error:
-        raise InputError(f"cannot write {xml}: choose a folder you may write to") from error
-    finally:
-        for source, _ in pairs:
-            if source.exists():
-                source.unlink()
+        reason = error.strerror if isinstance(error, OSError) else None
+        reason = reason or str(error).strip().splitlines()[-1]
+        raise InputError(f"cannot write {xml} ({reason}): choose another folder") from error
     return {"xml_bytes": xml.stat().st_size, "bin_bytes": xml.with_suffix(".bin").stat().st_size}
+
+
+def _put_in_place(new: Path, xml: Path) -> None:
+    weights, backup = xml.with_suffix(".bin"), new.with_name("backup.bin")
+    if weights.is_file():
+        shutil.copyfile(weights, backup)
+    os.replace(new.with_suffix(".bin"), weights)
+    try:
+        os.replace(new, xml)
+    except BaseException:
+        if backup.exists():
+            os.replace(backup, weights)
+        else:
+            weights.unlink()
+        raise
 
 
 def read_ir(path: str | os.PathLike[str]) -> ov.Model:
@@ -108,7 +134,9 @@ def read_ir(path: str | os.PathLike[str]) -> ov.Model:
             if b"<net" not in stream.read(_HEAD):
                 raise InputError(f"{xml} is not a readable OpenVINO IR: export it again")
         model = core_of_process().read_model(xml)
-        if (digest := _bin_digest(model)) is not None and digest != _sha256(weights):
+        # Other tools that change an IR of ours keep its rt_info, digests too.
+        is_as_saved = _digest(model, _LAYERS_DIGEST) == _layers_digest(xml.read_bytes())
+        if is_as_saved and _digest(model, _BIN_DIGEST) != _sha256(weights):
             raise InputError(f"{weights} is not what {xml.name} was saved with: export it again")
     except (OSError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[-1]
@@ -118,8 +146,12 @@ def read_ir(path: str | os.PathLike[str]) -> ov.Model:
     return model
 
 
-def _bin_digest(model: ov.Model) -> str | None:
-    return model.get_rt_info(_BIN_DIGEST).astype(str) if model.has_rt_info(_BIN_DIGEST) else None
+def _digest(model: ov.Model, key: list[str]) -> str | None:
+    return model.get_rt_info(key).astype(str) if model.has_rt_info(key) else None
+
+
+def _layers_digest(xml: bytes) -> str:
+    return hashlib.sha256(xml[xml.find(b"<layers>") : xml.rfind(b"</layers>")]).hexdigest()
 
 
 def _sha256(file: Path) -> str:

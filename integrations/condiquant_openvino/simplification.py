@@ -6,7 +6,7 @@ import openvino as ov
 import openvino.opset13 as ops
 from openvino.passes import ConstantFolding, Manager
 
-from condiquant_openvino.quantizer_graphs import constant_values
+from condiquant_openvino.quantizer_graphs import constant_values, redirect
 
 
 def simplify(model: ov.Model) -> None:
@@ -26,7 +26,7 @@ def simplify(model: ov.Model) -> None:
 def _remove_empty_padding(pad: ov.Node) -> None:
     sizes = [constant_values(pad.input_value(i)) for i in (1, 2)]
     if all(values is not None and not values.any() for values in sizes):
-        _redirect(pad.output(0), pad.input_value(0))
+        redirect(pad.output(0), pad.input_value(0))
 
 
 def _add_mask_without_batch_axis(merge: ov.Node) -> None:
@@ -49,7 +49,7 @@ def _add_mask_without_batch_axis(merge: ov.Node) -> None:
     if windows.is_static and before[0].is_static and windows != before[0]:
         return
     flat = ops.squeeze(mask, ops.constant([0]))
-    _redirect(merge.output(0), ops.add(scores, flat).output(0))
+    redirect(merge.output(0), ops.add(scores, flat).output(0))
 
 
 def _shuffle_pixels_at_once(transpose: ov.Node) -> None:
@@ -68,9 +68,4 @@ def _shuffle_pixels_at_once(transpose: ov.Node) -> None:
     # Height and width may be dynamic: that they are the image's is known from the operator's name.
     if rows != columns or "pixel_shuffle" not in transpose.get_friendly_name():
         return
-    _redirect(merged, ops.depth_to_space(image, "depth_first", rows).output(0))
-
-
-def _redirect(old: ov.Output, new: ov.Output) -> None:
-    for port in old.get_target_inputs():
-        port.replace_source_output(new)
+    redirect(merged, ops.depth_to_space(image, "depth_first", rows).output(0))

@@ -39,7 +39,7 @@ class Rounding:
     results: int
     """Significant bits of what an operator gives; bfloat16 has 8, float16 11, float32 24."""
     parameters: int
-    """Significant bits of parameters."""
+    """Significant bits of parameters and buffers."""
     noise: float
     """Largest error of a product over the value range of all, on top: where terms cancel, what sums
     in another order make is not small against the result."""
@@ -50,7 +50,8 @@ def record(model: nn.Module, image: Tensor) -> Record:
     seen = Record()
 
     def keep(label: str, raw: Array, quantized: Array) -> None:
-        seen.raw[label], seen.quantized[label] = raw, quantized
+        # Copies: networks may change in place what a quantizer gets and gives.
+        seen.raw[label], seen.quantized[label] = raw.copy(), quantized.copy()
 
     seen.output = simulate(model, image, keep)
     return seen
@@ -66,7 +67,7 @@ def simulate(
             goes on in place of the output.
     """
     calls = Counter[str]()
-    mode = None if rounding is None else _RoundingMode(rounding)
+    mode = None if rounding is None else _RoundingMode(rounding, model)
 
     def enter(_quantizer: FakeQuantizer, _inputs: tuple[Tensor, ...]) -> None:
         if mode is not None:
@@ -78,7 +79,7 @@ def simulate(
         replaced = observe(label, inputs[0].numpy(), output.numpy())
         if mode is not None:
             mode.paused = False
-        # A copy: networks may change in place what they get.
+        # A copy: a network may change it in place.
         return output if replaced is None else torch.from_numpy(replaced.copy())
 
     was_training = model.training
@@ -100,9 +101,10 @@ def simulate(
 class _RoundingMode(TorchFunctionMode):
     """Spoils what every function gets as parameters and what it gives, unless paused."""
 
-    def __init__(self, rounding: Rounding) -> None:
+    def __init__(self, rounding: Rounding, model: nn.Module) -> None:
         super().__init__()
         self.paused = False
+        self._buffers = {id(buffer) for buffer in model.buffers()}
         self._rounding = rounding
         self._generator = torch.Generator().manual_seed(0)
 
@@ -122,7 +124,7 @@ class _RoundingMode(TorchFunctionMode):
         return result if args and result is args[0] else tree_map(self._result, result)
 
     def _parameter(self, value: Any) -> Any:
-        is_parameter = isinstance(value, nn.Parameter)
+        is_parameter = isinstance(value, nn.Parameter) or id(value) in self._buffers
         return _round(value, self._rounding.parameters) if is_parameter else value
 
     def _result(self, value: Any) -> Any:

@@ -15,7 +15,7 @@ import openvino.opset13 as ops
 from numpy.typing import NDArray
 
 from condiquant_openvino.quantizer_graphs import EXIT, PREFIX, TRANSPOSED, bytes_of, is_encoder
-from condiquant_openvino.upscaling import infer
+from condiquant_openvino.upscaling import compile_ir
 
 Array = NDArray[np.float32]
 Arrays = Mapping[str, Array]
@@ -153,10 +153,7 @@ def _encoder_above(node: ov.Node) -> str | None:
 
 def _decoder_input(exit_node: ov.Node) -> ov.Input:
     """Where the integers go in."""
-    node = exit_node.input_value(0).get_node()
-    if node.get_type_name() == "Subtract":
-        node = node.input_value(0).get_node()
-    return node.input(0)
+    return exit_node.input_value(0).get_node().input(0)
 
 
 def _input_shapes(ir: ov.Model, names: Sequence[str], image: Array) -> dict[str, tuple[int, ...]]:
@@ -195,8 +192,10 @@ def _indices(
         return {}
     model = ov.Model(list(outputs.values()), [*clone.get_parameters(), *parameters.values()])
     order = [np.arange(np.prod(shapes[e]), dtype=np.float32).reshape(shapes[e]) for e in parameters]
-    found = infer(model, [image, *order], device)
-    return {n: values.astype(np.int64) for n, values in zip(outputs, found, strict=True)}
+    request = compile_ir(model, device).create_infer_request()
+    request.infer([image, *order])
+    found = zip(outputs, request.output_tensors, strict=True)
+    return {name: tensor.data.astype(np.int64) for name, tensor in found}
 
 
 def _grids(
@@ -207,16 +206,13 @@ def _grids(
     bounds = [encoder.input_value(i).get_node().data for i in (1, 2, 3, 4)]
     first = 0 if index is None else int(index.flat[0])
     low, high, out_low, out_high = (np.broadcast_to(b, shape).flat[first] for b in bounds)
-    zero = np.float32(0)
-    if exit_node.input_value(0).get_node().get_type_name() == "Subtract":
-        zero = exit_node.input_value(0).get_node().input_value(1).get_node().data
     if exit_node.get_type_name() == "Multiply":
         fine = exit_node.input_value(1).get_node().data
     else:
         integer, value = (exit_node.input_value(i).get_node().data for i in (2, 4))
         fine = value / integer
     step = np.asarray((out_high - out_low) / last_code * fine, np.float32)
-    lower = np.asarray((out_low - zero) * fine, np.float32)
+    lower = np.asarray(out_low * fine, np.float32)
     entry_step = np.asarray((high - low) / np.float32(last_code), np.float32)
     if np.allclose(entry_step, step, rtol=1e-6):
         entry_step, low = step, lower

@@ -46,13 +46,6 @@ def compile_ir(
         raise InputError(f"device {device!r} cannot run this IR: {reason}") from error
 
 
-def infer(model: ov.Model, inputs: list[NDArray[np.float32]], device: str) -> list[NDArray]:
-    """Every result of one run, in order, also where two results are the same tensor."""
-    request = compile_ir(model, device).create_infer_request()
-    request.infer(inputs)
-    return [tensor.data.copy() for tensor in request.output_tensors]
-
-
 def _takes_u8_nhwc(model: ov.Model) -> bool:
     """Whether a model takes 8-bit images of shape ``(1, height, width, 3)``."""
     port = model.input()
@@ -104,7 +97,7 @@ class Upscaler:
             size = _TILE if tile is None else tile
             if size < 1:
                 raise InputError(f"tile={size} is not supported: use at least 1")
-            size = _next_multiple(size, self._multiple)
+            size = next_multiple(size, self._multiple)
             self._tile = (size, size)
         smallest = min(self._tile)
         self._overlap = min(_OVERLAP, smallest // 4) if overlap is None else overlap
@@ -136,7 +129,7 @@ class Upscaler:
         self, image: NDArray[np.float32], progress: Callable[[int, int], object]
     ) -> NDArray[np.float32]:
         height, width = image.shape[1:]
-        padded = [_next_multiple(size, self._multiple) for size in (height, width)]
+        padded = [next_multiple(size, self._multiple) for size in (height, width)]
         if self._static:
             padded = [max(size, tile) for size, tile in zip(padded, self._tile, strict=True)]
         image = np.pad(
@@ -176,7 +169,8 @@ class Upscaler:
         return output.transpose(2, 0, 1) / np.float32(255)
 
 
-def _next_multiple(size: int, multiple: int) -> int:
+def next_multiple(size: int, multiple: int) -> int:
+    """The smallest multiple that is not below ``size``."""
     return -(-size // multiple) * multiple
 
 

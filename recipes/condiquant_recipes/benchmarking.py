@@ -33,7 +33,8 @@ def benchmark(
     """Measure IRs in turns.
 
     Args:
-        shape, data_shape: as benchmark_app takes them: ``[1,3,64,64]`` or ``image[1,3,64,64]``.
+        shape, data_shape: as benchmark_app takes them: ``[1,3,64,64]``, or ``image[1,3,64,64]`` if
+            ``image`` is an input of every IR.
 
     Returns:
         ``openvino``, ``device``, ``precision``, ``hint`` and ``models``: by name ``file``,
@@ -43,10 +44,16 @@ def benchmark(
         InputError: a file that is no IR, or a setting that an IR or OpenVINO cannot take.
     """
     names = dict(zip(distinct_names(files), files, strict=True))
+    sizes: list[list[int] | None] = []
+    for text in (shape, data_shape):
+        given = None if text is None else parse_shape(text)
+        if given is not None and given[0]:
+            _check_input_name(given[0], files)
+        sizes.append(given and given[1])
     found = openvino_host.compare_latency(
         names,
-        parse_shape(shape),
-        data_shape=parse_shape(data_shape),
+        sizes[0],
+        data_shape=sizes[1],
         iterations=iterations,
         duration=duration,
         hint=hint,
@@ -56,10 +63,10 @@ def benchmark(
     models = {}
     for name, figures in found.items():
         xml = names[name]
-        sizes = {"xml_bytes": xml.stat().st_size}
-        sizes["bin_bytes"] = xml.with_suffix(".bin").stat().st_size
+        described = {"file": str(xml), "xml_bytes": xml.stat().st_size}
+        described["bin_bytes"] = xml.with_suffix(".bin").stat().st_size
         layers = [asdict(layer) for layer in figures["layers"]]
-        models[name] = {"file": str(xml), **sizes, **figures, "layers": layers}
+        models[name] = {**described, **figures, "layers": layers}
     return {
         "openvino": ov.get_version(),
         "device": device,
@@ -117,21 +124,33 @@ def tables(report: dict[str, Any], *, layers: bool = False) -> Iterator[Table]:
             yield execution_table(model["layers"], title=name)
 
 
-def parse_shape(text: str | None) -> list[int] | None:
-    """A shape as benchmark_app takes it.
+def parse_shape(text: str) -> tuple[str, list[int]]:
+    """Name of the input, if given, and sizes of a shape as benchmark_app takes it.
 
     >>> parse_shape("image[1,3,64,64]")
-    [1, 3, 64, 64]
+    ('image', [1, 3, 64, 64])
 
     Raises:
         InputError: if it is none.
     """
-    if text is None:
-        return None
-    found = re.fullmatch(r"(?:[^\[\],]*\[)?\s*(\d+(?:\s*,\s*\d+)*)\s*\]?", text.strip())
+    sizes = r"\s*\d+(?:\s*,\s*\d+)*\s*"
+    found = re.fullmatch(rf"([^\[\],]*)\[({sizes})\]|({sizes})", text.strip())
     if found is None:
         raise InputError(f"shape {text!r} is none: give 1,3,height,width, such as [1,3,64,64]")
-    return [int(size) for size in found[1].split(",")]
+    name, *given = found.groups()
+    return (name or "").strip(), [int(size) for size in (given[0] or given[1]).split(",")]
+
+
+def _check_input_name(name: str, files: Sequence[Path]) -> None:
+    for file in files:
+        ports = openvino_host.read_ir(file).inputs
+        known = {
+            n for port in ports for n in (*port.get_names(), port.get_node().get_friendly_name())
+        }
+        if name not in known:
+            raise InputError(
+                f"{file} has no input {name!r}: use {', '.join(sorted(known))} or none"
+            )
 
 
 def distinct_names(files: Sequence[Path]) -> list[str]:

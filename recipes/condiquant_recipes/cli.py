@@ -17,6 +17,7 @@ except ImportError:
     sys.exit('the command line needs its extra: pip install "condiquant-plugin[all]"')
 
 from condiquant_plugin.errors import InputError
+from condiquant_plugin.files import check_writable
 
 if TYPE_CHECKING:
     from condiquant_recipes.progress import Progress
@@ -151,6 +152,7 @@ def export(
         str | None,
         typer.Option(help="CPU, or NPU: zero on every grid, static; untested on the device."),
     ] = None,
+    as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
     """Export the network of a finished run once more, with other shapes or for another device."""
@@ -163,22 +165,30 @@ def export(
     }
     changes = {key: value for key, value in given.items() if value is not None}
     target = out or folder
+    check_writable(target)
     figures = _hosts("ir").export_again(folder, target, changes, _progress(quiet))
+    file = str(target / "model.xml")
+    if as_json:
+        print(json.dumps({"file": file, **figures}, indent=1))
+        return
     notes = figures.pop("notes")
-    print(json.dumps(figures, indent=1))
+    Console().print(_hosts("inspection").property_table(figures))
     for note in notes:
         print(f"note: {note}")
-    print(f"IR: {target / 'model.xml'}")
+    print(f"IR: {file}")
 
 
 @app.command()
 def inspect(
-    file: Annotated[Path, typer.Argument(help="An IR (.xml), a recipe (.yml) or a checkpoint.")],
+    file: Annotated[
+        Path,
+        typer.Argument(help="An IR (.xml) or a run's folder, a recipe (.yml) or a checkpoint."),
+    ],
     as_json: JsonOption = False,
     layers: LayersOption = False,
 ) -> None:
     """What is in an IR, a recipe's network, or a checkpoint: layers, shapes, condition numbers."""
-    described = _hosts("inspection").describe(file, layers=layers)
+    described = _hosts("inspection").describe(_ir_path(file), layers=layers)
     if as_json:
         print(json.dumps(described, indent=1, default=str))
     else:
@@ -224,8 +234,10 @@ def benchmark(
     layers: LayersOption = False,
 ) -> None:
     """Paired latency and throughput of IRs, the first one the reference; sizes and precisions."""
-    if out is not None and not out.parent.is_dir():
-        raise InputError(f"cannot write {out}: give --out a file in a folder that exists")
+    if out is not None:
+        if out.is_dir() or not out.parent.is_dir():
+            raise InputError(f"cannot write {out}: give --out a file in a folder that exists")
+        check_writable(out.parent)
     benchmarking = _hosts("benchmarking")
     report = benchmarking.benchmark(
         [_ir_path(model) for model in models],

@@ -37,6 +37,8 @@ def describe(file: Path, *, layers: bool = False) -> dict[str, Any]:
         return {"recipe": recipe.model_dump(), **described}
     if not file.is_file():
         raise InputError(f"{file} does not exist: give an IR, a recipe or a checkpoint")
+    if file.suffix == ".bin" and not file.with_suffix(".param").exists():
+        raise InputError(f"{file} is half of an IR: give {file.with_suffix('.xml').name}")
     if file.suffix == ".xml":
         return openvino_host.inspect(file, layers=layers)
     network, scale = basicsr_host.load_network(None, str(file))
@@ -74,11 +76,8 @@ def _describe_network(
 
 def tables(described: dict[str, Any]) -> Iterator[Table]:
     """The description as tables."""
-    summary = Table("property", "value")
     lists = {"layers", "layer_executions"}
-    for key, value in _flat({k: v for k, v in described.items() if k not in lists}):
-        summary.add_row(key, value)
-    yield summary
+    yield property_table({k: v for k, v in described.items() if k not in lists})
     if "layer_executions" in described:
         yield execution_table(described["layer_executions"])
     if "layers" in described:
@@ -90,6 +89,15 @@ def tables(described: dict[str, Any]) -> Iterator[Table]:
         yield layers
 
 
+def property_table(values: Mapping[str, Any]) -> Table:
+    """A row for each value, those of dictionaries by dotted names."""
+    table = Table("property", "value")
+    table.columns[0].no_wrap = True
+    for key, value in _flat(values):
+        table.add_row(key, value)
+    return table
+
+
 def execution_table(layers: Iterable[Mapping[str, str]], title: str | None = None) -> Table:
     """What each layer of an IR runs as."""
     table = Table("layer", "operator", "runs as", "why not int8", title=title)
@@ -99,7 +107,7 @@ def execution_table(layers: Iterable[Mapping[str, str]], title: str | None = Non
     return table
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
     for key, value in values.items():
         if isinstance(value, dict):
             yield from _flat(value, f"{prefix}{key}.")

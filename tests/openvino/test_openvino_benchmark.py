@@ -1,6 +1,7 @@
 """Paired measurements: their structure, and the inputs they refuse; no test depends on a duration."""
 
 import shutil
+from statistics import median
 
 import openvino as ov
 import pytest
@@ -51,6 +52,10 @@ def test_every_figure_of_every_ir(irs):
     assert list(found) == ["float", "bytes"]
     assert (found["float"]["shape"], found["bytes"]["shape"]) == ([1, 3, 16, 32], [1, 16, 32, 3])
     assert found["float"]["ratio"] == found["float"]["throughput_ratio"] == 1.0
+    pairs = zip(*(figures["iteration_ms"] for figures in found.values()), strict=True)
+    ratios = [theirs / reference for reference, theirs in pairs]
+    assert len(ratios) == 5
+    assert found["bytes"]["ratio"] == pytest.approx(median(ratios))
     for figures in found.values():
         assert 0 < figures["p10_ms"] <= figures["median_ms"] <= figures["p90_ms"]
         assert figures["ratio"] > 0
@@ -68,7 +73,7 @@ def test_every_figure_of_every_ir(irs):
 )
 def test_a_hint_chooses_what_is_measured(irs, hint, latency, throughput):
     found = compare_latency({"net": irs["cnn"]}, (1, 3, 16, 16), hint=hint, **QUICK)["net"]
-    for key in ("median_ms", "p10_ms", "p90_ms", "ratio"):
+    for key in ("median_ms", "p10_ms", "p90_ms", "ratio", "iteration_ms"):
         assert (found[key] is not None) == latency
     for key in ("frames_per_second", "throughput_ratio"):
         assert (found[key] is not None) == throughput
@@ -105,6 +110,17 @@ def test_a_static_ir_gives_the_shape_of_all(irs):
     shapes = [[1, 3, 24, 24], [1, 3, 24, 24], [1, 24, 24, 3]]
     assert [figures["shape"] for figures in found.values()] == shapes
     assert [figures["dynamic"] for figures in found.values()] == [True, False, True]
+
+
+def test_sizes_are_taken_where_they_are_static(irs, tmp_path):
+    paths = {"cnn": irs["cnn"]}
+    for index, shape in enumerate(([-1, 3, 24, 40], [-1, -1, 24, -1], [-1, -1, 40, 3])):
+        parameter = ov.opset13.parameter(shape, ov.Type.f32)
+        paths[str(index)] = tmp_path / f"{index}.xml"
+        ov.save_model(ov.Model([ov.opset13.relu(parameter)], [parameter]), paths[str(index)])
+    found = compare_latency(paths, hint="latency", **QUICK)
+    shapes = [[1, 3, 24, 40]] * 3 + [[1, 24, 40, 3]]
+    assert [figures["shape"] for figures in found.values()] == shapes
 
 
 def test_default_size_fits_every_window(irs, tmp_path):
@@ -155,6 +171,8 @@ def test_an_ir_that_takes_no_image(tmp_path):
         ({"precision": "int8"}, "'int8' is not known"),
         ({"iterations": 0}, "0 iterations"),
         ({"duration": 0.0}, "0.0 s"),
+        ({"duration": float("inf")}, "inf s"),
+        ({"duration": float("nan")}, "nan s"),
         ({"device": "ABACUS"}, "device 'ABACUS' is not available: use one of"),
     ],
 )

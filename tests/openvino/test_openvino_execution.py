@@ -9,11 +9,16 @@ import pytest
 import torch
 from torch import nn
 
-from condiquant_openvino import convert, executed_precisions, layer_executions
+from condiquant_openvino import convert, layer_executions
 from condiquant_openvino.execution import int8_share
 from condiquant_openvino.upscaling import compile_ir
 from condiquant_plugin import FakeQuantizer
 from networks import build
+
+
+def has_avx512():
+    with open("/proc/cpuinfo") as file:
+        return "avx512f" in file.read()
 
 
 def executions(ir, **properties):
@@ -27,8 +32,7 @@ def only(model, x):
 
 def test_every_product_of_a_network_is_listed_by_its_layer(exported_convolutions):
     _, ir, _ = exported_convolutions
-    compiled = compile_ir(ir)
-    layers = layer_executions(ir, compiled)
+    layers = executions(ir)
     quantized = {"plain", "grouped", "depthwise", "linear", "back", "transposed", "wide"}
     assert {layer.name.split(".")[0] for layer in layers[1:]} == quantized
     assert (layers[0].operator, layers[0].reason) == ("Convolution", "not quantized")
@@ -39,7 +43,6 @@ def test_every_product_of_a_network_is_listed_by_its_layer(exported_convolutions
         "GroupConvolutionBackpropData": 1,
         "ConvolutionBackpropData": 1,
     }
-    assert Counter(layer.runs_as for layer in layers) == executed_precisions(compiled)
     assert all((layer.runs_as == "int8") == (layer.reason == "") for layer in layers)
     assert 0 < int8_share(layers) == sum(layer.reason == "" for layer in layers) / 8 < 1
 
@@ -51,12 +54,10 @@ def test_window_attention_loses_no_product(size):
     ir = convert(build("swinir"), x)
     if size is not None:
         ir.reshape([1, 3, size, size])
-    compiled = compile_ir(ir)
-    layers = layer_executions(ir, compiled)
+    layers = executions(ir)
     products = [node for node in ir.get_ops() if node.get_type_name() in ("MatMul", "Convolution")]
     assert len(layers) == len(products) == len({layer.name for layer in layers})
     assert {(layer.runs_as, layer.reason) for layer in layers} == {("f32", "not quantized")}
-    assert executed_precisions(compiled) == {"f32": len(products)}
 
 
 def _dequantized(x, step):
@@ -94,7 +95,9 @@ def test_products_inside_a_fused_attention_are_told_apart(queries, values, dynam
     graph = compiled.get_runtime_model().get_ordered_ops()
     by_name = {node.get_friendly_name(): node for node in graph}
     if by_name["values/MatMul"].get_rt_info()["layerType"].astype(str) != "Subgraph":
-        pytest.skip("this CPU does not fuse attention")
+        always = has_avx512() and queries == values and not dynamic
+        assert not always, "where this shows nothing, nothing else does"
+        pytest.skip("the plugin does not fuse this attention")
     scores, result = layer_executions(ir, compiled)
     assert (scores.name, result.name) == ("scores/MatMul", "values/MatMul")
     entering = [
@@ -104,7 +107,6 @@ def test_products_inside_a_fused_attention_are_told_apart(queries, values, dynam
     assert (result.runs_as == "int8") == (entering[-1] == "i8")
     assert (scores.reason == "not quantized") == (not queries)
     assert (result.runs_as, result.reason) == (("int8", "") if values else ("f32", "not quantized"))
-    assert Counter([scores.runs_as, result.runs_as]) == executed_precisions(compiled)
 
 
 @pytest.mark.parametrize("sequence", [64, -1])

@@ -110,10 +110,16 @@ def test_attention_runs_in_int8_as_one_kernel_and_is_right(window_attention):
 
 
 def test_masks_are_added_in_four_dimensions(window_attention):
+    """Between scores and softmax: the sums with the bias and with the mask."""
     _, ir, _ = window_attention
-    for node in ir.get_ops():
-        if node.get_type_name() == "Add" and "attn" in node.get_friendly_name():
-            assert len(node.get_output_partial_shape(0)) <= 4
+    softmaxes = [node for node in ir.get_ops() if node.get_type_name() == "Softmax"]
+    assert len(softmaxes) == sum(SECTIONS["swinir"]["depths"])
+    for node in softmaxes:
+        kinds = []
+        while node.get_type_name() != "MatMul":
+            node = node.input_value(0).get_node()
+            kinds.append((node.get_type_name(), len(node.get_output_partial_shape(0))))
+        assert kinds == [("Add", 4), ("Add", 4), ("MatMul", 4)]
 
 
 class Shuffle(nn.Module):

@@ -66,6 +66,24 @@ def test_a_change_outside_the_quantized_layers_is_found(exported_convolutions):
     assert "\n" not in str(caught.value)
 
 
+def test_a_network_that_changes_the_input_of_a_quantizer_in_place():
+    class InPlace(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head, self.body = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+            self.input, self.weight = FakeQuantizer(4, "activation"), FakeQuantizer(4, "weight")
+
+        def forward(self, x):
+            x = self.head(x)
+            x += nn.functional.conv2d(self.input(x), self.weight(self.body.weight), padding=1)
+            return x.relu()
+
+    model, image = InPlace().eval(), torch.rand(1, 3, 16, 16)
+    model.input.set_bounds(-1.3, 2.1)
+    model.weight.set_bounds(-0.1, 0.12)
+    check_parity(model, convert(model, image), [image]).raise_if_broken()
+
+
 @pytest.mark.parametrize("layer", ["linear", "back", "wide"])
 def test_a_changed_bias_is_found_behind_its_layer(exported_convolutions, layer):
     model, ir, x = exported_convolutions

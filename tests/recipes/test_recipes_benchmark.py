@@ -111,15 +111,22 @@ def test_inspect_counts_what_runs_and_lists_it_on_request(condiquant, folder):
     [
         (("-niter", 0), "0 iterations"),
         (("-t", 0), "0.0 s"),
+        (("-t", "inf"), "inf s"),
         (("-hint", "fast"), "'fast' is not known: use one of latency, throughput, none"),
         (("-d", "ABACUS"), "device 'ABACUS' is not available"),
         (("-shape", "[1,3,20,20]"), "multiples of 8, such as 24x24"),
         (("-data_shape", "[1,3,20,20]"), "multiples of 8, such as 24x24"),
         (("-shape", "[1,1,24,24]"), "[1,1,24,24]"),
         (("-shape", "64x64"), "'64x64' is none"),
+        (("-shape", "[1,3,24,24"), "'[1,3,24,24' is none"),
+        (("-shape", "1,3,24,24]"), "'1,3,24,24]' is none"),
+        (("-shape", "nosuchinput[1,3,24,24]"), "has no input 'nosuchinput': use image"),
+        (("-data_shape", "nosuchinput[1,3,24,24]"), "has no input 'nosuchinput'"),
         (("-infer_precision", "u4"), "'u4' is not known"),
         (("-niter", "many"), "niter"),
         (("--out", "nowhere/report.json"), "cannot write nowhere/report.json"),
+        (("--out", "/"), "cannot write /"),
+        (("--out", "/proc/report.json", "-t", 1e9), "cannot write to /proc"),
     ],
 )
 def test_settings_that_cannot_be(condiquant, folder, options, message):
@@ -182,4 +189,17 @@ def test_names_tell_files_apart(tmp_path):
 
 @pytest.mark.parametrize("text", ["1,3,64,48", "[1,3,64,48]", "image[1,3,64,48]", "[1, 3, 64, 48]"])
 def test_shapes_as_benchmark_app_takes_them(text):
-    assert parse_shape(text) == [1, 3, 64, 48]
+    assert parse_shape(text) == ("image" if "image" in text else "", [1, 3, 64, 48])
+
+
+def test_a_shape_with_the_name_of_the_input(condiquant, folder):
+    arguments = ("benchmark", folder / "plain", "-shape", "image[1,3,16,16]", *QUICK, "--json")
+    assert json.loads(condiquant(*arguments))["models"]["model"]["shape"] == [1, 3, 16, 16]
+
+
+def test_inspect_takes_a_run_and_no_half_of_an_ir(condiquant, folder):
+    described = condiquant("inspect", folder / "plain", "--json")
+    assert described == condiquant("inspect", folder / "plain" / "model.xml", "--json")
+    message = condiquant("inspect", folder / "plain" / "model.bin", code=2)
+    assert "model.bin is half of an IR: give model.xml" in message
+    assert "model.xml does not exist" in condiquant("inspect", folder, code=2)
