@@ -1,35 +1,27 @@
-"""The layers of a PyTorch network that get quantized, found in NNCF's graph of it."""
+"""The layers of a network that get quantized, found in NNCF's graph of it; the same on every backend."""
 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from copy import deepcopy
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import nncf
-import nncf.torch.graph.operator_metatypes as om
 from nncf.common.graph.graph import NNCFGraph, NNCFNode
 from nncf.scopes import get_ignored_node_names_from_ignored_scope
-from nncf.torch.function_hook import wrap_model
-from nncf.torch.function_hook.nncf_graph.nncf_graph_builder import GraphModelWrapper
-from nncf.torch.model_graph_manager import get_const_node
 from torch import Tensor, nn
 
+from condiquant_nncf.backend import CondiQuantAlgoBackend, get_algo_backend
 from condiquant_plugin.errors import InputError
 from condiquant_plugin.gram import LayerGeometry
 
-Scope = Literal["transformer", "all"]
+if TYPE_CHECKING:
+    from nncf.torch.function_hook.nncf_graph.nncf_graph_builder import GraphModelWrapper
 
-_LINEAR = (om.PTLinearMetatype,)
-_CONVOLUTIONS = (
-    om.PTConv2dMetatype,
-    om.PTDepthwiseConv2dSubtype,
-    om.PTConvTranspose2dMetatype,
-)
-_PRODUCTS = (om.PTMatMulMetatype,)
-_INPUTS = (om.PTInputNoopMetatype,)
+Scope = Literal["transformer", "all"]
+_FUSED = "qkv"
 
 
 @dataclass(frozen=True)
@@ -37,50 +29,50 @@ class Layer:
     """A layer with a weight, or the product of two activations (``weight_name is None``)."""
 
     name: str
-    """Module name of a layer with a weight; NNCF's node name of a product."""
+    """Module name of a layer with a weight, on both backends where the graph keeps it, else NNCF's node
+    name; the latter for a product. A further use of the same weight has ``#1``, ``#2`` … behind it."""
     node: NNCFNode = field(repr=False)
     geometry: LayerGeometry = LayerGeometry()
     weight_node: NNCFNode | None = field(default=None, repr=False)
     bias_node: NNCFNode | None = field(default=None, repr=False)
+    weight_name: str | None = None
+    """Name of the weight in the model: as in ``state_dict``, or of the constant."""
+    bias_name: str | None = None
+    weight_port: int = 1
+    weight_transposed: bool = False
+    """Whether the weight of a matrix product is kept as ``(in_features, out_features)``."""
+    activation_ports: tuple[int, ...] = (0,)
+    """Input ports that carry activations."""
+    transposed_inputs: frozenset[int] = frozenset()
+    """Activation ports whose last two axes are the other way round than the product takes them."""
     row_blocks: int = 1
     """3 for a fused query-key-value projection: its row blocks are matrices of their own."""
     in_scope: bool = True
     """False for a layer outside the scope, which gets bits of its own."""
+    reuses_weight: bool = False
+    """Whether an earlier layer has the same weight."""
 
     @property
-    def weight_name(self) -> str | None:
-        """Name of the weight parameter, as in ``state_dict``."""
-        return None if self.weight_node is None else self.weight_node.layer_attributes.name
+    def output_axis(self) -> int:
+        """Axis of the weight that counts output channels."""
+        return int(self.geometry.kind == "conv_transpose2d" or self.weight_transposed)
 
-    @property
-    def bias_name(self) -> str | None:
-        """Name of the bias parameter, as in ``state_dict``."""
-        return None if self.bias_node is None else self.bias_node.layer_attributes.name
+    def rows_first(self, weight: Tensor) -> Tensor:
+        """The weight as :mod:`condiquant_plugin.gram` takes it, and back."""
+        return weight.mT.contiguous() if self.weight_transposed else weight
 
-    @property
-    def activation_ports(self) -> tuple[int, ...]:
-        """Input ports that carry activations."""
-        return (0,) if self.weight_node is not None else (0, 1)
+    def features_last(self, x: Tensor, port: int) -> Tensor:
+        """What arrives at ``port`` in the order of the product."""
+        return x.mT if port in self.transposed_inputs else x
 
-
-def wrap(network: nn.Module, example_input: Tensor) -> GraphModelWrapper:
-    """A deep copy of ``network`` that NNCF can put hooks into; ``.model`` is the copy.
-
-    Args:
-        example_input: ``(batch, channels, height, width)``, any size the network takes.
-
-    Raises:
-        InputError: if the network itself is an ``nn.Sequential``, which would call NNCF's hooks as layers.
-    """
-    if isinstance(network, nn.Sequential):
-        raise InputError(
-            "NNCF cannot hook into a bare nn.Sequential: make it a child of an nn.Module"
-        )
-    return GraphModelWrapper(wrap_model(deepcopy(network).eval()), example_input)
+    def input_name(self, port: int) -> str:
+        """Name of the quantizer at ``port``."""
+        suffix = "input" if self.weight_node is not None else f"input{port}"
+        return f"{self.name}.{suffix}"
 
 
 def find_layers(
-    wrapped: GraphModelWrapper,
+    wrapped: GraphModelWrapper | Any,
     scope: Scope,
     ignored_scope: nncf.IgnoredScope | None = None,
     *,
@@ -91,6 +83,7 @@ def find_layers(
     Layers whose input does not depend on the image (position-bias tables) are left alone.
 
     Args:
+        wrapped: a torch model in :func:`condiquant_nncf.wrap`, or an ``ov.Model``.
         scope: ``"transformer"`` takes linear layers and products of activations (attention);
             ``"all"`` takes every linear layer and convolution but the first and the last, and products.
         ignored_scope: NNCF's, matched against node names.
@@ -99,38 +92,62 @@ def find_layers(
     Raises:
         InputError: if nothing is left to quantize, or ``ignored_scope`` matches nothing.
     """
-    graph = wrapped.get_graph()
+    try:
+        return select_layers(get_algo_backend(wrapped), scope, ignored_scope, others=others)
+    except (nncf.ValidationError, re.error) as error:
+        raise InputError(" ".join(f"ignored_scope: {error}".split())) from error
+
+
+def select_layers(
+    backend: CondiQuantAlgoBackend,
+    scope: Scope,
+    ignored_scope: nncf.IgnoredScope | None = None,
+    *,
+    others: bool = False,
+) -> list[Layer]:
+    """As :func:`find_layers`.
+
+    Raises:
+        InputError: if nothing is left to quantize.
+        nncf.ValidationError: if ``ignored_scope`` matches nothing.
+    """
+    graph = backend.graph
     ignored: set[str] = set()
     if ignored_scope is not None:
-        try:
-            ignored = get_ignored_node_names_from_ignored_scope(
-                ignored_scope, graph, strict=ignored_scope.validate
-            )
-        except (nncf.ValidationError, re.error) as error:
-            raise InputError(" ".join(f"ignored_scope: {error}".split())) from error
-    dependent = _reachable_from_inputs(graph)
+        ignored = get_ignored_node_names_from_ignored_scope(
+            ignored_scope, graph, strict=ignored_scope.validate
+        )
+    dependent = _dependent_on_inputs(backend)
     nodes = [
         n
         for n in graph.topological_sort()
-        if n.metatype in (*_LINEAR, *_CONVOLUTIONS, *_PRODUCTS)
-        and _activations_depend(n, graph, dependent)
+        if backend.is_layer(n) and _activations_depend(n, graph, backend, dependent)
     ]
+    if not nodes:
+        raise InputError(
+            f"{backend.model_name} has no linear layer, 2-d convolution or product of activations "
+            "behind its input: there is nothing to quantize"
+        )
     if scope == "transformer":
-        outside = {n.node_id for n in nodes if n.metatype in _CONVOLUTIONS}
+        outside = {n.node_id for n in nodes if backend.is_convolution(n)}
     else:
-        with_weight = [n.node_id for n in nodes if n.metatype not in _PRODUCTS]
-        outside = set(with_weight[:1] + with_weight[-1:])
+        weighted = [n.node_id for n in nodes if len(backend.activation_ports(n)) == 1]
+        outside = set(weighted[:1] + weighted[-1:])
     layers = [
-        replace(_layer(n, graph, wrapped.model), in_scope=n.node_id not in outside)
+        replace(_with_blocks(backend.layer(n), backend), in_scope=n.node_id not in outside)
         for n in nodes
         if n.node_name not in ignored and (others or n.node_id not in outside)
     ]
     if not any(layer.in_scope for layer in layers):
-        raise InputError(
-            f"scope={scope!r} matches no layer of {type(wrapped.model).__name__}: "
-            'use scope "all" for convolutional networks, and check ignored_scope'
+        hint = (
+            'use scope "all" for convolutional networks'
+            if scope == "transformer"
+            else "it leaves out the first and the last layer"
         )
-    return layers
+        raise InputError(
+            f"scope={scope!r} matches no layer of {backend.model_name}: {hint}, and check ignored_scope"
+        )
+    return list(_distinct(layers))
 
 
 def feature_blocks(model: nn.Module, layers: Sequence[Layer]) -> list[str]:
@@ -140,7 +157,7 @@ def feature_blocks(model: nn.Module, layers: Sequence[Layer]) -> list[str]:
     """
     blocks: dict[str, None] = {}
     for layer in layers:
-        name = layer.name if layer.weight_name is not None else ""
+        name = layer.name if layer.weight_name is not None and not layer.reuses_weight else ""
         while name:
             parent, _, _ = name.rpartition(".")
             if isinstance(model.get_submodule(parent), nn.ModuleList | nn.Sequential):
@@ -150,84 +167,50 @@ def feature_blocks(model: nn.Module, layers: Sequence[Layer]) -> list[str]:
     return list(blocks)
 
 
-def _reachable_from_inputs(graph: NNCFGraph) -> set[int]:
+def same_padding(kernel: tuple[int, int], dilation: tuple[int, int], name: str) -> tuple[int, int]:
+    """Padding that keeps the size at stride 1.
+
+    Raises:
+        InputError: an even kernel, which needs more on one side.
+    """
+    totals = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
+    if any(total % 2 for total in totals):
+        raise InputError(f'{name} has padding="same" with an even kernel: put it in ignored_scope')
+    return totals[0] // 2, totals[1] // 2
+
+
+def _distinct(layers: Sequence[Layer]) -> Iterator[Layer]:
+    uses: Counter[str] = Counter()
+    weights: set[str] = set()
+    for layer in layers:
+        use, weight = uses[layer.name], layer.weight_name
+        uses[layer.name] += 1
+        name = f"{layer.name}#{use}" if use else layer.name
+        yield replace(layer, name=name, reuses_weight=weight in weights)
+        if weight is not None:
+            weights.add(weight)
+
+
+def _dependent_on_inputs(backend: CondiQuantAlgoBackend) -> set[int]:
     reached: set[int] = set()
-    pending = list(_input_nodes(graph))
+    pending = backend.input_nodes()
     while pending:
         node = pending.pop()
-        if node.node_id not in reached:
+        if node.node_id not in reached and backend.passes_values(node):
             reached.add(node.node_id)
-            pending.extend(graph.get_next_nodes(node))
+            pending.extend(backend.graph.get_next_nodes(node))
     return reached
 
 
-def _input_nodes(graph: NNCFGraph) -> Iterator[NNCFNode]:
-    return (n for n in graph.get_all_nodes() if n.metatype in _INPUTS)
-
-
-def _activations_depend(node: NNCFNode, graph: NNCFGraph, dependent: set[int]) -> bool:
-    ports = (0, 1) if node.metatype in _PRODUCTS else (0,)
+def _activations_depend(
+    node: NNCFNode, graph: NNCFGraph, backend: CondiQuantAlgoBackend, dependent: set[int]
+) -> bool:
     sources = {e.input_port_id: e.from_node.node_id for e in graph.get_input_edges(node)}
-    return all(sources.get(port) in dependent for port in ports)
+    return all(sources.get(port) in dependent for port in backend.activation_ports(node))
 
 
-def _layer(node: NNCFNode, graph: NNCFGraph, model: nn.Module) -> Layer:
-    if node.metatype in _PRODUCTS:
-        return Layer(node.node_name, node)
-    try:
-        weight_node = get_const_node(node, 1, graph)
-    except nncf.InternalError:
-        weight_node = None
-    if weight_node is None:
-        raise InputError(f"the weight of {node.node_name} is computed: put it in ignored_scope")
-    bias_node = get_const_node(node, 2, graph)
-    name = weight_node.layer_attributes.name.removesuffix(".weight")
-    weight = model.get_parameter(weight_node.layer_attributes.name)
-    fused = name.rpartition(".")[2] == "qkv" and weight.shape[0] % 3 == 0
-    return Layer(name, node, _geometry(node, weight), weight_node, bias_node, 3 if fused else 1)
-
-
-def _geometry(node: NNCFNode, weight: Tensor) -> LayerGeometry:
-    if node.metatype in _LINEAR:
-        return LayerGeometry()
-    transposed = node.metatype is om.PTConvTranspose2dMetatype
-    names = ["stride", "padding", "dilation", "groups"]
-    if transposed:
-        names = ["stride", "padding", "output_padding", "groups", "dilation"]
-    given = dict(zip(names, node.layer_attributes.op_args[3:], strict=False))
-    given |= {n: v for n, v in node.layer_attributes.op_kwargs.items() if n in names}
-    kernel = (int(weight.shape[-2]), int(weight.shape[-1]))
-    dilation = _pair(given.get("dilation", 1))
-    return LayerGeometry(
-        kind="conv_transpose2d" if transposed else "conv2d",
-        kernel_size=kernel,
-        stride=_pair(given.get("stride", 1)),
-        padding=_padding(given.get("padding", 0), kernel, dilation, node),
-        output_padding=_pair(given.get("output_padding", 0)),
-        dilation=dilation,
-        groups=int(given.get("groups", 1)),
-    )
-
-
-def _pair(value: int | tuple[int, ...] | list[int]) -> tuple[int, int]:
-    if isinstance(value, int):
-        return value, value
-    return int(value[0]), int(value[-1])
-
-
-def _padding(
-    value: int | str | tuple[int, ...],
-    kernel: tuple[int, int],
-    dilation: tuple[int, int],
-    node: NNCFNode,
-) -> tuple[int, int]:
-    if not isinstance(value, str):
-        return _pair(value)
-    if value == "valid":
-        return 0, 0
-    totals = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
-    if any(total % 2 for total in totals):
-        raise InputError(
-            f'{node.node_name} has padding="same" with an even kernel: put it in ignored_scope'
-        )
-    return totals[0] // 2, totals[1] // 2
+def _with_blocks(layer: Layer, backend: CondiQuantAlgoBackend) -> Layer:
+    if layer.weight_name is None or layer.name.rpartition(".")[2] != _FUSED:
+        return layer
+    rows = backend.weight(layer).shape[layer.output_axis]
+    return replace(layer, row_blocks=3) if rows % 3 == 0 else layer

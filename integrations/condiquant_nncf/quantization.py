@@ -1,78 +1,26 @@
-"""Recondition, place fake quantizers, search their bounds: one network from float to quantized."""
+"""Recondition, place fake quantizers, search their bounds: one torch network in memory."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
-import nncf
 import torch
-from nncf.common.factory import ModelTransformerFactory
-from nncf.common.graph.transformations.commands import TargetType
-from nncf.common.graph.transformations.layout import TransformationLayout
-from nncf.torch.function_hook.commands import PT2ConstUpdateCommand, PT2InsertionCommand
 from nncf.torch.function_hook.nncf_graph.nncf_graph_builder import GraphModelWrapper
-from nncf.torch.graph.transformations.commands import PTTargetPoint
 from torch import Tensor, nn
 
-from condiquant_nncf.layers import Layer, Scope, find_layers, wrap
+from condiquant_nncf.backend import get_algo_backend
+from condiquant_nncf.condiquant import recondition
+from condiquant_nncf.configuration import BoundsInputs, QuantizationConfig
+from condiquant_nncf.layers import Layer
+from condiquant_nncf.learned_bounds import create_quantizers
 from condiquant_nncf.statistics import collect_moments
+from condiquant_nncf.torch_backend import wrap
 from condiquant_plugin import reconditioning
-from condiquant_plugin.bounds import Side
 from condiquant_plugin.errors import InputError
 from condiquant_plugin.fake_quantizer import FakeQuantizer, fake_quantizers
-from condiquant_plugin.grid import check_bits
-from condiquant_plugin.reconditioning import (
-    LayerProblem,
-    LayerReport,
-    ReconditioningConfig,
-    default_config,
-)
-
-BoundsInputs = Literal["quantized", "float"]
-
-
-@dataclass(frozen=True)
-class QuantizationConfig:
-    """What to quantize and how."""
-
-    weight_bits: int = 4
-    activation_bits: int = 4
-    scope: Scope = "transformer"
-    ignored_scope: nncf.IgnoredScope | None = None
-    other_bits: int | None = None
-    """Bits of weights and activations of the layers outside the scope; ``None`` leaves them float."""
-    weight_granularity: Literal["tensor", "channel"] = "tensor"
-    """Bounds per tensor (per row block of a fused qkv) as in 2DQuant, or per output channel."""
-    activation_side: Side = "auto"
-    zero_on_grid: bool = False
-    """Zero is a level of every grid and weights are symmetric, as NPUs need it; costs accuracy."""
-    bounds_inputs: BoundsInputs = "float"
-    """Search activation bounds on the float network, or on one that is quantized up to that layer.
-
-    ``"float"`` measured better at every bit-width, with and without reconditioning (docs/results.md).
-    """
-    recondition: ReconditioningConfig | Literal["auto"] | None = "auto"
-    """``"auto"`` is the default of the activations' bit-width; ``None`` keeps the weights as trained."""
-
-    def __post_init__(self) -> None:
-        check_bits(self.weight_bits, "weight_bits")
-        check_bits(self.activation_bits, "activation_bits")
-        if self.other_bits is not None:
-            check_bits(self.other_bits, "other_bits")
-
-    def find_layers(self, wrapped: GraphModelWrapper) -> list[Layer]:
-        """The layers to quantize; see :func:`condiquant_nncf.find_layers`."""
-        others = self.other_bits is not None
-        return find_layers(wrapped, self.scope, self.ignored_scope, others=others)
-
-    def bits(self, layer: Layer) -> tuple[int, int]:
-        """Bits of the weight and of the activations of a layer."""
-        if layer.in_scope or self.other_bits is None:
-            return self.weight_bits, self.activation_bits
-        return self.other_bits, self.other_bits
+from condiquant_plugin.reconditioning import LayerReport, ReconditioningConfig
 
 
 @dataclass(frozen=True)
@@ -89,7 +37,7 @@ class QuantizedNetwork:
 def trainable_weights(model: nn.Module, layers: Sequence[Layer]) -> list[nn.Parameter]:
     """Weights and biases of ``layers``."""
     names = [n for layer in layers for n in (layer.weight_name, layer.bias_name)]
-    return [model.get_parameter(n) for n in names if n is not None]
+    return [model.get_parameter(n) for n in dict.fromkeys(names) if n is not None]
 
 
 def quantize_network(
@@ -117,10 +65,21 @@ def quantize_network(
     wrapped = wrap(network, crops[:1])
     layers = config.find_layers(wrapped)
     scoped = [layer for layer in layers if layer.in_scope]
-    if config.recondition is None:
+    settings = config.reconditioning()
+    if settings is None:
         reports = _condition_numbers(wrapped.model, scoped)
     else:
-        reports = _recondition(wrapped, scoped, crops, config, seconds, bounds_crops, batch_size)
+        started = time.perf_counter()
+        quantizers: Mapping[str, FakeQuantizer] | None = None
+        if settings.objective == "least_squares":
+            as_trained = wrap(wrapped.model, wrapped.example_input)
+            quantized = insert_quantizers(as_trained, scoped, config)
+            search_bounds(quantized, crops[:bounds_crops], inputs=config.bounds_inputs)
+            quantizers = input_quantizers(quantized)
+        seconds["bounds"] += time.perf_counter() - started
+        reports = _recondition(
+            wrapped, scoped, crops.split(batch_size), settings, quantizers, seconds
+        )
     started = time.perf_counter()
     model = insert_quantizers(wrapped, layers, config)
     search_bounds(model, crops[:bounds_crops], inputs=config.bounds_inputs)
@@ -131,58 +90,26 @@ def quantize_network(
 def _recondition(
     wrapped: GraphModelWrapper,
     layers: Sequence[Layer],
-    crops: Tensor,
-    config: QuantizationConfig,
+    batches: Sequence[Tensor],
+    settings: ReconditioningConfig,
+    quantizers: Mapping[str, FakeQuantizer] | None,
     seconds: dict[str, float],
-    bounds_crops: int,
-    batch_size: int,
 ) -> list[LayerReport]:
     """Replace the weights inside ``wrapped``."""
-    settings = config.recondition
-    if not isinstance(settings, ReconditioningConfig):
-        settings = default_config(config.activation_bits)
     started = time.perf_counter()
-    quantizers: Mapping[str, FakeQuantizer] | None = None
-    if settings.objective == "least_squares":
-        as_trained = wrap(wrapped.model, wrapped.example_input)
-        quantized = insert_quantizers(as_trained, layers, config)
-        search_bounds(quantized, crops[:bounds_crops], inputs=config.bounds_inputs)
-        quantizers = input_quantizers(quantized)
-    seconds["bounds"] += time.perf_counter() - started
-
-    started = time.perf_counter()
-    moments = collect_moments(wrapped, layers, crops.split(batch_size), quantizers)
+    moments = collect_moments(wrapped, layers, batches, quantizers)
     seconds["gram"] += time.perf_counter() - started
-
     started = time.perf_counter()
-    weighted = [layer for layer in layers if layer.weight_name is not None]
-    problems = [
-        LayerProblem(
-            layer.name,
-            wrapped.model.get_parameter(str(layer.weight_name)),
-            None if layer.bias_name is None else wrapped.model.get_parameter(layer.bias_name),
-            moments[layer.name],
-            layer.geometry,
-            layer.row_blocks,
-        )
-        for layer in weighted
-    ]
-    solutions = reconditioning.recondition(problems, settings)
-    layout = TransformationLayout()
-    for layer, solution in zip(weighted, solutions, strict=True):
-        layout.register(PT2ConstUpdateCommand(layer.weight_node, solution.weight))
-        if layer.bias_node is not None and solution.bias is not None:
-            layout.register(PT2ConstUpdateCommand(layer.bias_node, solution.bias))
-    ModelTransformerFactory.create(wrapped).transform(layout)
+    _, reports = recondition(get_algo_backend(wrapped), layers, moments, settings)
     seconds["recondition"] += time.perf_counter() - started
-    return [solution.report for solution in solutions]
+    return reports
 
 
 def _condition_numbers(model: nn.Module, layers: Sequence[Layer]) -> list[LayerReport]:
     reports = []
     for layer in layers:
-        if layer.weight_name is not None:
-            weight = model.get_parameter(layer.weight_name)
+        if layer.weight_name is not None and not layer.reuses_weight:
+            weight = layer.rows_first(model.get_parameter(layer.weight_name))
             reports.append(
                 reconditioning.unchanged(layer.name, weight, layer.geometry, layer.row_blocks)
             )
@@ -198,39 +125,9 @@ def insert_quantizers(
         The model inside ``wrapped``. A quantizer's ``name`` is the layer's with ``.weight``, ``.input``
         or, for a product, ``.input0`` and ``.input1``.
     """
-    layout = TransformationLayout()
-    for layer in layers:
-        weight_bits, activation_bits = config.bits(layer)
-        for port in layer.activation_ports:
-            suffix = "input" if layer.weight_node is not None else f"input{port}"
-            quantizer = FakeQuantizer(
-                activation_bits,
-                "activation" if layer.weight_node is not None else "operand",
-                side=config.activation_side,
-                name=f"{layer.name}.{suffix}",
-                zero_on_grid=config.zero_on_grid,
-            )
-            target = PTTargetPoint(
-                TargetType.OPERATOR_PRE_HOOK, layer.node.node_name, input_port_id=port
-            )
-            layout.register(PT2InsertionCommand([target], quantizer))
-        if layer.weight_node is not None:
-            weight = wrapped.model.get_parameter(str(layer.weight_name))
-            axis = 1 if layer.geometry.kind == "conv_transpose2d" else 0
-            per_channel = config.weight_granularity == "channel"
-            quantizer = FakeQuantizer(
-                weight_bits,
-                "weight",
-                row_blocks=weight.shape[axis] if per_channel else layer.row_blocks,
-                axis=axis,
-                name=f"{layer.name}.weight",
-                zero_on_grid=config.zero_on_grid,
-            )
-            target = PTTargetPoint(
-                TargetType.OPERATOR_POST_HOOK, layer.weight_node.node_name, input_port_id=0
-            )
-            layout.register(PT2InsertionCommand([target], quantizer))
-    model: nn.Module = ModelTransformerFactory.create(wrapped).transform(layout).model
+    backend = get_algo_backend(wrapped)
+    placed = list(create_quantizers(backend, list(layers), config))
+    model: nn.Module = backend.insert_quantizers(placed).model
     return model
 
 

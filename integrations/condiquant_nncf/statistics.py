@@ -1,11 +1,12 @@
-"""Moments of layer inputs, collected by NNCF's statistics engine."""
+"""Statistics of layer inputs, collected by NNCF's engine: moments, and samples to search bounds on."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import nncf
-from nncf.common.graph.transformations.commands import TargetType
+import torch
 from nncf.common.tensor_statistics.collectors import (
     AggregatorBase,
     TensorCollector,
@@ -17,55 +18,73 @@ from nncf.common.tensor_statistics.statistic_point import (
 )
 from nncf.quantization.algorithms.pipeline import collect_statistics
 from nncf.tensor import Tensor as NNCFTensor
-from nncf.torch.function_hook.nncf_graph.nncf_graph_builder import GraphModelWrapper
-from nncf.torch.graph.transformations.commands import PTTargetPoint
 from torch import Tensor
 
+from condiquant_nncf.backend import CondiQuantAlgoBackend, get_algo_backend
 from condiquant_nncf.layers import Layer
 from condiquant_plugin import gram
 from condiquant_plugin.fake_quantizer import FakeQuantizer
 
-_ALGORITHM = "condiquant"
-_KEY = "moments"
+if TYPE_CHECKING:
+    from nncf.torch.function_hook.nncf_graph.nncf_graph_builder import GraphModelWrapper
+
+_KEY = "value"
+_MOST_SAMPLES = 2**18
+
+Branch = Callable[[Layer, int], tuple[TensorReducerBase, AggregatorBase] | None]
 
 
-class MomentsReducer(TensorReducerBase):
-    """A layer's input to its :class:`condiquant_plugin.gram.Moments`."""
+class _Carrier(NNCFTensor):
+    """Takes any value through NNCF's collectors, which pass tensors only."""
 
-    def __init__(self, layer: Layer, quantizer: FakeQuantizer | None) -> None:
+    def __init__(self, value: Any) -> None:
+        super().__init__(torch.empty(1))
+        self.value = value
+
+
+class _InputReducer(TensorReducerBase):
+    """Sees a layer's input as a torch tensor in the order of the product."""
+
+    def __init__(self, layer: Layer, port: int) -> None:
         super().__init__(inplace=False)
-        self._layer, self._quantizer = layer, quantizer
+        self._layer, self._port = layer, port
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, MomentsReducer) and self._identity() == other._identity()
+        return isinstance(other, _InputReducer) and self._identity() == other._identity()
 
     def __hash__(self) -> int:
         return hash(self._identity())
 
-    def _identity(self) -> tuple[str, gram.LayerGeometry, int]:
-        # NNCF merges equal reducers on one tensor: layers that read the same input through the same
-        # geometry and quantizer share their moments, others must differ.
-        return type(self).__name__, self._layer.geometry, id(self._quantizer)
+    def _identity(self) -> tuple[Any, ...]:
+        # NNCF merges equal reducers on one tensor, and their aggregators with them.
+        return type(self).__name__, self._port in self._layer.transposed_inputs
+
+    def _input(self, x: list[NNCFTensor]) -> Tensor:
+        return self._layer.features_last(torch.as_tensor(x[0].data).detach(), self._port)
+
+
+class MomentsReducer(_InputReducer):
+    """A layer's input to its :class:`condiquant_plugin.gram.Moments`."""
+
+    def __init__(self, layer: Layer, quantizer: FakeQuantizer | None) -> None:
+        super().__init__(layer, layer.activation_ports[0])
+        self._quantizer = quantizer
+
+    def _identity(self) -> tuple[Any, ...]:
+        return (*super()._identity(), self._layer.geometry, id(self._quantizer))
 
     def _reduce_out_of_place(self, x: list[NNCFTensor]) -> list[NNCFTensor]:
-        data: Tensor = x[0].data
+        data = self._input(x)
         quantized = None if self._quantizer is None else self._quantizer(data)
-        result = gram.moments(data, self._layer.geometry, quantized, name=self._layer.name)
-        return [_Moments(result)]
-
-
-class _Moments(NNCFTensor):
-    """Carries moments through NNCF's collectors, which pass tensors only."""
-
-    def __init__(self, value: gram.Moments) -> None:
-        super().__init__(value.gram)
-        self.value = value
+        return [
+            _Carrier(gram.moments(data, self._layer.geometry, quantized, name=self._layer.name))
+        ]
 
 
 class MomentsAggregator(AggregatorBase):
     """Adds up moments."""
 
-    def _register_reduced_input_impl(self, x: _Moments) -> None:
+    def _register_reduced_input_impl(self, x: _Carrier) -> None:
         if self._container:
             self._container[0] = self._container[0] + x.value
         else:
@@ -76,31 +95,119 @@ class MomentsAggregator(AggregatorBase):
         return result
 
 
+class SampleReducer(_InputReducer):
+    """A layer's input as it is; the aggregator takes the sample."""
+
+    def _reduce_out_of_place(self, x: list[NNCFTensor]) -> list[NNCFTensor]:
+        return [_Carrier(self._input(x))]
+
+
+class SampleAggregator(AggregatorBase):
+    """A sample of all entries in at most 1 MiB, however many items there are, and both extremes.
+
+    Every item gives equally many entries, at places that depend on its number only: both backends take
+    the same. Where the sample outgrows its room, each item keeps the first half of its own.
+    """
+
+    def __init__(self, num_samples: int | None = None) -> None:
+        super().__init__(num_samples=num_samples)
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all items."""
+        super().reset()
+        self._samples: list[Tensor] = []
+        self._extremes: list[Tensor] = []
+        self._share = _MOST_SAMPLES
+
+    def _register_reduced_input_impl(self, x: _Carrier) -> None:
+        entries = x.value.reshape(-1)
+        generator = torch.Generator().manual_seed(self._collected_samples)
+        if entries.numel() <= self._share:
+            places = torch.randperm(entries.numel(), generator=generator)
+        else:
+            places = torch.randint(entries.numel(), (self._share,), generator=generator)
+        self._samples.append(entries[places.to(entries.device)])
+        extremes = torch.stack([*self._extremes, *entries.aminmax()])
+        self._extremes = list(extremes.aminmax())
+        while sum(map(len, self._samples)) > _MOST_SAMPLES and self._share > 1:
+            self._share //= 2
+            self._samples = [sample[: self._share].clone() for sample in self._samples]
+
+    def _aggregate_impl(self) -> Tensor:
+        return torch.cat([*self._samples, torch.stack(self._extremes)])
+
+
+def statistic_points(
+    backend: CondiQuantAlgoBackend, layers: Iterable[Layer], branch: Branch, algorithm: str
+) -> StatisticPointsContainer:
+    """Points at the inputs of ``layers``, wherever ``branch`` gives a reducer and an aggregator."""
+    points = StatisticPointsContainer()
+    for layer in layers:
+        for port in layer.activation_ports:
+            found = branch(layer, port)
+            if found is not None:
+                collector = TensorCollector()
+                collector.register_statistic_branch(_KEY, *found)
+                target = backend.target_point(layer, port)
+                points.add_statistic_point(StatisticPoint(target, collector, algorithm))
+    return points
+
+
+def collected(
+    points: StatisticPointsContainer,
+    backend: CondiQuantAlgoBackend,
+    layer: Layer,
+    port: int,
+    algorithm: str,
+) -> Any:
+    """What was collected at an input."""
+    target = backend.target_point(layer, port)
+    (collector,) = points.get_algo_statistics_for_node(
+        layer.node.node_name,
+        lambda p: algorithm in p.algorithm_to_tensor_collectors and p.target_point == target,
+        algorithm,
+    )
+    return collector.get_statistics()[_KEY]
+
+
+def moments_branch(
+    quantizers: Mapping[str, FakeQuantizer] | None, num_samples: int | None = None
+) -> Branch:
+    """Moments of layers with a weight, quantized ones too if there are quantizers by layer name."""
+
+    def branch(layer: Layer, port: int) -> tuple[TensorReducerBase, AggregatorBase] | None:
+        if layer.weight_node is None:
+            return None
+        quantizer = None if quantizers is None else quantizers[layer.name]
+        return MomentsReducer(layer, quantizer), MomentsAggregator(num_samples=num_samples)
+
+    return branch
+
+
+def sample_branch(num_samples: int | None = None) -> Branch:
+    """Samples of every input."""
+    return lambda layer, port: (SampleReducer(layer, port), SampleAggregator(num_samples))
+
+
 def collect_moments(
-    wrapped: GraphModelWrapper,
-    layers: Iterable[Layer],
-    batches: Iterable[Tensor],
+    wrapped: GraphModelWrapper | Any,
+    layers: Sequence[Layer],
+    batches: Iterable[Any],
     quantizers: Mapping[str, FakeQuantizer] | None = None,
 ) -> dict[str, gram.Moments]:
     """Moments of the input of every layer with a weight, over all batches.
 
     Args:
-        wrapped: the float network.
+        wrapped: the float network; a torch model in :func:`condiquant_nncf.wrap`, or an ``ov.Model``.
         batches: images, ``(batch, channels, height, width)``.
         quantizers: input quantizer by layer name, for the quantized moments.
     """
-    points = StatisticPointsContainer()
-    collectors: dict[str, TensorCollector] = {}
-    for layer in layers:
-        if layer.weight_node is None:
-            continue
-        collector = TensorCollector()
-        quantizer = None if quantizers is None else quantizers[layer.name]
-        collector.register_statistic_branch(
-            _KEY, MomentsReducer(layer, quantizer), MomentsAggregator()
-        )
-        target = PTTargetPoint(TargetType.OPERATOR_PRE_HOOK, layer.node.node_name, input_port_id=0)
-        points.add_statistic_point(StatisticPoint(target, collector, _ALGORITHM))
-        collectors[layer.name] = collector
-    collect_statistics(points, wrapped, wrapped.get_graph(), nncf.Dataset(list(batches)))
-    return {name: collector.get_statistics()[_KEY] for name, collector in collectors.items()}
+    backend = get_algo_backend(wrapped)
+    points = statistic_points(backend, layers, moments_branch(quantizers), "condiquant")
+    collect_statistics(points, wrapped, backend.graph, nncf.Dataset(list(batches)))
+    return {
+        layer.name: collected(points, backend, layer, layer.activation_ports[0], "condiquant")
+        for layer in layers
+        if layer.weight_node is not None
+    }

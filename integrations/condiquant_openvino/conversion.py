@@ -22,7 +22,7 @@ from condiquant_openvino import quantizer_graphs
 from condiquant_openvino.compaction import compact
 from condiquant_openvino.hoisting import hoist
 from condiquant_openvino.joining import join
-from condiquant_openvino.quantizer_graphs import Quantizer
+from condiquant_openvino.quantizer_graphs import Quantizer, redirect
 from condiquant_openvino.rearranging import collapse
 from condiquant_openvino.simplification import simplify
 from condiquant_plugin import FakeQuantizer, InputError, fake_quantizers
@@ -212,7 +212,7 @@ def _absorb_transposes(model: ov.Model, quantizers: dict[str, Quantizer]) -> Non
         if any(new != old for new, old in zip(sources, product.input_values(), strict=True)):
             absorbed = ops.matmul(*sources, flags["transpose_a"], flags["transpose_b"])
             absorbed.set_friendly_name(product.get_friendly_name())
-            _redirect(product.output(0), absorbed.output(0))
+            redirect(product.output(0), absorbed.output(0))
 
 
 def _replace_placeholders(model: ov.Model, quantizers: dict[str, Quantizer]) -> None:
@@ -223,13 +223,13 @@ def _replace_placeholders(model: ov.Model, quantizers: dict[str, Quantizer]) -> 
         quantizer, source = quantizers[node.label], node.input_value(0)
         if form is _Form.ACTIVATION:
             codes = quantizer_graphs.encode(source, quantizer)
-            _redirect(node.output(0), quantizer_graphs.decode(codes, quantizer))
+            redirect(node.output(0), quantizer_graphs.decode(codes, quantizer))
         elif form is _Form.ELEMENTWISE:
-            _redirect(node.output(0), quantizer_graphs.elementwise(source, quantizer))
+            redirect(node.output(0), quantizer_graphs.elementwise(source, quantizer))
         else:
             values, replaced = source.get_node().data, _after_reshape(node)
             shape, int8 = tuple(replaced.get_shape()), form is _Form.INT8_WEIGHT
-            _redirect(replaced, quantizer_graphs.weight(values, quantizer, shape, int8=int8))
+            redirect(replaced, quantizer_graphs.weight(values, quantizer, shape, int8=int8))
 
 
 def _form(node: Placeholder, quantizers: dict[str, Quantizer]) -> _Form:
@@ -286,8 +286,3 @@ def _after_reshape(node: Placeholder) -> ov.Output:
         if reshaped.get_partial_shape().is_static:
             return reshaped
     return node.output(0)
-
-
-def _redirect(old: ov.Output, new: ov.Output) -> None:
-    for port in old.get_target_inputs():
-        port.replace_source_output(new)

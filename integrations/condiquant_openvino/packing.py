@@ -16,6 +16,7 @@ from condiquant_openvino.quantizer_graphs import (
     Quantizer,
     only_rearranges,
     origin,
+    redirect,
 )
 from condiquant_plugin import InputError, grid
 
@@ -46,9 +47,7 @@ def pack(model: ov.Model) -> ov.Model:
         labels[name] += 1
         refinement = grid.lattice(bits, kind).refinement
         quantizers[label] = Quantizer(label, lower, step, bits, kind, refinement)
-        placeholder = Placeholder([node.input_value(0)], label)
-        for port in node.output(0).get_target_inputs():
-            port.replace_source_output(placeholder.output(0))
+        redirect(node.output(0), Placeholder([node.input_value(0)], label).output(0))
     if not quantizers:
         raise InputError(
             f"{model.get_friendly_name()} has no low-bit FakeQuantize to pack: quantize it with "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import shlex
 import sys
 import warnings
 from pathlib import Path
@@ -259,6 +260,55 @@ def benchmark(
 
 
 @app.command()
+def compare(
+    recipe: RecipeArgument,
+    methods: Annotated[
+        str, typer.Option(help="Ids, comma-separated (default: all); help lists them.")
+    ] = "",
+    data: DataOption = None,
+    sets: SetsOption = "",
+    out: Annotated[
+        Path | None, typer.Option(help="Output folder (default: out/<name>_compare).")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Keep finished methods of this folder.")
+    ] = False,
+    overrides: SetOption = None,
+    quiet: QuietOption = False,
+) -> None:
+    """NNCF's methods, 2DQuant and CondiQuant on the network of a recipe, side by side."""
+    import rich
+
+    from condiquant_recipes.recipe import load_recipe
+    from condiquant_recipes.recipe_files import recipe_path
+
+    loaded = load_recipe(recipe_path(recipe), overrides or [])
+    comparison_table = _hosts("comparison_table")
+    if methods == "help":
+        known = _hosts("comparison_methods").all_methods(loaded)
+        Console().print(comparison_table.method_table(known))
+        return
+    folder = _data_folder(data)
+    out = out or Path("out") / f"{loaded.name}_compare"
+    rich.reconfigure(stderr=True, quiet=quiet)  # NNCF's own progress bars
+    report = _hosts("comparing").compare(
+        loaded,
+        folder,
+        out,
+        sets=_split(sets),
+        methods=_split(methods),
+        resume=resume,
+        command=shlex.join(["condiquant", *sys.argv[1:]]),
+        progress=_progress(quiet),
+    )
+    page = _hosts("comparison_page").write_page(report, out)
+    Console().print(comparison_table.table(report))
+    for remark in comparison_table.remarks(report):
+        print(remark)
+    print(f"figures: {out / 'compare.json'}\npage:    {page}")
+
+
+@app.command()
 def upscale(
     model: Annotated[Path, typer.Argument(help="model.xml, or the output folder of a run.")],
     image: Annotated[Path, typer.Argument(help="Image to enlarge.")],
@@ -295,7 +345,7 @@ def main() -> None:
     except typer.Exit as error:
         code = error.exit_code
     except (typer.Abort, KeyboardInterrupt):
-        resumable = sys.argv[1:2] == ["run"]
+        resumable = sys.argv[1:2] in (["run"], ["compare"])
         code = _fail("interrupted" + ": add --resume to go on" * resumable, 1)
     except Exception as error:
         usage = getattr(error, "format_message", None)

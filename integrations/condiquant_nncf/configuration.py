@@ -1,0 +1,72 @@
+"""What to quantize and how; the same for every backend."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import nncf
+
+from condiquant_nncf.backend import CondiQuantAlgoBackend
+from condiquant_nncf.layers import Layer, Scope, find_layers, select_layers
+from condiquant_plugin.bounds import Side
+from condiquant_plugin.grid import check_bits
+from condiquant_plugin.reconditioning import ReconditioningConfig, default_config
+
+if TYPE_CHECKING:
+    from nncf.torch.function_hook.nncf_graph.nncf_graph_builder import GraphModelWrapper
+
+BoundsInputs = Literal["quantized", "float"]
+
+
+@dataclass(frozen=True)
+class QuantizationConfig:
+    """What to quantize and how."""
+
+    weight_bits: int = 4
+    activation_bits: int = 4
+    scope: Scope = "transformer"
+    ignored_scope: nncf.IgnoredScope | None = None
+    other_bits: int | None = None
+    """Bits of weights and activations of the layers outside the scope; ``None`` leaves them float."""
+    weight_granularity: Literal["tensor", "channel"] = "tensor"
+    """Bounds per tensor (per row block of a fused qkv) as in 2DQuant, or per output channel."""
+    activation_side: Side = "auto"
+    zero_on_grid: bool = False
+    """Zero is a level of every grid and weights are symmetric, as NPUs need it; costs accuracy."""
+    bounds_inputs: BoundsInputs = "float"
+    """Search activation bounds on the float network, or on one that is quantized up to that layer.
+
+    ``"float"`` measured better at every bit-width, with and without reconditioning (docs/results.md).
+    Only :func:`condiquant_nncf.quantize_network` does the other.
+    """
+    recondition: ReconditioningConfig | Literal["auto"] | None = "auto"
+    """``"auto"`` is the default of the activations' bit-width; ``None`` keeps the weights as trained."""
+
+    def __post_init__(self) -> None:
+        check_bits(self.weight_bits, "weight_bits")
+        check_bits(self.activation_bits, "activation_bits")
+        if self.other_bits is not None:
+            check_bits(self.other_bits, "other_bits")
+
+    def find_layers(self, wrapped: GraphModelWrapper | Any) -> list[Layer]:
+        """The layers to quantize; see :func:`condiquant_nncf.find_layers`."""
+        others = self.other_bits is not None
+        return find_layers(wrapped, self.scope, self.ignored_scope, others=others)
+
+    def select_layers(self, backend: CondiQuantAlgoBackend) -> list[Layer]:
+        """The same, with NNCF's own error for an ``ignored_scope`` that matches nothing."""
+        others = self.other_bits is not None
+        return select_layers(backend, self.scope, self.ignored_scope, others=others)
+
+    def bits(self, layer: Layer) -> tuple[int, int]:
+        """Bits of the weight and of the activations of a layer."""
+        if layer.in_scope or self.other_bits is None:
+            return self.weight_bits, self.activation_bits
+        return self.other_bits, self.other_bits
+
+    def reconditioning(self) -> ReconditioningConfig | None:
+        """Settings of reconditioning, the default of the bit-width filled in."""
+        if self.recondition == "auto":
+            return default_config(self.activation_bits)
+        return self.recondition

@@ -1,0 +1,218 @@
+"""PyTorch models: NNCF's traced graph and its function hooks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from copy import deepcopy
+from typing import Any
+
+import nncf
+import nncf.torch.graph.operator_metatypes as om
+import torch
+from nncf.common.factory import EngineFactory, ModelTransformerFactory
+from nncf.common.graph.graph import NNCFNode
+from nncf.common.graph.transformations.commands import TargetType
+from nncf.common.graph.transformations.layout import TransformationLayout
+from nncf.torch.function_hook import get_hook_storage, wrap_model
+from nncf.torch.function_hook.commands import PT2ConstUpdateCommand, PT2InsertionCommand
+from nncf.torch.function_hook.nncf_graph.nncf_graph_builder import GraphModelWrapper
+from nncf.torch.graph.transformations.commands import PTTargetPoint
+from nncf.torch.model_graph_manager import get_const_node
+from nncf.torch.quantization.layers import BaseQuantizer, BaseWeightsDecompressor
+from torch import Tensor, nn
+
+from condiquant_nncf.backend import CondiQuantAlgoBackend, Solved
+from condiquant_nncf.fake_quantizer import HookFakeQuantizer
+from condiquant_nncf.layers import Layer, same_padding
+from condiquant_plugin.errors import InputError
+from condiquant_plugin.fake_quantizer import FakeQuantizer
+from condiquant_plugin.gram import LayerGeometry
+
+_LINEAR = (om.PTLinearMetatype,)
+_CONVOLUTIONS = (
+    om.PTConv2dMetatype,
+    om.PTDepthwiseConv2dSubtype,
+    om.PTConvTranspose2dMetatype,
+)
+_PRODUCTS = (om.PTMatMulMetatype,)
+_QUANTIZERS = (FakeQuantizer, BaseQuantizer, BaseWeightsDecompressor)
+
+
+def wrap(network: nn.Module, example_input: Any) -> GraphModelWrapper:
+    """A deep copy of ``network`` that NNCF can put hooks into; ``.model`` is the copy.
+
+    Args:
+        example_input: what the network takes, usually ``(batch, channels, height, width)``; a tuple or
+            dict holds several inputs.
+
+    Raises:
+        InputError: if the network itself is an ``nn.Sequential``, which would call NNCF's hooks as layers.
+    """
+    if isinstance(network, nn.Sequential):
+        raise InputError(
+            "NNCF cannot hook into a bare nn.Sequential: make it a child of an nn.Module"
+        )
+    return GraphModelWrapper(wrap_model(deepcopy(network).eval()), example_input)
+
+
+def prepare(network: nn.Module, example_input: Any) -> GraphModelWrapper:
+    """As :func:`wrap`, after the network has run on the example once."""
+    wrapped = wrap(network, example_input)
+    with torch.no_grad():
+        EngineFactory.create(wrapped).infer(example_input)
+    return wrapped
+
+
+class PTCondiQuantAlgoBackend(CondiQuantAlgoBackend):
+    """A torch model in NNCF's wrapper."""
+
+    quantizer_class = HookFakeQuantizer
+    model: GraphModelWrapper
+
+    @property
+    def model_name(self) -> str:
+        """Class of the network."""
+        return type(self.model.model).__name__
+
+    def is_quantized(self) -> bool:
+        """Whether a hook is a quantizer, NNCF's or ours."""
+        hooks = get_hook_storage(self.model.model).named_hooks()
+        return any(isinstance(hook, _QUANTIZERS) for _, hook in hooks)
+
+    def input_nodes(self) -> list[NNCFNode]:
+        """Where the model's inputs come in."""
+        return [n for n in self.graph.get_all_nodes() if n.metatype is om.PTInputNoopMetatype]
+
+    def passes_values(self, node: NNCFNode) -> bool:
+        """True: shapes are no nodes of a traced graph."""
+        return True
+
+    def is_layer(self, node: NNCFNode) -> bool:
+        """Whether the node is a matrix product or a 2-d convolution."""
+        if node.metatype in _PRODUCTS:
+            constants = node.layer_attributes.constant_port_ids
+            return not constants or (len(constants) == 1 and self._is_matrix(node, *constants))
+        return node.metatype in (*_LINEAR, *_CONVOLUTIONS)
+
+    def is_convolution(self, node: NNCFNode) -> bool:
+        """Whether the node is a convolution, plain or transposed."""
+        return node.metatype in _CONVOLUTIONS
+
+    def activation_ports(self, node: NNCFNode) -> tuple[int, ...]:
+        """Input ports without a constant."""
+        if node.metatype in _PRODUCTS:
+            return tuple(p for p in (0, 1) if p not in node.layer_attributes.constant_port_ids)
+        return (0,)
+
+    def layer(self, node: NNCFNode) -> Layer:
+        """Describe a node that :meth:`is_layer`."""
+        ports = self.activation_ports(node)
+        if len(ports) == 2:
+            return Layer(node.node_name, node, activation_ports=ports)
+        weight_port = 1 - ports[0]
+        try:
+            weight_node = get_const_node(node, weight_port, self.graph)
+        except nncf.InternalError:
+            weight_node = None
+        if weight_node is None:
+            raise InputError(f"the weight of {node.node_name} is computed: put it in ignored_scope")
+        product = node.metatype in _PRODUCTS
+        bias_node = None if product else get_const_node(node, 2, self.graph)
+        weight_name = weight_node.layer_attributes.name
+        return Layer(
+            weight_name.removesuffix(".weight"),
+            node,
+            _geometry(node, self.model.model.get_parameter(weight_name)),
+            weight_node,
+            bias_node,
+            weight_name=weight_name,
+            bias_name=None if bias_node is None else bias_node.layer_attributes.name,
+            weight_port=weight_port,
+            weight_transposed=product and weight_port == 1,
+            activation_ports=ports,
+            transposed_inputs=frozenset({1}) if weight_port == 0 else frozenset(),
+        )
+
+    def weight(self, layer: Layer) -> Tensor:
+        """The parameter itself."""
+        return self.model.model.get_parameter(str(layer.weight_name))
+
+    def bias(self, layer: Layer) -> Tensor | None:
+        """The parameter itself."""
+        return None if layer.bias_name is None else self.model.model.get_parameter(layer.bias_name)
+
+    def update(self, solved: Sequence[Solved]) -> GraphModelWrapper:
+        """The same model with other data in its parameters."""
+        layout = TransformationLayout()
+        for (layer, *_), weight, bias in solved:
+            layout.register(PT2ConstUpdateCommand(layer.weight_node, weight))
+            if layer.bias_node is not None and bias is not None:
+                layout.register(PT2ConstUpdateCommand(layer.bias_node, bias))
+        return ModelTransformerFactory.create(self.model).transform(layout)
+
+    def target_point(self, layer: Layer, port: int) -> PTTargetPoint:
+        """In front of the function."""
+        return PTTargetPoint(TargetType.OPERATOR_PRE_HOOK, layer.node.node_name, input_port_id=port)
+
+    def insert_quantizers(
+        self, quantizers: Sequence[tuple[Layer, int | None, FakeQuantizer]]
+    ) -> GraphModelWrapper:
+        """The same model with the quantizers as hooks."""
+        layout = TransformationLayout()
+        for layer, port, quantizer in quantizers:
+            if port is not None:
+                target = self.target_point(layer, port)
+            else:
+                assert layer.weight_node is not None
+                target = PTTargetPoint(
+                    TargetType.OPERATOR_POST_HOOK, layer.weight_node.node_name, input_port_id=0
+                )
+            layout.register(PT2InsertionCommand([target], quantizer))
+        return ModelTransformerFactory.create(self.model).transform(layout)
+
+    def _is_matrix(self, node: NNCFNode, port: int) -> bool:
+        constant = get_const_node(node, port, self.graph)
+        parameters = dict(self.model.model.named_parameters())
+        parameter = parameters.get(constant.layer_attributes.name)
+        return parameter is not None and parameter.ndim == 2
+
+
+def _geometry(node: NNCFNode, weight: Tensor) -> LayerGeometry:
+    if node.metatype not in _CONVOLUTIONS:
+        return LayerGeometry()
+    transposed = node.metatype is om.PTConvTranspose2dMetatype
+    names = ["stride", "padding", "dilation", "groups"]
+    if transposed:
+        names = ["stride", "padding", "output_padding", "groups", "dilation"]
+    given = dict(zip(names, node.layer_attributes.op_args[3:], strict=False))
+    given |= {n: v for n, v in node.layer_attributes.op_kwargs.items() if n in names}
+    kernel = (int(weight.shape[-2]), int(weight.shape[-1]))
+    dilation = _pair(given.get("dilation", 1))
+    return LayerGeometry(
+        kind="conv_transpose2d" if transposed else "conv2d",
+        kernel_size=kernel,
+        stride=_pair(given.get("stride", 1)),
+        padding=_padding(given.get("padding", 0), kernel, dilation, node),
+        output_padding=_pair(given.get("output_padding", 0)),
+        dilation=dilation,
+        groups=int(given.get("groups", 1)),
+    )
+
+
+def _pair(value: int | tuple[int, ...] | list[int]) -> tuple[int, int]:
+    if isinstance(value, int):
+        return value, value
+    return int(value[0]), int(value[-1])
+
+
+def _padding(
+    value: int | str | tuple[int, ...],
+    kernel: tuple[int, int],
+    dilation: tuple[int, int],
+    node: NNCFNode,
+) -> tuple[int, int]:
+    if not isinstance(value, str):
+        return _pair(value)
+    if value == "valid":
+        return 0, 0
+    return same_padding(kernel, dilation, node.node_name)

@@ -1,0 +1,282 @@
+"""CondiQuant and LearnedBoundsQuantization on both backends."""
+
+import nncf
+import numpy as np
+import pytest
+import torch
+from nncf.common.factory import build_graph
+from nncf.quantization.advanced_parameters import AdvancedQuantizationParameters
+from nncf.quantization.algorithms.pipeline import Pipeline
+from nncf.quantization.algorithms.post_training.pipeline import create_ptq_pipeline
+
+import condiquant_nncf as host
+from algorithm_networks import (
+    LAYERS,
+    Toy,
+    advanced,
+    constants,
+    converted,
+    fake_quantizes,
+    infer,
+    items,
+    network,
+    quantize,
+)
+from condiquant_nncf.openvino_backend import prepare
+from condiquant_nncf.statistics import SampleAggregator, _Carrier
+from condiquant_plugin import InputError, bounds, fake_quantizers
+from condiquant_plugin.reconditioning import ReconditioningConfig
+
+BACKENDS = ["torch", "openvino"]
+SCOPES = {"edsr": "all", "swinir": "transformer"}
+FAST = AdvancedQuantizationParameters(disable_bias_correction=True)
+"""NNCF compiles C++ before it runs a torch model with its quantizers."""
+CONDITION = ReconditioningConfig(objective="condition", strength=0.02, steps=20)
+
+
+def wrapped(backend, name):
+    model = network(name)
+    return (
+        prepare(converted(model, name))
+        if backend == "openvino"
+        else host.wrap(model, items(name)[0])
+    )
+
+
+def relative_error(found, expected):
+    found = np.asarray(found).reshape(expected.shape)
+    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
+
+
+def weight_errors(quantized, ir):
+    """Relative difference of every parameter that the IR keeps under its name."""
+    state, found = quantized.state_dict(), constants(ir)
+    named = {n: v.numpy() for n, v in state.items() if f"self.{n}" in found}
+    return {n: relative_error(found[f"self.{n}"], v) for n, v in named.items()}
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_both_backends_see_the_same_layers(kind):
+    found = {b: host.find_layers(wrapped(b, kind), "all") for b in BACKENDS}
+    first, second = (found[b] for b in BACKENDS)
+    assert [n.geometry for n in first] == [n.geometry for n in second]
+    assert [n.row_blocks for n in first] == [n.row_blocks for n in second]
+    assert [bool(n.bias_name) for n in first] == [bool(n.bias_name) for n in second]
+    assert len(first) == (4 if kind == "attention" else 1)
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("objective", ["condition", "least_squares"])
+def test_layer_types_agree_between_backends(kind, objective):
+    arguments = {"advanced_parameters": advanced(objective, scope="all")}
+    model, first, reports = quantize("torch", kind, **arguments)
+    _, second, others = quantize("openvino", kind, **arguments)
+    for one, other in zip(reports, others, strict=True):
+        assert one.condition_after == pytest.approx(other.condition_after, rel=1e-4)
+        assert one.output_error == pytest.approx(other.output_error, rel=1e-4)
+    if objective == "condition" and kind != "conv_depthwise":  # single rows have 1 anyway
+        assert all(r.condition_after < r.condition_before for r in reports)
+    x = torch.rand(1, 3, 16, 20)
+    with torch.no_grad():
+        expected, as_float = first(x).numpy(), model(x).numpy()
+    assert relative_error(infer(second, x), expected) < 0.1 * relative_error(expected, as_float)
+
+
+@pytest.mark.parametrize("name", SCOPES)
+def test_reconditioned_weights_agree(name):
+    """Not ``least_squares``: 4-bit inputs that sit on a rounding tie move its weights by 2e-4."""
+    arguments = {"advanced_parameters": advanced("condition", scope=SCOPES[name])}
+    _, first, reports = quantize("torch", name, **arguments)
+    _, second, others = quantize("openvino", name, **arguments)
+    errors = weight_errors(first, second)
+    assert {f"{r.name}.weight" for r in reports} <= errors.keys()
+    assert max(errors.values()) < 1e-5
+    by_name = {r.name: r for r in others}
+    assert by_name.keys() == {r.name for r in reports}
+    for report in reports:
+        assert by_name[report.name].condition_before == report.condition_before
+        assert by_name[report.name].condition_after == pytest.approx(report.condition_after, 1e-5)
+
+
+def test_least_squares_agrees_up_to_rounding_ties():
+    arguments = {"advanced_parameters": advanced("least_squares", scope="transformer")}
+    _, first, _ = quantize("torch", "swinir", **arguments)
+    _, second, _ = quantize("openvino", "swinir", **arguments)
+    errors = list(weight_errors(first, second).values())
+    assert np.median(errors) < 1e-4
+    assert max(errors) < 5e-3
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_model_given_stays_as_it_is(backend):
+    model, data = network("conv"), items()
+    subject = converted(model) if backend == "openvino" else model
+    before = constants(subject) if backend == "openvino" else dict(model.state_dict())
+    before = {n: np.array(v) for n, v in before.items()}
+    data = [x.numpy() for x in data] if backend == "openvino" else data
+    host.quantize(subject, nncf.Dataset(data), subset_size=3)
+    after = constants(subject) if backend == "openvino" else dict(model.state_dict())
+    assert before.keys() == after.keys()
+    assert all(np.array_equal(before[n], after[n]) for n in before)
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "channel"])
+@pytest.mark.parametrize("kind", ["conv_grouped", "conv_transposed", "matmul", "attention"])
+def test_fake_quantize_computes_what_torch_simulates(kind, granularity):
+    """On the same weights the bounds are the same, exactly on their lattice, and so are the outputs."""
+    changes = advanced(scope="all", weight_granularity=granularity, activation_side="symmetric")
+    arguments = {"advanced_parameters": changes, "weight_bits": 3}
+    _, first, _ = quantize("torch", kind, **arguments)
+    _, second, _ = quantize("openvino", kind, **arguments)
+    nodes = fake_quantizes(second)
+    modules = list(fake_quantizers(first).values())
+    assert len(nodes) == len(modules)
+    for module in modules:
+        if module.name in nodes and module.kind == "weight":
+            node, grid = nodes[module.name], module.snapped()
+            low, high, *outputs = (node.input_value(i).get_node().data for i in (1, 2, 3, 4))
+            assert node.get_attributes()["levels"] == 2**module.bits
+            assert np.array_equal(low, outputs[0])
+            assert np.array_equal(high, outputs[1])
+            assert set(low.ravel()) == set(grid.lower.view(-1).tolist()) or np.allclose(
+                np.unique(low), np.unique(grid.lower.numpy()), rtol=1e-6
+            )
+    x = items()[0]
+    with torch.no_grad():
+        assert relative_error(infer(second, x), first(x).numpy()) < 1e-3
+
+
+def test_fused_attention_is_taken_apart():
+    model = converted(network("attention"))
+    assert any(n.get_type_name() == "ScaledDotProductAttention" for n in model.get_ops())
+    split = prepare(model)
+    assert not any(n.get_type_name() == "ScaledDotProductAttention" for n in split.get_ops())
+    x = items()[0]
+    np.testing.assert_allclose(infer(split, x), infer(model, x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_npu_gets_zero_on_the_grid_and_symmetric_weights(backend):
+    arguments = {"advanced_parameters": advanced(scope="all")}
+    target = nncf.TargetDevice.NPU
+    _, model, _ = quantize(backend, "conv", target_device=target, **arguments)
+    if backend == "torch":
+        assert all(q.zero_on_grid for q in fake_quantizers(model).values())
+    else:
+        for node in fake_quantizes(model).values():
+            low, high = (node.input_value(i).get_node().data for i in (1, 2))
+            code = -low / ((high - low) / 15)
+            assert np.allclose(code, code.round(), atol=1e-4)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_pipeline_composed_by_hand(backend):
+    algorithm = host.CondiQuant(host.QuantizationConfig(scope="all", recondition=CONDITION))
+    subject = wrapped(backend, "conv")
+    data = [x.numpy() if backend == "openvino" else x for x in items()]
+    ptq = create_ptq_pipeline(subset_size=3, advanced_parameters=FAST)
+    steps = [[algorithm], *ptq.pipeline_steps]
+    Pipeline(steps).run(subject, nncf.Dataset(data))
+    assert [r.name for r in algorithm.reports] == ["layer"]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_minmax_is_stock_int8_behind_condiquant(backend):
+    arguments = {"then": "minmax", "preset": nncf.QuantizationPreset.MIXED}
+    changes = advanced("condition", nncf=FAST)
+    _, model, reports = quantize(backend, "conv", **arguments, advanced_parameters=changes)
+    assert [r.name for r in reports] == ["layer"]
+    _, stock, _ = quantize(backend, "conv", **arguments, advanced_parameters=advanced(nncf=FAST))
+    if backend == "openvino":
+        assert fake_quantizes(model).keys() == fake_quantizes(stock).keys()
+        assert all(n.get_attributes()["levels"] > 100 for n in fake_quantizes(model).values())
+    else:
+        assert not fake_quantizers(model)
+        assert not torch.equal(model.layer.weight, stock.layer.weight)
+
+
+def test_default_arguments_work_on_both_kinds_of_networks():
+    for name in ("edsr", "swinir"):
+        model = network(name)
+        quantized = host.quantize(model, nncf.Dataset(items(name, 2)))
+        with torch.no_grad():
+            x = items(name)[0]
+            assert relative_error(quantized(x).numpy(), model(x).numpy()) < 0.6
+
+
+def test_least_squares_alone_says_what_to_do():
+    settings = ReconditioningConfig(objective="least_squares")
+    config = host.QuantizationConfig(scope="all", recondition=settings)
+    with pytest.raises(InputError, match=r"create_condiquant_pipeline\(\)"):
+        host.CondiQuant(config)
+    subject = wrapped("torch", "edsr")
+    late = host.CondiQuant(config, input_bounds=host.InputBounds(config))
+    with pytest.raises(InputError, match="step before CondiQuant"):
+        late.get_statistic_points(subject, build_graph(subject))
+
+
+def test_per_channel_bounds_openvino_cannot_run_are_refused():
+    changes = advanced(scope="all", weight_granularity="channel")
+    with pytest.raises(InputError, match=r"layer: .*weight_granularity=.tensor"):
+        quantize("openvino", "conv_transposed_grouped", advanced_parameters=changes)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_weight_used_twice_is_reconditioned_once(backend):
+    class Twice(Toy):  # OpenVINO copies the weight of a grouped convolution
+        def forward(self, x):
+            return self.last(self.layer(self.layer(self.first(x).relu()).tanh()).tanh())
+
+    model = Twice("conv_square")
+    _, quantized, reports = quantize(
+        backend, "twice", model, advanced_parameters=advanced("condition", scope="all")
+    )
+    assert [r.name for r in reports] == ["layer"]
+    if backend == "torch":
+        names = [q.name for q in fake_quantizers(quantized).values()]
+    else:
+        names = list(fake_quantizes(quantized))
+        convolutions = [n for n in quantized.get_ops() if n.get_type_name() == "Convolution"]
+        sources = [n.input_value(1).get_node().get_friendly_name() for n in convolutions]
+        assert sources.count("layer.weight") == 2
+    assert sorted(names) == ["layer#1.input", "layer.input", "layer.weight"]
+
+
+def test_config_round_trip():
+    _, quantized, _ = quantize("torch", "edsr", advanced_parameters=advanced("condition"))
+    config, state = nncf.torch.get_config(quantized), quantized.state_dict()
+    restored = nncf.torch.load_from_config(
+        network("edsr"), config, allowed_modules=("nncf.*", "condiquant_nncf.*")
+    )
+    restored.load_state_dict(state)
+    x = items()[0]
+    with torch.no_grad():
+        expected = quantized(x)
+        assert torch.equal(restored(x), expected)
+
+
+def test_strip_leaves_the_quantizers_in():
+    pytest.importorskip("torchao", reason="nncf.strip imports it")
+    _, quantized, _ = quantize("torch", "edsr", advanced_parameters=advanced())
+    x = items()[0]
+    with torch.no_grad():
+        expected = quantized(x)
+        for kind in (nncf.StripFormat.NATIVE, nncf.StripFormat.DQ, nncf.StripFormat.IN_PLACE):
+            stripped = nncf.strip(quantized, strip_format=kind, example_input=x)
+            assert torch.equal(stripped(x), expected)
+            assert fake_quantizers(stripped).keys() == fake_quantizers(quantized).keys()
+
+
+def test_sample_is_flat_in_memory_and_bounds_are_those_of_everything():
+    torch.manual_seed(0)
+    data = [torch.randn(1, 60, 64, 64) * (1 + i / 10) for i in range(12)]
+    aggregator = SampleAggregator()
+    for item in data:
+        aggregator.register_reduced_input(_Carrier(item))
+        assert sum(s.untyped_storage().nbytes() for s in aggregator._samples) <= 2 * 2**20
+    sample, whole = aggregator.aggregate(), torch.cat(data).reshape(1, -1)
+    assert sample.amin() == whole.amin()
+    assert sample.amax() == whole.amax()
+    found = bounds.search(sample[None], 4, "activation")
+    expected = bounds.search(whole, 4, "activation")
+    assert found.upper.item() == pytest.approx(expected.upper.item(), rel=0.05)

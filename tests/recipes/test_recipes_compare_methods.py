@@ -1,0 +1,205 @@
+"""The methods of a comparison, and the parts that measure them."""
+
+import re
+from collections import Counter
+
+import numpy as np
+import openvino as ov
+import pytest
+import torch
+from torch import nn
+
+from condiquant_basicsr import Pair, write_image
+from condiquant_plugin import fake_quantizers
+from condiquant_plugin.errors import InputError
+from condiquant_recipes.comparing import float_model
+from condiquant_recipes.comparison_crops import output_file, worst_places
+from condiquant_recipes.comparison_job import Job
+from condiquant_recipes.comparison_measuring import measured
+from condiquant_recipes.comparison_methods import all_methods, choose
+from condiquant_recipes.comparison_scoring import pareto, size
+from condiquant_recipes.progress import Progress
+from condiquant_recipes.recipe import load_recipe
+from condiquant_recipes.run import load_source
+
+
+@pytest.fixture
+def calibrate(make_job, monkeypatch):
+    """``calibrate(network, id)``: the job and what the method makes of it."""
+    monkeypatch.setenv("CI", "true")
+    jobs = {}
+
+    def go(name, method_id):
+        if name not in jobs:
+            job = make_job(name)
+            section = "condiquant.distillation"
+            recipe = load_recipe(
+                job.write(), [f"{section}.iterations=20", f"{section}.bounds_rate=1e-4"]
+            )
+            source = load_source(recipe, job.data, ["Tiny"])
+            jobs[name] = Job(recipe, source, float_model(source, recipe)[0], Progress())
+        (method,) = (m for m in all_methods(jobs[name].recipe) if m.id == method_id)
+        return jobs[name], method.calibrate(jobs[name])
+
+    return go
+
+
+def levels(model: ov.Model) -> set[int]:
+    return {
+        node.get_attributes()["levels"]
+        for node in model.get_ops()
+        if node.get_type_name() == "FakeQuantize"
+    }
+
+
+def element_types(model: ov.Model) -> Counter:
+    return Counter(
+        node.get_element_type().get_type_name()
+        for node in model.get_ops()
+        if node.get_type_name() == "Constant"
+    )
+
+
+def test_ids_are_distinct_and_the_recipes_own_bits_are_among_them(make_job):
+    recipe = load_recipe(make_job("compact").write(), ["condiquant.activation_bits=8"])
+    ids = [method.id for method in all_methods(recipe)]
+    assert len(set(ids)) == len(ids)
+    assert all(re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", name) for name in ids)
+    assert {"condiquant-w4a8", "condiquant-w4a4", "condiquant-w2a2"} <= set(ids)
+    assert [m.id for m in choose(all_methods(recipe), ["condiquant-w4a8"])] == [
+        "float",
+        "condiquant-w4a8",
+    ]
+    with pytest.raises(InputError, match="no method 'magic'"):
+        choose(all_methods(recipe), ["magic"])
+
+
+@pytest.mark.parametrize("bits", [4, 2])
+def test_minmax_is_forced_to_low_bits(calibrate, bits):
+    _, calibrated = calibrate("compact", f"nncf-minmax-w{bits}a{bits}")
+    assert levels(calibrated.model) == {2**bits, 256}  # of activations in scope and others
+    types = element_types(calibrated.model)
+    assert types["i4"] == 3  # weights, as OpenVINO packs them
+    assert types["i8"] == 2  # of the first and the last layer
+
+
+@pytest.mark.parametrize(
+    "method", ["nncf-int8-mixed-full-bias", "nncf-int8-accuracy-control", "condiquant-int8"]
+)
+def test_int8_on_a_convolutional_network(calibrate, method):
+    job, calibrated = calibrate("compact", method)
+    assert levels(calibrated.model) <= {255, 256}
+    assert element_types(calibrated.model)["i8"]
+    assert not levels(job.float_ir)
+
+
+def test_condiquant_changes_the_weights_before_int8(calibrate):
+    _, plain = calibrate("compact", "nncf-int8-performance")
+    _, ours = calibrate("compact", "condiquant-int8")
+    image = np.random.default_rng(0).random((1, 3, 16, 16), dtype=np.float32)
+    results = [ov.compile_model(c.model, "CPU")(image)[0] for c in (plain, ours)]
+    assert np.abs(results[0] - results[1]).max() > 0
+
+
+def test_weights_of_matrix_products_are_compressed(calibrate):
+    _, calibrated = calibrate("swinir", "nncf-weights-int4-asym-awq")
+    assert element_types(calibrated.model)["u4"]
+    assert calibrated.notes == []
+
+
+def test_four_bits_that_no_convolution_gets_are_noted(calibrate):
+    _, calibrated = calibrate("compact", "nncf-weights-int4-sym")
+    assert element_types(calibrated.model).keys().isdisjoint({"i4", "u4", "nf4"})
+    assert "8 bits" in calibrated.notes[0]
+    with pytest.raises(InputError, match="does not apply: gptq"):
+        calibrate("compact", "nncf-weights-int4-sym-gptq")
+
+
+@pytest.mark.parametrize(
+    ("method", "reconditions", "trains"),
+    [
+        ("2dquant-dobi-w3a3", False, ""),
+        ("2dquant-w3a3", False, "bounds"),
+        ("condiquant-no-dqc-w3a3", True, ""),
+        ("condiquant-w3a3", True, "bounds and weights"),
+    ],
+)
+def test_low_bit_methods_differ_in_their_stages(calibrate, method, reconditions, trains):
+    job, calibrated = calibrate("compact", method)
+    model = calibrated.model
+    assert isinstance(model, nn.Module)
+    assert {q.bits for q in fake_quantizers(model).values()} == {3}
+    own = dict(job.source.network.named_parameters())
+    names = [f"{report.name}.weight" for report in calibrated.layers]
+    changed = [not torch.equal(model.get_parameter(name), own[name]) for name in names]
+    assert changed == [reconditions or "weights" in trains] * len(names)
+    undistilled = "condiquant-no-dqc-w3a3" if reconditions else "2dquant-dobi-w3a3"
+    _, before = calibrate("compact", undistilled)
+    quantizers = [fake_quantizers(c.model).values() for c in (before, calibrated)]
+    same = all(
+        torch.equal(first.lower, second.lower) and torch.equal(first.upper, second.upper)
+        for first, second in zip(*quantizers, strict=True)
+    )
+    assert same == (not trains)
+
+
+def test_a_network_that_is_right_at_one_size_only_is_converted_static(make_job, monkeypatch):
+    monkeypatch.setenv("CI", "true")
+    job = make_job("compact")
+    recipe = load_recipe(job.write(), ["export.static=null"])
+    source = load_source(recipe, job.data, ["Tiny"])
+    assert float_model(source, recipe)[0].is_dynamic()
+
+    class OneSize(nn.Module):
+        def forward(self, x):
+            return nn.functional.interpolate(x, size=(2 * int(x.shape[2]), 2 * int(x.shape[3])))
+
+    object.__setattr__(source, "network", OneSize())
+    model, image = float_model(source, recipe)
+    assert list(model.input().get_shape()) == list(image.shape) == [1, 3, 32, 32]
+    with pytest.raises(InputError, match=r"set export\.static=true"):
+        float_model(source, load_recipe(job.write(), ["export.static=false"]))
+
+
+def test_memory_and_time_are_of_the_function_alone():
+    ballast = torch.ones(50_000_000)
+    found = measured(lambda: float(torch.ones(25_000_000).sum()))
+    assert found.result == 25_000_000
+    assert 80e6 < found.peak_memory_bytes < 160e6
+    assert 0 < found.seconds < 10
+    assert measured(lambda: None).peak_memory_bytes < 20e6
+    assert ballast.sum()
+
+
+def test_worst_places_come_first_and_do_not_overlap(tmp_path):
+    first, second = torch.zeros(3, 250, 400), torch.zeros(3, 250, 400)
+    first[:, 20:60, 30:70] = 0.5
+    first[:, 200:240, 330:390] = 1
+    first[:, 210:220, 100:110] = 0.3
+    for folder, image in (("subject", first), ("float", second)):
+        file = output_file(tmp_path / folder, "Set", "a")
+        file.parent.mkdir(parents=True)
+        write_image(file, image)
+    pairs = {"Set": [Pair("a", None, tmp_path / "a.png")]}
+    places = worst_places(tmp_path / "subject", tmp_path / "float", pairs)
+    assert len(places) == 2  # of one image
+    for place, (x, y) in zip(places, ((330, 200), (30, 20)), strict=True):
+        assert place.x <= x < place.x + place.width
+        assert place.y <= y < place.y + place.height
+        assert place.cut(first).shape == (3, 96, 96)
+
+
+def test_pareto_front():
+    rows = [
+        {"id": name, "psnr": {"a": psnr}, "bin_bytes": count, "xml_bytes": 1}
+        for name, psnr, count in (
+            ("identical", None, 100),
+            ("good", 40.0, 50),
+            ("larger", 39.0, 60),
+            ("worse", 38.0, 50),
+            ("small", 30.0, 10),
+            ("as good", 40.0, 50),
+        )
+    ]
+    front = [row["id"] for row in pareto(rows, size)]
+    assert front == ["identical", "good", "small", "as good"]
