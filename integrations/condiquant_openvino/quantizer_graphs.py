@@ -31,6 +31,7 @@ _OUTPUT_CHANNEL_AXES = {
 }
 PRODUCTS = {*_OUTPUT_CHANNEL_AXES, "MatMul"}
 
+_FEW_TABLES = 6
 _PACKED = {2: ov.Type.u2, 3: ov.Type.u3, 4: ov.Type.u4}
 
 
@@ -229,12 +230,18 @@ def weight(
 def _look_up(
     codes: NDArray[np.int32], zero: NDArray[np.int32], quantizer: Quantizer, entry: type
 ) -> ov.Node:
-    """Lattice integers from packed codes: one table for every distinct position of zero."""
+    """Lattice integers from packed codes: a table for every distinct position of zero.
+
+    Where most rows have their own, a table for every row takes fewer operators.
+    """
     zeros, table_of_row = np.unique(zero, return_inverse=True)
     levels = np.arange(2**quantizer.bits) * quantizer.refinement
-    tables: NDArray = (levels - zeros[:, None]).astype(entry)
     packed = ops.constant(codes, dtype=_PACKED.get(quantizer.bits, ov.Type.u8))
     index = ops.convert(packed, np.int32)
+    if len(zeros) > _FEW_TABLES and zero.size == codes.shape[0] == zero.shape[0]:
+        rows: NDArray = (levels - zero.reshape(-1, 1)).astype(entry)
+        return ops.gather(ops.constant(rows), index, ops.constant(np.int64(1)), batch_dims=1)
+    tables: NDArray = (levels - zeros[:, None]).astype(entry)
     if len(zeros) > 1:
         offset = table_of_row.reshape(zero.shape) * len(levels)
         index = ops.add(index, ops.constant(offset.astype(np.int32)))
