@@ -31,9 +31,10 @@ from condiquant_recipes.comparison_scoring import (
     measure_latency,
     score_set,
 )
+from condiquant_recipes.exporting import example_image, export, tile_size
 from condiquant_recipes.progress import Progress
 from condiquant_recipes.recipe import Recipe
-from condiquant_recipes.run import Source, example_image, export, load_source, tile_size
+from condiquant_recipes.run import Source, load_source
 from condiquant_recipes.workspace import Workspace, write_metrics
 
 _FLOAT, _REPORT, _REASON_LENGTH = "float", "compare.json", 300

@@ -14,9 +14,10 @@ import condiquant_nncf as nncf_host
 import condiquant_openvino as openvino_host
 from condiquant_plugin.errors import InputError
 from condiquant_plugin.reconditioning import layer_condition
+from condiquant_recipes.exporting import example_image
 from condiquant_recipes.recipe import load_recipe
 from condiquant_recipes.recipe_files import recipe_path
-from condiquant_recipes.run import example_image, load_network
+from condiquant_recipes.run import load_network
 from condiquant_recipes.settings import quantization
 
 

@@ -13,9 +13,10 @@ import condiquant_basicsr as basicsr_host
 import condiquant_openvino as openvino_host
 from condiquant_plugin import fake_quantizers
 from condiquant_plugin.errors import InputError
+from condiquant_recipes.exporting import example_image, export, tile_size
 from condiquant_recipes.progress import Progress
 from condiquant_recipes.recipe import with_export
-from condiquant_recipes.run import example_image, export, load_network, rebuild, tile_size
+from condiquant_recipes.run import load_network, rebuild
 from condiquant_recipes.workspace import Workspace, load_parameters
 
 
@@ -48,7 +49,7 @@ def export_again(
     calibrated for the CPU gets other grids on an NPU; what that costs is reported.
 
     Returns:
-        As :func:`condiquant_recipes.run.export`.
+        As :func:`condiquant_recipes.exporting.export`.
 
     Raises:
         InputError: no finished run, or values out of range.

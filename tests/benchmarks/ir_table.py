@@ -30,9 +30,10 @@ import condiquant_openvino as openvino_host
 from condiquant_plugin.errors import InputError
 from condiquant_plugin.files import write_atomic
 from condiquant_recipes import settings
+from condiquant_recipes.exporting import example_image, export, tile_size
 from condiquant_recipes.progress import Progress
 from condiquant_recipes.recipe import Recipe, load_recipe
-from condiquant_recipes.run import example_image, export, load_network, tile_size
+from condiquant_recipes.run import load_network
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 NETWORKS = ("realesrgan", "dat_light", "swinir_light")

@@ -8,7 +8,7 @@ import torch
 from condiquant_basicsr import read_image, write_image
 from condiquant_openvino import Upscaler, read_metadata
 from condiquant_plugin import InputError
-from condiquant_recipes import ir, run
+from condiquant_recipes import exporting, ir, run
 from condiquant_recipes.progress import Progress
 from condiquant_recipes.recipe import load_recipe
 from condiquant_recipes.recipe_files import recipe_path
@@ -152,7 +152,7 @@ def test_a_finished_run_is_exported_again_with_another_shape(make_job):
 @pytest.mark.parametrize("wrong_when", [{}, {"static": True}])
 def test_a_failed_parity_check_leaves_no_ir(make_job, monkeypatch, offset, wrong_when):
     job = make_job("edsr")
-    convert = run.openvino_host.convert
+    convert = exporting.openvino_host.convert
     job.recipe["export"]["static"] = wrong_when.get("static")
 
     def off_by_an_offset(model, image, **options):
@@ -163,7 +163,7 @@ def test_a_failed_parity_check_leaves_no_ir(make_job, monkeypatch, offset, wrong
             bias -= offset * (options == wrong_when)
         return converted
 
-    monkeypatch.setattr(run.openvino_host, "convert", off_by_an_offset)
+    monkeypatch.setattr(exporting.openvino_host, "convert", off_by_an_offset)
     with pytest.raises(RuntimeError, match=r"differs from the simulation .* first layer"):
         run_recipe(load_recipe(job.write()), job.data, job.out)
     assert not (job.out / "model.xml").exists()

@@ -1,0 +1,203 @@
+"""From a quantized network to its IR, checked against the simulation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import openvino as ov
+import torch
+from torch import Tensor, nn
+
+import condiquant_openvino as openvino_host
+from condiquant_openvino.execution import int8_share, layer_executions
+from condiquant_openvino.parity import check_parities
+from condiquant_openvino.upscaling import compile_ir, next_multiple
+from condiquant_plugin import __version__
+from condiquant_plugin.errors import InputError
+from condiquant_recipes.progress import Progress
+from condiquant_recipes.recipe import Recipe, with_export
+
+
+def export(
+    model: nn.Module,
+    recipe: Recipe,
+    multiple: int,
+    out: Path,
+    progress: Progress,
+    moved: Mapping[str, float] | None = None,
+) -> dict[str, Any]:
+    """Write ``model.xml`` and check that it computes what torch simulates.
+
+    Parity is checked in f32, with the execution mode hint ACCURACY and with the plugin's default
+    properties; the latter two have figures under ``accuracy`` and ``default``. With
+    ``compress_to_fp16`` all figures are those of the halved IR, which may differ by what rounding its
+    float parameters costs; those without it, in f32, are under ``before_fp16``.
+
+    Args:
+        moved: what it cost to move the grids of a network calibrated for another device:
+            ``zero_on_grid_mean_abs`` and ``zero_on_grid_max_abs`` of the output.
+
+    Returns:
+        Sizes, figures, what each layer runs as on the CPU plugin, and ``notes``: one-line sentences
+        that the user should read.
+
+    Raises:
+        InputError: a network that must keep its traced size, with ``export.static: false``.
+        RuntimeError: if parity fails; no IR is written then.
+    """
+    section = recipe.export
+    notes = []
+    with progress.status("exporting OpenVINO IR, checking parity with the simulation"):
+        ir, images, parities = _convert(model, recipe, multiple)
+        static = len(images) == 1
+        if static and not section.static and section.device == "CPU":
+            size = "x".join(map(str, images[0].shape[2:]))
+            notes.append(
+                f"{recipe.name} is right only at the size it is traced with: the IR is static, {size}, "
+                "and other images go through tiles"
+            )
+        before_fp16 = {}
+        if section.compress_to_fp16:
+            before_fp16 = {"before_fp16": _figures(parities["f32"])}
+            openvino_host.halve(ir)
+            parities = _checked(model, ir, images)
+        in_f32 = parities.pop("f32")
+        figures = {
+            **_figures(in_f32),
+            "parity_layer_max": max((layer.error for layer in in_f32.layers), default=0.0),
+            "code_flip_rate": in_f32.code_flip_rate,
+            **{name: _figures(parity) for name, parity in parities.items()},
+            **before_fp16,
+        }
+        if section.u8_nhwc:
+            float_ir, ir = ir, openvino_host.take_u8_nhwc(ir)
+            photographs = [image.mul(255).round().byte().permute(0, 2, 3, 1) for image in images]
+            levels = openvino_host.check_u8_parity(ir, float_ir, [p.numpy() for p in photographs])
+            levels.raise_if_broken()
+            figures |= {f"u8_{name}": value for name, value in asdict(levels).items()}
+    if section.device == "NPU":
+        notes.append("the NPU flavour is untested on the device: its parity is the CPU plugin's")
+    if moved:
+        figures |= moved
+        notes.append(
+            "calibrated for the CPU, then moved to grids with zero on them: the output changes by "
+            f"{moved['zero_on_grid_mean_abs']:.4f} of 1 on average, at most "
+            f"{moved['zero_on_grid_max_abs']:.4f}; `condiquant run` with --set export.device=NPU "
+            "calibrates for them"
+        )
+    calibrated = with_export(recipe, {"device": "CPU"}) if moved else recipe
+    metadata = _metadata(recipe, multiple, static) | {"recipe_sha256": calibrated.digest()}
+    openvino_host.set_metadata(ir, metadata | {"parity": figures})
+    executions = layer_executions(ir, compile_ir(ir))
+    sizes = openvino_host.save(ir, out / "model.xml")
+    return {
+        **sizes,
+        **figures,
+        "int8_share": int8_share(executions),
+        "layer_executions": [asdict(layer) for layer in executions],
+        "notes": notes,
+    }
+
+
+def _convert(
+    model: nn.Module, recipe: Recipe, multiple: int
+) -> tuple[ov.Model, list[Tensor], dict[str, openvino_host.Parity]]:
+    """The IR, the images it was checked on (one for a static IR) and its parities."""
+    size = tile_size(recipe, multiple)
+    image = example_image(size)
+    if not recipe.export.static and recipe.export.device != "NPU":
+        # What a trace takes for a constant shows at another size, and what for a square at this one.
+        images = [image, example_image(size - multiple or 3 * size, size + multiple)]
+        for traced in images:  # at its img_size a network may have its masks as constants
+            try:
+                ir = openvino_host.convert(model, traced)
+                if not all(_takes(ir, each, recipe.scale) for each in images):
+                    continue
+                return ir, images, _checked(model, ir, images)
+            except InputError:  # static it may convert
+                continue
+            except RuntimeError:
+                _checked(model, ir, [traced])  # raises what is wrong at any size
+    ir = openvino_host.convert(model, image, static=True)
+    parities = _checked(model, ir, [image])
+    if recipe.export.static is False:
+        raise InputError(
+            f"{recipe.name} is right only at the size it is traced with: set export.static: true, "
+            "or export the finished run again with --static"
+        )
+    return ir, [image], parities
+
+
+def _checked(
+    model: nn.Module, ir: ov.Model, images: Sequence[Tensor]
+) -> dict[str, openvino_host.Parity]:
+    """Parities that hold.
+
+    Raises:
+        RuntimeError: naming the first layer that differs.
+    """
+    parities = check_parities(model, ir, images)
+    for parity in parities.values():
+        parity.raise_if_broken()
+    return parities
+
+
+def _figures(parity: openvino_host.Parity) -> dict[str, Any]:
+    return {
+        "precision": parity.precision,
+        "parity_mean_abs": parity.mean_abs,
+        "parity_max_abs": parity.max_abs,
+        "parity_stretch_mean_abs": parity.stretch_mean_abs,
+        "parity_input_max": max((entry.error for entry in parity.inputs), default=0.0),
+        "tie_rate": parity.tie_rate,
+    }
+
+
+def _takes(ir: ov.Model, image: Tensor, scale: int) -> bool:
+    """Whether the shapes in an IR work out for the size of an image."""
+    trial = ir.clone()
+    try:
+        trial.reshape(list(image.shape))
+    except RuntimeError:
+        return False
+    height, width = image.shape[2:]
+    return list(trial.output().get_shape()) == [1, 3, scale * height, scale * width]
+
+
+def _metadata(recipe: Recipe, multiple: int, static: bool) -> dict[str, Any]:
+    """What an IR says about itself; nothing about the machine it was made on."""
+    section = recipe.condiquant
+    folders = (Path(folder) for folder in recipe.datasets.calibration.folders)
+    return {
+        "network": recipe.name,
+        "scale": recipe.scale,
+        "weight_bits": section.weight_bits,
+        "activation_bits": section.activation_bits,
+        "other_bits": section.other_bits,
+        "scope": section.scope,
+        "compress_to_fp16": recipe.export.compress_to_fp16,
+        "pad_multiple": multiple,
+        "static": static,
+        "preprocessing": "u8_nhwc" if recipe.export.u8_nhwc else "f32_nchw",
+        "device": recipe.export.device,
+        "tested_on_device": recipe.export.device == "CPU",
+        "plugin_version": __version__,
+        "calibration": [f.name if f.is_absolute() else f.as_posix() for f in folders],
+    }
+
+
+def tile_size(recipe: Recipe, multiple: int) -> int:
+    """Height and width that the network is traced with."""
+    return next_multiple(recipe.export.tile, multiple)
+
+
+def example_image(height: int, width: int | None = None) -> Tensor:
+    """A reproducible noisy gradient, ``(1, 3, height, width)`` in [0, 1], to trace and compare on."""
+    size = (height, height if width is None else width)
+    down, right = torch.linspace(0, 1, size[0])[:, None], torch.linspace(0, 1, size[1])
+    image = torch.stack([right.expand(size), down.expand(size), right.flip(0).expand(size)])
+    noise = torch.rand(image.shape, generator=torch.Generator().manual_seed(0))
+    return (0.8 * image + 0.2 * noise)[None]
