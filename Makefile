@@ -10,7 +10,7 @@ demo: $(INSTALLED)
 	$(BIN)/condiquant demo
 
 test: lint
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses=auto
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -256,7 +256,6 @@ def test_config_round_trip():
 
 
 def test_strip_leaves_the_quantizers_in():
-    pytest.importorskip("torchao", reason="nncf.strip imports it")
     _, quantized, _ = quantize("torch", "edsr", advanced_parameters=advanced())
     x = items()[0]
     with torch.no_grad():
