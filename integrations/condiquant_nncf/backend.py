@@ -47,6 +47,11 @@ class CondiQuantAlgoBackend(ABC):
     def is_quantized(self) -> bool:
         """Whether the model holds quantizers or compressed weights already."""
 
+    def check_is_float(self) -> None:
+        """Raise :class:`InputError` if the model :meth:`is_quantized`."""
+        if self.is_quantized():
+            raise InputError(f"{self.model_name} is quantized already: give the float model")
+
     @abstractmethod
     def input_nodes(self) -> list[NNCFNode]:
         """Where the model's inputs come in."""
@@ -132,6 +137,5 @@ def get_float_backend(model: Any, graph: NNCFGraph) -> CondiQuantAlgoBackend:
         InputError: also a model that is quantized or compressed already.
     """
     backend = get_algo_backend(model, graph)
-    if backend.is_quantized():
-        raise InputError(f"{backend.model_name} is quantized already: give the float model")
+    backend.check_is_float()
     return backend

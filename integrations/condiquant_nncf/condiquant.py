@@ -122,7 +122,7 @@ class CondiQuant(Algorithm):
         return model
 
     def _layers(self, backend: CondiQuantAlgoBackend) -> list[Layer]:
-        layers = self._config.select_layers(backend)
+        layers = self._config.find_layers(backend)
         return [layer for layer in layers if layer.in_scope and layer.weight_name is not None]
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import nncf
 
-from condiquant_nncf.backend import CondiQuantAlgoBackend
-from condiquant_nncf.layers import Layer, Scope, find_layers, select_layers
+from condiquant_nncf.layers import Layer, Scope, find_layers
 from condiquant_plugin.bounds import Side
+from condiquant_plugin.errors import InputError
 from condiquant_plugin.grid import check_bits
 from condiquant_plugin.reconditioning import ReconditioningConfig, default_config
 
@@ -17,6 +17,13 @@ if TYPE_CHECKING:
     from nncf.torch.function_hook.nncf_graph.nncf_graph_builder import GraphModelWrapper
 
 BoundsInputs = Literal["quantized", "float"]
+Granularity = Literal["tensor", "channel"]
+_CHOICES = {
+    "scope": Scope,
+    "weight_granularity": Granularity,
+    "activation_side": Side,
+    "bounds_inputs": BoundsInputs,
+}
 
 
 @dataclass(frozen=True)
@@ -29,7 +36,7 @@ class QuantizationConfig:
     ignored_scope: nncf.IgnoredScope | None = None
     other_bits: int | None = None
     """Bits of weights and activations of the layers outside the scope; ``None`` leaves them float."""
-    weight_granularity: Literal["tensor", "channel"] = "tensor"
+    weight_granularity: Granularity = "tensor"
     """Bounds per tensor (per row block of a fused qkv) as in 2DQuant, or per output channel."""
     activation_side: Side = "auto"
     zero_on_grid: bool = False
@@ -48,16 +55,15 @@ class QuantizationConfig:
         check_bits(self.activation_bits, "activation_bits")
         if self.other_bits is not None:
             check_bits(self.other_bits, "other_bits")
+        for name, kind in _CHOICES.items():
+            _check_choice(name, getattr(self, name), get_args(kind))
+        if not isinstance(self.recondition, ReconditioningConfig | None):
+            _check_choice("recondition", self.recondition, ("auto", None, "a ReconditioningConfig"))
 
-    def find_layers(self, wrapped: GraphModelWrapper | Any) -> list[Layer]:
+    def find_layers(self, model: GraphModelWrapper | Any) -> list[Layer]:
         """The layers to quantize; see :func:`condiquant_nncf.find_layers`."""
         others = self.other_bits is not None
-        return find_layers(wrapped, self.scope, self.ignored_scope, others=others)
-
-    def select_layers(self, backend: CondiQuantAlgoBackend) -> list[Layer]:
-        """The same, with NNCF's own error for an ``ignored_scope`` that matches nothing."""
-        others = self.other_bits is not None
-        return select_layers(backend, self.scope, self.ignored_scope, others=others)
+        return find_layers(model, self.scope, self.ignored_scope, others=others)
 
     def bits(self, layer: Layer) -> tuple[int, int]:
         """Bits of the weight and of the activations of a layer."""
@@ -70,3 +76,8 @@ class QuantizationConfig:
         if self.recondition == "auto":
             return default_config(self.activation_bits)
         return self.recondition
+
+
+def _check_choice(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
+    if value not in allowed:
+        raise InputError(f"{name}={value!r} is not known: use {' or '.join(map(repr, allowed))}")

@@ -71,8 +71,12 @@ class Layer:
         return f"{self.name}.{suffix}"
 
 
+class IgnoredScopeError(InputError, nncf.ValidationError):
+    """NNCF's own error for an ``ignored_scope`` that matches nothing, in one line."""
+
+
 def find_layers(
-    wrapped: GraphModelWrapper | Any,
+    model: GraphModelWrapper | Any,
     scope: Scope,
     ignored_scope: nncf.IgnoredScope | None = None,
     *,
@@ -83,40 +87,26 @@ def find_layers(
     Layers whose input does not depend on the image (position-bias tables) are left alone.
 
     Args:
-        wrapped: a torch model in :func:`condiquant_nncf.wrap`, or an ``ov.Model``.
+        model: a torch model in :func:`condiquant_nncf.wrap`, an ``ov.Model``, or the backend of one.
         scope: ``"transformer"`` takes linear layers and products of activations (attention);
             ``"all"`` takes every linear layer and convolution but the first and the last, and products.
         ignored_scope: NNCF's, matched against node names.
         others: also the linear layers and convolutions outside the scope, marked as such.
 
     Raises:
-        InputError: if nothing is left to quantize, or ``ignored_scope`` matches nothing.
+        InputError: if nothing is left to quantize, or ``ignored_scope`` matches nothing; the latter is
+            an ``nncf.ValidationError`` too.
     """
-    try:
-        return select_layers(get_algo_backend(wrapped), scope, ignored_scope, others=others)
-    except (nncf.ValidationError, re.error) as error:
-        raise InputError(" ".join(f"ignored_scope: {error}".split())) from error
-
-
-def select_layers(
-    backend: CondiQuantAlgoBackend,
-    scope: Scope,
-    ignored_scope: nncf.IgnoredScope | None = None,
-    *,
-    others: bool = False,
-) -> list[Layer]:
-    """As :func:`find_layers`.
-
-    Raises:
-        InputError: if nothing is left to quantize.
-        nncf.ValidationError: if ``ignored_scope`` matches nothing.
-    """
+    backend = model if isinstance(model, CondiQuantAlgoBackend) else get_algo_backend(model)
     graph = backend.graph
     ignored: set[str] = set()
     if ignored_scope is not None:
-        ignored = get_ignored_node_names_from_ignored_scope(
-            ignored_scope, graph, strict=ignored_scope.validate
-        )
+        try:
+            ignored = get_ignored_node_names_from_ignored_scope(
+                ignored_scope, graph, strict=ignored_scope.validate
+            )
+        except (nncf.ValidationError, re.error) as error:
+            raise IgnoredScopeError(" ".join(f"ignored_scope: {error}".split())) from error
     dependent = _dependent_on_inputs(backend)
     nodes = [
         n

@@ -55,7 +55,7 @@ class _BoundsAlgorithm(Algorithm):
         return statistic_points(backend, self._layers(backend), branch, self._algorithm_key)
 
     def _layers(self, backend: CondiQuantAlgoBackend) -> list[Layer]:
-        return self._config.select_layers(backend)
+        return self._config.find_layers(backend)
 
     def _searched(self, placed: Placed, points: Any, backend: CondiQuantAlgoBackend) -> Placed:
         layer, port, quantizer = placed

@@ -11,6 +11,8 @@ from typing import Any
 
 import nncf.openvino.graph.metatypes.openvino_metatypes as om
 import numpy as np
+import openvino as ov
+import openvino.opset13 as ops
 import torch
 from nncf.common.factory import ModelTransformerFactory
 from nncf.common.graph.graph import NNCFNode
@@ -45,18 +47,24 @@ _GROUPED = (
 _TRANSPOSED = (om.OVConvolutionBackpropDataMetatype, om.OVGroupConvolutionBackpropDataMetatype)
 _SHAPES = (om.OVShapeOfMetatype,)
 _QUANTIZERS = ("FakeQuantize", "FakeConvert")
+_HALF = (ov.Type.f16, ov.Type.bf16)
 _NAMES_ARE_DISTINCT = ["nncf", "friendly_names_were_updated"]
 """NNCF makes names distinct itself otherwise, which fails where three are equal."""
+_STORED_IN_HALF = "_compressed"
+"""What OpenVINO appends to the name of a constant when it saves it as float16."""
 _FROM_TORCH = re.compile(r"__module\.(.+)/aten::")
 
 
 def prepare(model: Any, *, split_attention: bool = True) -> Any:
-    """A copy with distinct friendly names, as NNCF needs them, for a pipeline composed by hand.
+    """A copy as NNCF and the algorithms need it, for a pipeline composed by hand.
+
+    Friendly names are distinct, and constants stored in half precision (``ov.save_model``) float32.
 
     Args:
         split_attention: take fused attention apart (:func:`condiquant_nncf.attention.split_attention`).
     """
     copy = model.clone()
+    _decompress(copy)
     if split_attention:
         attention.split_attention(copy)
     taken: Counter[str] = Counter()
@@ -309,10 +317,31 @@ class OVCondiQuantAlgoBackend(CondiQuantAlgoBackend):
         )
 
 
+def _decompress(model: Any) -> None:
+    """Make float32 constants of those that are stored in half precision and converted at once."""
+    for node in model.get_ordered_ops():
+        if node.get_type_name() == "Constant" and node.get_element_type() in _HALF:
+            ports = node.output(0).get_target_inputs()
+            converts = [port.get_node() for port in ports if _is_decompression(port.get_node())]
+            if not converts:
+                continue
+            values = get_const_value_as_numpy_tensor(node).astype(np.float32)
+            name = node.get_friendly_name().removesuffix(_STORED_IN_HALF)
+            constant = ops.constant(values, name=name)
+            for convert in converts:
+                for port in convert.output(0).get_target_inputs():
+                    port.replace_source_output(constant.output(0))
+
+
+def _is_decompression(node: Any) -> bool:
+    return bool(node.get_type_name() == "Convert" and node.get_element_type() == ov.Type.f32)
+
+
 def _layer_name(node: NNCFNode, constant: str) -> str:
     """The module's name, if the model comes from PyTorch."""
     if constant.startswith("self."):
-        return constant.removeprefix("self.").partition("#")[0].removesuffix(".weight")
+        name = constant.removeprefix("self.").partition("#")[0]
+        return name.removesuffix(_STORED_IN_HALF).removesuffix(".weight")
     found = _FROM_TORCH.match(node.node_name)
     return found.group(1) if found else str(node.node_name)
 

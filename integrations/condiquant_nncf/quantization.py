@@ -10,7 +10,7 @@ import torch
 from nncf.torch.function_hook.nncf_graph.nncf_graph_builder import GraphModelWrapper
 from torch import Tensor, nn
 
-from condiquant_nncf.backend import get_algo_backend
+from condiquant_nncf.backend import CondiQuantAlgoBackend, get_algo_backend
 from condiquant_nncf.condiquant import recondition
 from condiquant_nncf.configuration import BoundsInputs, QuantizationConfig
 from condiquant_nncf.layers import Layer
@@ -35,9 +35,10 @@ class QuantizedNetwork:
 
 
 def trainable_weights(model: nn.Module, layers: Sequence[Layer]) -> list[nn.Parameter]:
-    """Weights and biases of ``layers``."""
+    """Weights and biases of ``layers``, buffers aside."""
     names = [n for layer in layers for n in (layer.weight_name, layer.bias_name)]
-    return [model.get_parameter(n) for n in dict.fromkeys(names) if n is not None]
+    parameters = dict(model.named_parameters())
+    return [parameters[n] for n in dict.fromkeys(names) if n in parameters]
 
 
 def quantize_network(
@@ -67,7 +68,7 @@ def quantize_network(
     scoped = [layer for layer in layers if layer.in_scope]
     settings = config.reconditioning()
     if settings is None:
-        reports = _condition_numbers(wrapped.model, scoped)
+        reports = _condition_numbers(get_algo_backend(wrapped), scoped)
     else:
         started = time.perf_counter()
         quantizers: Mapping[str, FakeQuantizer] | None = None
@@ -105,11 +106,13 @@ def _recondition(
     return reports
 
 
-def _condition_numbers(model: nn.Module, layers: Sequence[Layer]) -> list[LayerReport]:
+def _condition_numbers(
+    backend: CondiQuantAlgoBackend, layers: Sequence[Layer]
+) -> list[LayerReport]:
     reports = []
     for layer in layers:
         if layer.weight_name is not None and not layer.reuses_weight:
-            weight = layer.rows_first(model.get_parameter(layer.weight_name))
+            weight = layer.rows_first(backend.weight(layer))
             reports.append(
                 reconditioning.unchanged(layer.name, weight, layer.geometry, layer.row_blocks)
             )

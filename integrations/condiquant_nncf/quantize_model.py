@@ -25,6 +25,7 @@ from condiquant_plugin.errors import InputError
 from condiquant_plugin.reconditioning import LayerReport, ReconditioningConfig
 
 Then = Literal["bounds", "minmax"]
+_DEFAULT_BITS = 4
 _BEFORE_INT8 = ReconditioningConfig(objective="condition", strength=3e-5, steps=30)
 """Stronger settings and least squares cost fidelity at 8 bits (docs/nncf.md)."""
 
@@ -93,8 +94,8 @@ def quantize(
     advanced_parameters: AdvancedCondiQuantParameters
     | AdvancedQuantizationParameters
     | None = None,
-    weight_bits: int = 4,
-    activation_bits: int = 4,
+    weight_bits: int = _DEFAULT_BITS,
+    activation_bits: int = _DEFAULT_BITS,
     then: Then = "bounds",
     reports: list[LayerReport] | None = None,
 ) -> Any:
@@ -112,7 +113,7 @@ def quantize(
             quantizes these and convolutions, all but the first and the last layer.
         ignored_scope: layers to leave alone.
         advanced_parameters: ours, or NNCF's for ``then="minmax"``.
-        weight_bits: 2 to 8; ``then="minmax"`` is 8 bits always.
+        weight_bits: 2 to 8; only ``then="bounds"``, as ``then="minmax"`` is 8 bits always.
         activation_bits: likewise.
         then: ``"bounds"`` places quantizers with learned bounds; ``"minmax"`` calls ``nncf.quantize``.
         reports: a list that gets one report per reconditioned layer.
@@ -142,9 +143,8 @@ def quantize(
     if isinstance(ours, AdvancedQuantizationParameters):
         ours = AdvancedCondiQuantParameters(nncf=ours)
     ours = ours or AdvancedCondiQuantParameters()
-    if then == "bounds":
-        _warn_of_unused(mode, preset, fast_bias_correction, ours.nncf)
-    elif ours.recondition == "auto":
+    _warn_of_unused(then, stock, ours, weight_bits, activation_bits)
+    if then == "minmax" and ours.recondition == "auto":
         ours = replace(ours, recondition=_BEFORE_INT8)
     npu = target_device is nncf.TargetDevice.NPU
     transformer = model_type is nncf.ModelType.TRANSFORMER
@@ -168,20 +168,31 @@ def quantize(
 
 
 def _warn_of_unused(
-    mode: Any,
-    preset: Any,
-    fast_bias_correction: bool,
-    advanced: AdvancedQuantizationParameters | None,
+    then: Then,
+    stock: dict[str, Any],
+    ours: AdvancedCondiQuantParameters,
+    weight_bits: int,
+    activation_bits: int,
 ) -> None:
-    given = {
-        "mode": mode,
-        "preset": preset,
-        "fast_bias_correction": None if fast_bias_correction else False,
-        "advanced_parameters of NNCF": advanced,
-    }
-    unused = [name for name, value in given.items() if value is not None]
+    default = AdvancedCondiQuantParameters()
+    if then == "bounds":
+        given = {
+            "mode": stock["mode"] is not None,
+            "preset": stock["preset"] is not None,
+            "fast_bias_correction": not stock["fast_bias_correction"],
+            "advanced_parameters of NNCF": ours.nncf is not None,
+        }
+    else:
+        given = {
+            f"weight_bits={weight_bits}": weight_bits not in (_DEFAULT_BITS, 8),
+            f"activation_bits={activation_bits}": activation_bits not in (_DEFAULT_BITS, 8),
+            "other_bits": ours.other_bits is not None,
+            "weight_granularity": ours.weight_granularity != default.weight_granularity,
+        }
+    unused = [name for name, is_given in given.items() if is_given]
     if unused:
-        nncf_logger.warning(f'{", ".join(unused)} mean nothing to then="bounds" and are not used')
+        what = "" if then == "bounds" else ", which is NNCF's int8"
+        nncf_logger.warning(f'not used by then="{then}"{what}: {", ".join(unused)}')
 
 
 def _run(

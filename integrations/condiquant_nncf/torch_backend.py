@@ -10,14 +10,14 @@ import nncf
 import nncf.torch.graph.operator_metatypes as om
 import torch
 from nncf.common.factory import EngineFactory, ModelTransformerFactory
-from nncf.common.graph.graph import NNCFNode
+from nncf.common.graph.graph import NNCFGraph, NNCFNode
 from nncf.common.graph.transformations.commands import TargetType
 from nncf.common.graph.transformations.layout import TransformationLayout
 from nncf.torch.function_hook import get_hook_storage, wrap_model
 from nncf.torch.function_hook.commands import PT2ConstUpdateCommand, PT2InsertionCommand
 from nncf.torch.function_hook.nncf_graph.nncf_graph_builder import GraphModelWrapper
 from nncf.torch.graph.transformations.commands import PTTargetPoint
-from nncf.torch.model_graph_manager import get_const_node
+from nncf.torch.model_graph_manager import get_const_data, get_const_node
 from nncf.torch.quantization.layers import BaseQuantizer, BaseWeightsDecompressor
 from torch import Tensor, nn
 
@@ -56,8 +56,13 @@ def wrap(network: nn.Module, example_input: Any) -> GraphModelWrapper:
 
 
 def prepare(network: nn.Module, example_input: Any) -> GraphModelWrapper:
-    """As :func:`wrap`, after the network has run on the example once."""
+    """As :func:`wrap`, after the network has run on the example once.
+
+    Raises:
+        InputError: also a quantized network, before it runs: NNCF compiles C++ for its quantizers.
+    """
     wrapped = wrap(network, example_input)
+    PTCondiQuantAlgoBackend(wrapped, NNCFGraph()).check_is_float()
     with torch.no_grad():
         EngineFactory.create(wrapped).infer(example_input)
     return wrapped
@@ -110,19 +115,16 @@ class PTCondiQuantAlgoBackend(CondiQuantAlgoBackend):
         if len(ports) == 2:
             return Layer(node.node_name, node, activation_ports=ports)
         weight_port = 1 - ports[0]
-        try:
-            weight_node = get_const_node(node, weight_port, self.graph)
-        except nncf.InternalError:
-            weight_node = None
+        weight_node = self._constant(node, weight_port, "weight")
         if weight_node is None:
             raise InputError(f"the weight of {node.node_name} is computed: put it in ignored_scope")
         product = node.metatype in _PRODUCTS
-        bias_node = None if product else get_const_node(node, 2, self.graph)
+        bias_node = None if product else self._constant(node, 2, "bias")
         weight_name = weight_node.layer_attributes.name
         return Layer(
             weight_name.removesuffix(".weight"),
             node,
-            _geometry(node, self.model.model.get_parameter(weight_name)),
+            _geometry(node, get_const_data(weight_node, self.model.model)),
             weight_node,
             bias_node,
             weight_name=weight_name,
@@ -134,15 +136,19 @@ class PTCondiQuantAlgoBackend(CondiQuantAlgoBackend):
         )
 
     def weight(self, layer: Layer) -> Tensor:
-        """The parameter itself."""
-        return self.model.model.get_parameter(str(layer.weight_name))
+        """The data of the parameter or buffer itself."""
+        data: Tensor = get_const_data(layer.weight_node, self.model.model)
+        return data
 
     def bias(self, layer: Layer) -> Tensor | None:
-        """The parameter itself."""
-        return None if layer.bias_name is None else self.model.model.get_parameter(layer.bias_name)
+        """The data of the parameter or buffer itself."""
+        if layer.bias_node is None:
+            return None
+        data: Tensor = get_const_data(layer.bias_node, self.model.model)
+        return data
 
     def update(self, solved: Sequence[Solved]) -> GraphModelWrapper:
-        """The same model with other data in its parameters."""
+        """The same model with other data in its parameters and buffers."""
         layout = TransformationLayout()
         for (layer, *_), weight, bias in solved:
             layout.register(PT2ConstUpdateCommand(layer.weight_node, weight))
@@ -160,21 +166,39 @@ class PTCondiQuantAlgoBackend(CondiQuantAlgoBackend):
         """The same model with the quantizers as hooks."""
         layout = TransformationLayout()
         for layer, port, quantizer in quantizers:
-            if port is not None:
-                target = self.target_point(layer, port)
-            else:
-                assert layer.weight_node is not None
-                target = PTTargetPoint(
-                    TargetType.OPERATOR_POST_HOOK, layer.weight_node.node_name, input_port_id=0
-                )
-            layout.register(PT2InsertionCommand([target], quantizer))
+            targets = (
+                self._weight_points(layer) if port is None else [self.target_point(layer, port)]
+            )
+            layout.register(PT2InsertionCommand(targets, quantizer))
         return ModelTransformerFactory.create(self.model).transform(layout)
+
+    def _weight_points(self, layer: Layer) -> list[PTTargetPoint]:
+        """Behind a parameter; NNCF runs no hooks there for a buffer, so in front of all its uses."""
+        assert layer.weight_node is not None
+        name = layer.weight_node.node_name
+        if layer.weight_name in dict(self.model.model.named_parameters()):
+            return [PTTargetPoint(TargetType.OPERATOR_POST_HOOK, name, input_port_id=0)]
+        edges = self.graph.get_output_edges(layer.weight_node)
+        return [
+            PTTargetPoint(
+                TargetType.OPERATOR_PRE_HOOK, e.to_node.node_name, input_port_id=e.input_port_id
+            )
+            for e in edges
+            if self.is_layer(e.to_node)
+        ]
+
+    def _constant(self, node: NNCFNode, port: int, role: str) -> NNCFNode | None:
+        """The parameter or buffer at a port; None if nothing goes in there."""
+        try:
+            return get_const_node(node, port, self.graph)
+        except nncf.InternalError as error:
+            raise InputError(
+                f"the {role} of {node.node_name} is computed: put it in ignored_scope"
+            ) from error
 
     def _is_matrix(self, node: NNCFNode, port: int) -> bool:
         constant = get_const_node(node, port, self.graph)
-        parameters = dict(self.model.model.named_parameters())
-        parameter = parameters.get(constant.layer_attributes.name)
-        return parameter is not None and parameter.ndim == 2
+        return bool(get_const_data(constant, self.model.model).ndim == 2)
 
 
 def _geometry(node: NNCFNode, weight: Tensor) -> LayerGeometry:

@@ -2,12 +2,15 @@
 
 import nncf
 import numpy as np
+import openvino as ov
 import pytest
 import torch
 from nncf.common.factory import build_graph
 from nncf.quantization.advanced_parameters import AdvancedQuantizationParameters
 from nncf.quantization.algorithms.pipeline import Pipeline
 from nncf.quantization.algorithms.post_training.pipeline import create_ptq_pipeline
+from nncf.torch.function_hook import get_hook_storage
+from nncf.torch.quantization.layers import BaseQuantizer
 
 import condiquant_nncf as host
 from algorithm_networks import (
@@ -41,6 +44,21 @@ def wrapped(backend, name):
         if backend == "openvino"
         else host.wrap(model, items(name)[0])
     )
+
+
+def layer_weight(model):
+    """Of a toy's layer, in either framework."""
+    if isinstance(model, ov.Model):
+        return constants(model)["self.layer.weight"]
+    return model.model.layer.weight.detach().numpy()
+
+
+def int8_weight(model):
+    """Codes and scale as ``nncf.quantize`` writes them for the second convolution."""
+    layers = [n for n in model.get_ordered_ops() if n.get_type_name() == "Convolution"]
+    multiply = layers[1].input_value(1).get_node()
+    codes = multiply.input_value(0).get_node().input_value(0).get_node().data
+    return codes, multiply.input_value(1).get_node().data
 
 
 def relative_error(found, expected):
@@ -100,11 +118,16 @@ def test_reconditioned_weights_agree(name):
 
 def test_least_squares_agrees_up_to_rounding_ties():
     arguments = {"advanced_parameters": advanced("least_squares", scope="transformer")}
-    _, first, _ = quantize("torch", "swinir", **arguments)
-    _, second, _ = quantize("openvino", "swinir", **arguments)
+    _, first, reports = quantize("torch", "swinir", **arguments)
+    _, second, others = quantize("openvino", "swinir", **arguments)
     errors = list(weight_errors(first, second).values())
     assert np.median(errors) < 1e-4
     assert max(errors) < 5e-3
+    by_name = {r.name: r for r in others}
+    assert by_name.keys() == {r.name for r in reports}
+    for report in reports:
+        assert by_name[report.name].condition_before == report.condition_before
+        assert by_name[report.name].condition_after == pytest.approx(report.condition_after, 5e-3)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -130,17 +153,20 @@ def test_fake_quantize_computes_what_torch_simulates(kind, granularity):
     _, second, _ = quantize("openvino", kind, **arguments)
     nodes = fake_quantizes(second)
     modules = list(fake_quantizers(first).values())
+    weights = {module.name: module for module in modules if module.kind == "weight"}
     assert len(nodes) == len(modules)
-    for module in modules:
-        if module.name in nodes and module.kind == "weight":
-            node, grid = nodes[module.name], module.snapped()
-            low, high, *outputs = (node.input_value(i).get_node().data for i in (1, 2, 3, 4))
-            assert node.get_attributes()["levels"] == 2**module.bits
-            assert np.array_equal(low, outputs[0])
-            assert np.array_equal(high, outputs[1])
-            assert set(low.ravel()) == set(grid.lower.view(-1).tolist()) or np.allclose(
-                np.unique(low), np.unique(grid.lower.numpy()), rtol=1e-6
-            )
+    if kind != "attention":  # products have no module to be named after
+        assert nodes.keys() == {module.name for module in modules}
+    assert weights.keys() == {name for name in nodes if name.endswith(".weight")}
+    for name, module in weights.items():
+        node, grid = nodes[name], module.snapped()
+        low, high, *outputs = (node.input_value(i).get_node().data for i in (1, 2, 3, 4))
+        assert node.get_attributes()["levels"] == 2**module.bits
+        assert np.array_equal(low, outputs[0])
+        assert np.array_equal(high, outputs[1])
+        upper = grid.lower + grid.step * (2**module.bits - 1)
+        np.testing.assert_allclose(np.unique(low), np.unique(grid.lower.numpy()), rtol=1e-6)
+        np.testing.assert_allclose(np.unique(high), np.unique(upper.numpy()), rtol=1e-6)
     x = items()[0]
     with torch.no_grad():
         assert relative_error(infer(second, x), first(x).numpy()) < 1e-3
@@ -172,12 +198,20 @@ def test_npu_gets_zero_on_the_grid_and_symmetric_weights(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_pipeline_composed_by_hand(backend):
     algorithm = host.CondiQuant(host.QuantizationConfig(scope="all", recondition=CONDITION))
-    subject = wrapped(backend, "conv")
-    data = [x.numpy() if backend == "openvino" else x for x in items()]
+    data = nncf.Dataset([x.numpy() if backend == "openvino" else x for x in items()])
     ptq = create_ptq_pipeline(subset_size=3, advanced_parameters=FAST)
-    steps = [[algorithm], *ptq.pipeline_steps]
-    Pipeline(steps).run(subject, nncf.Dataset(data))
+    reconditioned = Pipeline([[algorithm]]).run(wrapped(backend, "conv"), data)
+    int8 = Pipeline([[algorithm], *ptq.pipeline_steps]).run(wrapped(backend, "conv"), data)
     assert [r.name for r in algorithm.reports] == ["layer"]
+    assert np.array_equal(layer_weight(int8), layer_weight(reconditioned))
+    assert not np.array_equal(layer_weight(int8), layer_weight(wrapped(backend, "conv")))
+    if backend == "openvino":
+        nodes = fake_quantizes(int8).values()
+        bits = [{255: 8, 256: 8}.get(n.get_attributes()["levels"]) for n in nodes]
+    else:
+        hooks = [hook for _, hook in get_hook_storage(int8.model).named_hooks()]
+        bits = [hook.num_bits for hook in hooks if isinstance(hook, BaseQuantizer)]
+    assert bits == 6 * [8]  # weights and inputs of three convolutions
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -187,21 +221,32 @@ def test_minmax_is_stock_int8_behind_condiquant(backend):
     _, model, reports = quantize(backend, "conv", **arguments, advanced_parameters=changes)
     assert [r.name for r in reports] == ["layer"]
     _, stock, _ = quantize(backend, "conv", **arguments, advanced_parameters=advanced(nncf=FAST))
+    _, low_bit, _ = quantize(backend, "conv", advanced_parameters=advanced("condition"))
     if backend == "openvino":
         assert fake_quantizes(model).keys() == fake_quantizes(stock).keys()
         assert all(n.get_attributes()["levels"] > 100 for n in fake_quantizes(model).values())
+        codes, scale = int8_weight(model)
+        reconditioned = constants(low_bit)["self.layer.weight"]
+        assert np.array_equal(codes, np.rint(reconditioned / scale))
+        assert not np.array_equal(codes, int8_weight(stock)[0])
     else:
         assert not fake_quantizers(model)
+        assert torch.equal(model.layer.weight, low_bit.layer.weight)
         assert not torch.equal(model.layer.weight, stock.layer.weight)
 
 
-def test_default_arguments_work_on_both_kinds_of_networks():
-    for name in ("edsr", "swinir"):
-        model = network(name)
-        quantized = host.quantize(model, nncf.Dataset(items(name, 2)))
-        with torch.no_grad():
-            x = items(name)[0]
-            assert relative_error(quantized(x).numpy(), model(x).numpy()) < 0.6
+@pytest.mark.parametrize(("name", "quantizers"), [("edsr", 12), ("swinir", 54)])
+def test_default_arguments_work_on_both_kinds_of_networks(name, quantizers):
+    model, x = network(name), items(name)[0]
+    data = nncf.Dataset(items(name, 2))
+    quantized = host.quantize(model, data)
+    assert [q.bits for q in fake_quantizers(quantized).values()] == quantizers * [4]
+    finer = host.quantize(model, data, weight_bits=8, activation_bits=8)
+    with torch.no_grad():
+        expected = model(x).numpy()
+        error = relative_error(quantized(x).numpy(), expected)
+        assert relative_error(finer(x).numpy(), expected) < min(0.04, error / 8)
+        assert error < 0.35
 
 
 def test_least_squares_alone_says_what_to_do():
