@@ -1,5 +1,6 @@
 """A tiny real job: a BasicSR network with saved weights, photographs, a recipe."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 import yaml
 
 from condiquant_basicsr import write_image
+from condiquant_recipes import cli
 from networks import SECTIONS, build
 
 
@@ -60,3 +62,22 @@ def make_job(tmp_path, monkeypatch):
         return Job(tmp_path, name)
 
     return make
+
+
+@pytest.fixture
+def condiquant(monkeypatch, capsys):
+    """``condiquant(ARGUMENTS)``: what it prints; with ``code=2`` its one error line."""
+
+    def call(*arguments, code=0):
+        monkeypatch.setattr(sys, "argv", ["condiquant", *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit_info:
+            cli.main()
+        captured = capsys.readouterr()
+        assert exit_info.value.code == code, captured.err
+        if code == 0:
+            return captured.out
+        assert captured.out == ""
+        (line,) = captured.err.splitlines()
+        return line.removeprefix("condiquant: error: ")
+
+    return call

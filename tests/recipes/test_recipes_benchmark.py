@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import openvino as ov
@@ -11,7 +10,6 @@ import torch
 
 from condiquant_basicsr import write_image
 from condiquant_openvino import convert, save, set_metadata
-from condiquant_recipes import cli
 from condiquant_recipes.benchmarking import distinct_names, parse_shape
 from networks import build
 
@@ -33,25 +31,6 @@ def folder(tmp_path_factory):
     ov.save_model(foreign, folder / "foreign.xml")
     write_image(folder / "image.png", torch.rand(3, 24, 24))
     return folder
-
-
-@pytest.fixture
-def condiquant(monkeypatch, capsys):
-    """``condiquant(ARGUMENTS)``: what it prints; with ``code=2`` its one error line."""
-
-    def call(*arguments, code=0):
-        monkeypatch.setattr(sys, "argv", ["condiquant", *map(str, arguments)])
-        with pytest.raises(SystemExit) as exit_info:
-            cli.main()
-        captured = capsys.readouterr()
-        assert exit_info.value.code == code, captured.err
-        if code == 0:
-            return captured.out
-        assert captured.out == ""
-        (line,) = captured.err.splitlines()
-        return line.removeprefix("condiquant: error: ")
-
-    return call
 
 
 def test_table_has_a_row_for_each_ir(condiquant, folder, monkeypatch):
