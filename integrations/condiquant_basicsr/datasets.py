@@ -83,7 +83,7 @@ def test_pairs(data: Path, set_name: str, scale: int) -> list[Pair]:
     Where the LR folder is missing, the LR images are made from the HR images.
 
     Raises:
-        InputError: no such set (names those there are), no images, or a missing LR image.
+        InputError: no such set (names those there are), no images, two of one name, or a missing LR image.
     """
     root = Path(data) / set_name
     if not (root / "HR").is_dir():
@@ -92,15 +92,17 @@ def test_pairs(data: Path, set_name: str, scale: int) -> list[Pair]:
             f"no test set {set_name!r} in {data}; there are: {', '.join(sets) or 'none'}"
         )
     reduced = root / "LR_bicubic" / f"X{scale}"
-    pairs = []
+    pairs: dict[str, Pair] = {}
     for hr in _images(root / "HR"):
+        if hr.stem in pairs:
+            raise InputError(f"{pairs[hr.stem].hr} and {hr.name} have one name: rename one of them")
         lr = reduced / f"{hr.stem}x{scale}.png" if reduced.is_dir() else None
         if lr is not None and not lr.is_file():
             raise InputError(f"{hr} has no LR image {lr}: add it or remove the folder {reduced}")
-        pairs.append(Pair(hr.stem, lr, hr))
+        pairs[hr.stem] = Pair(hr.stem, lr, hr)
     if not pairs:
         raise InputError(f"no images in {root / 'HR'}")
-    return pairs
+    return list(pairs.values())
 
 
 def _images(folder: Path) -> list[Path]:

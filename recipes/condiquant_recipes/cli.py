@@ -78,7 +78,10 @@ def _data_folder(data: Path | None) -> Path:
 
 
 def _split(names: str) -> list[str]:
-    return [name.strip() for name in names.split(",") if name.strip()]
+    found = [name.strip() for name in names.split(",") if name.strip()]
+    if names and not found:
+        raise InputError(f"{names!r} names nothing: give names, comma-separated, or leave it out")
+    return found
 
 
 @app.command()

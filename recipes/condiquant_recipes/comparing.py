@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import shutil
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,7 +18,7 @@ from torch import Tensor, nn
 import condiquant_openvino as openvino_host
 from condiquant_plugin import __version__
 from condiquant_plugin.errors import InputError
-from condiquant_recipes.comparison_crops import worst_places, write_crops
+from condiquant_recipes.comparison_crops import CROPS, worst_places, write_crops
 from condiquant_recipes.comparison_job import Calibrated, Job, Method
 from condiquant_recipes.comparison_measuring import measured
 from condiquant_recipes.comparison_methods import all_methods, choose, condiquant_id
@@ -28,16 +26,17 @@ from condiquant_recipes.comparison_scoring import (
     SCORES,
     Row,
     derive,
+    keeping_reason,
     measure_latency,
     score_set,
 )
-from condiquant_recipes.exporting import example_image, export, tile_size
+from condiquant_recipes.exporting import example_image, export, images_of_two_sizes, tile_size
 from condiquant_recipes.progress import Progress
-from condiquant_recipes.recipe import Recipe
+from condiquant_recipes.recipe import Recipe, with_export
 from condiquant_recipes.run import Source, load_source
-from condiquant_recipes.workspace import Workspace, write_metrics
+from condiquant_recipes.workspace import Workspace, remove, write_metrics
 
-_FLOAT, _REPORT, _REASON_LENGTH = "float", "compare.json", 300
+_FLOAT, _REPORT, _PAGE = "float", "compare.json", "compare.html"
 _AGREEMENT = 1e-3
 
 
@@ -52,17 +51,17 @@ def compare(
     command: str = "",
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Calibrate, export and measure all methods; writes ``compare.json``, ``methods/<id>`` and crops.
+    """Calibrate, export and measure all methods; writes ``compare.json`` and ``methods/``: IRs, crops.
 
     All start from the same float network and see the same calibration crops; all accuracies are those of
     IRs on the CPU plugin with float operators in f32. A network whose IR must be static is calibrated on
-    crops of that size, of which there are fewer, with as many pixels in all.
+    crops of that size, of which there are fewer, with as many pixels in all; else all IRs are dynamic.
 
     Args:
         data: folder that holds the calibration folders and the test sets.
         sets: test sets instead of the recipe's.
         methods: ids of :func:`condiquant_recipes.comparison_methods.all_methods`; by default all.
-        resume: keep the methods that an earlier call with the same recipe and folder finished.
+        resume: keep the methods that an earlier call with the same recipe, folder and versions finished.
         command: what the report should say it was made with.
 
     Returns:
@@ -75,15 +74,33 @@ def compare(
     chosen = choose(all_methods(recipe), methods)
     _check_export(recipe)
     names = list(dict.fromkeys(sets or recipe.datasets.test))
+    if not names:
+        raise InputError("there is no test set: name one in datasets.test or with --sets")
     source = load_source(recipe, data, names)
-    workspace = Workspace.create(out / "methods", recipe, source.network, data, resume=resume)
-    folders = {method.id: workspace.folder / method.id for method in all_methods(recipe)}
-    if not resume:
-        _drop(out, folders.values())
+    folders = {method.id: out / "methods" / method.id for method in all_methods(recipe)}
+    versions = {
+        "openvino": ov.get_version(),
+        "nncf": nncf.__version__,
+        "torch": torch.__version__,
+        "condiquant_plugin": __version__,
+    }
+    old = (out / CROPS, out / _REPORT, out / _PAGE)
+    Workspace.create(
+        out / "methods",
+        recipe,
+        source.network,
+        data,
+        resume=resume,
+        also={"export": recipe.export.model_dump(), "versions": versions},
+        stale=(*folders.values(), *old),
+    )
 
     with progress.status("converting the float network"):
         float_ir, image = float_model(source, recipe)
-    used = recipe if float_ir.is_dynamic() else _static(recipe, image.shape[2])
+    if float_ir.is_dynamic():
+        used = with_export(recipe, {"static": False})
+    else:
+        used = _static(recipe, image.shape[2])
     if used.datasets != recipe.datasets:
         source = load_source(used, data, names)
     job = Job(used, source, float_ir, progress)
@@ -107,12 +124,7 @@ def compare(
         "sets": names,
         "reference": section.reference,
         "image_shape": list(image.shape),
-        "versions": {
-            "openvino": ov.get_version(),
-            "nncf": nncf.__version__,
-            "torch": torch.__version__,
-            "condiquant_plugin": __version__,
-        },
+        "versions": versions,
         "seed": recipe.seed,
         "calibration": {
             "name": ", ".join(_folder_name(folder) for folder in section.calibration.folders),
@@ -125,7 +137,8 @@ def compare(
         "layers": _layers(subject) if subject is not None else [],
         "crops": [],
     }
-    shutil.rmtree(out / "crops", ignore_errors=True)
+    for path in reversed(old):  # the crops last: what shows them must not stay without them
+        remove(path)
     if subject is not None:
         finished = {row["id"]: folders[row["id"]] for row in rows if not row["reason"]}
         places = worst_places(folders[subject["id"]], folders[_FLOAT], source.test_sets)
@@ -147,14 +160,6 @@ def _check_export(recipe: Recipe) -> None:
         )
 
 
-def _drop(out: Path, folders: Iterable[Path]) -> None:
-    """What an earlier comparison left."""
-    for folder in (*folders, out / "crops"):
-        shutil.rmtree(folder, ignore_errors=True)
-    for name in (_REPORT, "compare.html"):
-        (out / name).unlink(missing_ok=True)
-
-
 def float_model(source: Source, recipe: Recipe) -> tuple[ov.Model, Tensor]:
     """OpenVINO's own conversion of the float network, and the image it was traced with.
 
@@ -163,11 +168,11 @@ def float_model(source: Source, recipe: Recipe) -> tuple[ov.Model, Tensor]:
     size = tile_size(recipe, source.multiple)
     image = example_image(size)
     if not recipe.export.static:
-        other = example_image(size - source.multiple or 3 * size, size + source.multiple)
-        for traced in (image, other):  # at its img_size a network may have its masks as constants
+        images = images_of_two_sizes(size, source.multiple)
+        for traced in images:
             try:
                 ir = _converted(source.network, traced, [1, 3, -1, -1])
-                if all(_agrees(ir, source.network, each) for each in (image, other)):
+                if all(_agrees(ir, source.network, each) for each in images):
                     return ir, image
             except RuntimeError:
                 continue
@@ -217,7 +222,7 @@ def _calibrated(method: Method, job: Job, folder: Path, label: str) -> Row:
         finished: Row = json.loads(file.read_text())
         if finished["reason"] is None:
             return finished
-    shutil.rmtree(folder, ignore_errors=True)
+    remove(folder)
     folder.mkdir(parents=True)
     row: Row = {
         "id": method.id,
@@ -232,7 +237,7 @@ def _calibrated(method: Method, job: Job, folder: Path, label: str) -> Row:
         "layers": [],
     }
     torch.manual_seed(job.recipe.seed)
-    with _keeping_reason(row), job.progress.status(f"{label}: calibrating"):
+    with keeping_reason(row), job.progress.status(f"{label}: calibrating"):
         found = measured(lambda: method.calibrate(job))
         row["calibration_seconds"] = found.seconds
         row["peak_memory_bytes"] = found.peak_memory_bytes
@@ -265,19 +270,9 @@ def _save(calibrated: Calibrated, method: Method, job: Job, folder: Path) -> Row
         notes = []
     sizes = {key: figures[key] for key in ("bin_bytes", "xml_bytes")}
     layers = [asdict(report) for report in calibrated.layers]
-    return {**sizes, "notes": [*calibrated.notes, *notes], "layers": layers}
-
-
-@contextmanager
-def _keeping_reason(row: Row) -> Iterator[None]:
-    """Why a method failed, in one line of its row."""
-    try:
-        yield
-    except Exception as error:
-        text = " ".join(str(error).split()) or type(error).__name__
-        if not isinstance(error, InputError):
-            text = f"{type(error).__name__}: {text}"
-        row["reason"] = text if len(text) <= _REASON_LENGTH else f"{text[: _REASON_LENGTH - 1]}…"
+    found = {**sizes, "notes": [*calibrated.notes, *notes], "layers": layers}
+    bits = calibrated.weight_bits
+    return found if bits is None else found | {"weight_bits": bits}
 
 
 def _score(row: Row, job: Job, folders: Mapping[str, Path], label: str) -> None:
@@ -286,7 +281,7 @@ def _score(row: Row, job: Job, folders: Mapping[str, Path], label: str) -> None:
     for name, pairs in job.source.test_sets.items():
         if row["reason"] or name in row["psnr"]:
             continue
-        with _keeping_reason(row), job.progress.bar(f"{label} on {name}", len(pairs)) as advance:
+        with keeping_reason(row), job.progress.bar(f"{label} on {name}", len(pairs)) as advance:
             scores = score_set(folder, folders[_FLOAT], name, pairs, job.recipe, advance)
             for key, value in scores.items():
                 row[key][name] = value
@@ -295,7 +290,7 @@ def _score(row: Row, job: Job, folders: Mapping[str, Path], label: str) -> None:
 
 def _subject(rows: Sequence[Row], recipe: Recipe) -> Row | None:
     """The row whose layers and worst places are shown: CondiQuant's at the recipe's bits, or the last."""
-    measured = [row for row in rows if not row["reason"] and row["id"] != _FLOAT]
+    measured = [row for row in rows if not row["reason"] and row["group"] != _FLOAT]
     own = [row for row in measured if row["id"] == condiquant_id(recipe)]
     return next(iter([*own, *reversed(measured)]), None)
 

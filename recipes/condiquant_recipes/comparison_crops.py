@@ -14,6 +14,8 @@ from torch.nn.functional import avg_pool2d
 import condiquant_basicsr as basicsr_host
 
 _SIDE, _COUNT, _PER_IMAGE = 96, 6, 2
+CROPS = "methods/crops"
+"""Folder of the crops in that of the comparison."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,8 @@ def worst_places(
 def _windows(error: Tensor) -> Iterator[tuple[float, tuple[int, int, int, int]]]:
     """Mean and ``(x, y, width, height)`` of the windows with the largest mean, shape ``(H, W)``."""
     height, width = (min(_SIDE, size) for size in error.shape)
-    means = avg_pool2d(error[None, None], (height, width), stride=1)[0, 0]
+    columns = avg_pool2d(error[None, None], (height, 1), stride=1)
+    means = avg_pool2d(columns, (1, width), stride=1)[0, 0]
     for _ in range(_PER_IMAGE):
         value = float(means.max())
         if value <= 0:
@@ -96,7 +99,7 @@ def write_crops(
             cuts[method] = place.cut(
                 basicsr_host.read_image(output_file(folder, place.set, place.image))
             )
-        files = {name: f"crops/{number:03d}/{name}.png" for name in cuts}
+        files = {name: f"{CROPS}/{number:03d}/{name}.png" for name in cuts}
         (out / files["reference"]).parent.mkdir(parents=True, exist_ok=True)
         for name, image in cuts.items():
             basicsr_host.write_image(out / files[name], image)

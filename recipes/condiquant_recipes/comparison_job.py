@@ -48,6 +48,8 @@ class Calibrated:
     """How to export an ``nn.Module``."""
     layers: list[LayerReport] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    weight_bits: int | None = None
+    """Where they are not those of the method."""
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,12 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
+import numpy as np
+
 import condiquant_nncf as nncf_host
+from condiquant_openvino.compaction import compact
+from condiquant_openvino.simplification import simplify
+from condiquant_openvino.upscaling import compile_ir
 from condiquant_plugin.distillation import distill
 from condiquant_plugin.errors import InputError
 from condiquant_recipes import comparison_nncf, settings
@@ -14,6 +19,7 @@ from condiquant_recipes.comparison_job import FLOAT_BITS, Calibrated, Group, Job
 from condiquant_recipes.recipe import Recipe, ReconditionSection
 
 _LOW_BITS = (4, 3, 2)
+_ROUNDING = 1e-4
 
 
 def condiquant_id(recipe: Recipe) -> str:
@@ -28,6 +34,14 @@ def all_methods(recipe: Recipe) -> list[Method]:
     widths = sorted({own, *((bits, bits) for bits in _LOW_BITS)}, reverse=True)
     return [
         Method("float", "float", "float", FLOAT_BITS, FLOAT_BITS, _float),
+        Method(
+            "float-simplified",
+            "float, our graph",
+            "float",
+            FLOAT_BITS,
+            FLOAT_BITS,
+            _float_simplified,
+        ),
         *comparison_nncf.int8_methods(),
         *comparison_nncf.weight_methods(),
         *_low_bit("nncf-minmax", "NNCF MinMax", "nncf-low-bit", widths, comparison_nncf.minmax),
@@ -104,6 +118,24 @@ def _float(job: Job) -> Calibrated:
     return Calibrated(job.float_ir.clone())
 
 
+def _float_simplified(job: Job) -> Calibrated:
+    """What our exporter does to the float graph, and nothing else."""
+    model = job.float_ir.clone()
+    simplify(model)
+    compact(model)
+    model.validate_nodes_and_infer_types()
+    image = job.source.crops[:1].numpy()
+    expected, result = (compile_ir(ir)(image)[0] for ir in (job.float_ir, model))
+    difference = float(np.abs(result - expected).max() / np.ptp(expected))
+    if difference > _ROUNDING:
+        raise RuntimeError(f"the simplified graph differs by {difference:.2g} of the range")
+    note = (
+        "float operators and constants as our exporter writes them (DepthToSpace, no empty Pad, "
+        "constants as tables): what the graph alone gives the rows of 2DQuant and CondiQuant"
+    )
+    return Calibrated(model, notes=[note])
+
+
 def _fake_quantized(
     job: Job,
     weight_bits: int,
@@ -146,4 +178,9 @@ def _fake_quantized(
                 blocks=nncf_host.feature_blocks(source.network, result.layers),
                 progress=lambda iteration, loss: advance(f"loss {loss:.5f}", iteration),
             )
-    return Calibrated(result.model, recipe, result.reports)
+    others = "float" if section.other_bits is None else f"{section.other_bits} bits"
+    notes = [
+        f"2DQuant here has the recipe's bounds per {section.weight_granularity} of weights, "
+        f"and its other layers are {others}"
+    ]
+    return Calibrated(result.model, recipe, result.reports, [] if recondition else notes)

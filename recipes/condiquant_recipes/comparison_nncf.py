@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from copy import copy
 from functools import partial
+from itertools import count
 from typing import Any
 
 import nncf
@@ -20,12 +21,42 @@ from numpy.typing import NDArray
 from openvino._offline_transformations import compress_quantize_weights_transformation
 
 import condiquant_nncf as nncf_host
+from condiquant_nncf.openvino_backend import prepare
 from condiquant_plugin.errors import InputError
+from condiquant_plugin.reconditioning import LayerReport
+from condiquant_recipes import settings
 from condiquant_recipes.comparison_job import FLOAT_BITS, Calibrated, Job, Method
 
-_LAYERS = {"MatMul", "Convolution", "GroupConvolution"} | {
-    f"{kind}BackpropData" for kind in ("Convolution", "GroupConvolution")
-}
+
+def _copy_and_ignored(
+    job: Job, *, split_attention: bool = False
+) -> tuple[ov.Model, nncf.IgnoredScope | None]:
+    """A copy of the float IR, and the recipe's ``ignored_scope``, which names nodes of torch, for it."""
+    model = prepare(job.float_ir, split_attention=split_attention)
+    section = settings.quantization(job.recipe)
+    if section.ignored_scope is None:
+        return model, None
+    wrapped = nncf_host.wrap(job.source.network, job.source.crops[:1])
+    find = partial(nncf_host.find_layers, scope=section.scope, others=True)
+    kept = {layer.node.node_name for layer in find(wrapped, ignored_scope=section.ignored_scope)}
+    nodes = _nodes(find(model))
+    ignored = [
+        nodes[key]
+        for key, node in _nodes(find(wrapped)).items()
+        if node not in kept and key in nodes
+    ]
+    return model, nncf.IgnoredScope(names=ignored) if ignored else None
+
+
+def _nodes(layers: Iterable[nncf_host.Layer]) -> dict[str, str]:
+    """Node names by what torch and OpenVINO share: modules, and the order of products."""
+    products = count()
+    return {
+        layer.name if layer.weight_name is not None else f"product {next(products)}": (
+            layer.node.node_name
+        )
+        for layer in layers
+    }
 
 
 def int8_methods() -> list[Method]:
@@ -58,14 +89,19 @@ def int8_methods() -> list[Method]:
 
 def _quantize(options: dict[str, Any]) -> Callable[[Job], Calibrated]:
     def calibrate(job: Job) -> Calibrated:
-        return Calibrated(
-            nncf.quantize(
-                job.float_ir.clone(),
-                job.dataset(),
-                subset_size=len(job.source.crops),
-                **options,
-            )
+        model, ignored = _copy_and_ignored(job)
+        quantized = nncf.quantize(
+            model,
+            job.dataset(),
+            subset_size=len(job.source.crops),
+            ignored_scope=ignored,
+            **options,
         )
+        smooths = options.get("model_type") is nncf.ModelType.TRANSFORMER
+        notes = []
+        if smooths and not _multiplies_constants(job.float_ir):
+            notes = ["NNCF's SmoothQuant smooths matrix products only: there is none with a weight"]
+        return Calibrated(quantized, notes=notes)
 
     return calibrate
 
@@ -86,13 +122,15 @@ def _accuracy_control(job: Job) -> Calibrated:
         scores = [1 - float(np.sqrt(np.square(model(x)[0] - y).mean())) for x, y in items]
         return float(np.mean(scores)), scores
 
+    model, ignored = _copy_and_ignored(job)
     model = nncf.quantize_with_accuracy_control(
-        job.float_ir.clone(),
+        model,
         job.dataset(),
         nncf.Dataset(pairs, lambda pair: pair[0]),
         validate,
         subset_size=len(job.source.crops),
         model_type=job.model_type,
+        ignored_scope=ignored,
     )
     notes = ["accuracy control keeps a fidelity of 40 dB on the held-out calibration crops"]
     if not any(node.get_type_name() == "FakeQuantize" for node in model.get_ops()):
@@ -114,9 +152,7 @@ def weight_methods() -> list[Method]:
             "nncf-weights",
             8,
             FLOAT_BITS,
-            lambda job: Calibrated(
-                nncf.compress_weights(job.float_ir.clone(), mode=mode.INT8_ASYM)
-            ),
+            partial(_compress, mode=mode.INT8_ASYM),
         )
     ]
     for four_bits in (mode.INT4_SYM, mode.INT4_ASYM, mode.NF4):
@@ -134,6 +170,11 @@ def weight_methods() -> list[Method]:
     return methods
 
 
+def _compress(job: Job, **options: Any) -> Calibrated:
+    model, ignored = _copy_and_ignored(job)
+    return Calibrated(nncf.compress_weights(model, ignored_scope=ignored, **options))
+
+
 def _compress_to_four_bits(
     job: Job, *, mode: nncf.CompressWeightsMode, options: dict[str, bool]
 ) -> Calibrated:
@@ -143,8 +184,8 @@ def _compress_to_four_bits(
             f"does not apply: {' + '.join(options)} is for weights of matrix products, "
             "and the network has convolutions only"
         )
-    model = nncf.compress_weights(
-        job.float_ir.clone(),
+    compressed = _compress(
+        job,
         mode=mode,
         group_size=-1,
         all_layers=True,
@@ -152,10 +193,10 @@ def _compress_to_four_bits(
         subset_size=len(job.source.crops),
         **options,
     )
-    notes = []
-    if not _multiplies_constants(job.float_ir):
-        notes = ["NNCF keeps weights of convolutions at 8 bits: none has 4"]
-    return Calibrated(model, notes=notes)
+    if _multiplies_constants(job.float_ir):
+        return compressed
+    notes = ["NNCF keeps weights of convolutions at 8 bits: none has 4"]
+    return Calibrated(compressed.model, notes=notes, weight_bits=8)
 
 
 def _multiplies_constants(model: ov.Model) -> bool:
@@ -176,30 +217,25 @@ class _LowBitMinMax(MinMaxQuantization):
     """
 
     def __init__(
-        self, weight_bits: int, activation_bits: int, scope: nncf_host.Scope, **options: Any
+        self, weight_bits: int, activation_bits: int, layers: set[str], **options: Any
     ) -> None:
         super().__init__(**options)
-        self._bits, self._scope = (weight_bits, activation_bits), scope
+        self._bits, self._layers = (weight_bits, activation_bits), layers
+        self.shared: set[str] = set()
+        """Nodes outside ``layers`` that NNCF gives the quantizer of one."""
 
     def find_quantization_setup(
         self, model: Any, nncf_graph: NNCFGraph
     ) -> SingleConfigQuantizerSetup:
         setup = super().find_quantization_setup(model, nncf_graph)
-        layers = _layers_in_scope(nncf_graph, self._scope)
         for point in setup.quantization_points.values():
-            if layers.isdisjoint(point.directly_quantized_operator_node_names):
+            quantized = set(point.directly_quantized_operator_node_names)
+            if self._layers.isdisjoint(quantized):
                 continue
+            self.shared |= quantized - self._layers
             point.qconfig = copy(point.qconfig)
             point.qconfig.num_bits = self._bits[0 if point.is_weight_quantization_point() else 1]
         return setup
-
-
-def _layers_in_scope(graph: NNCFGraph, scope: nncf_host.Scope) -> set[str]:
-    """Matrix products, or all layers but the first and the last."""
-    layers = [node for node in graph.topological_sort() if node.node_type in _LAYERS]
-    if scope == "transformer":
-        return {node.node_name for node in layers if node.node_type == "MatMul"}
-    return {node.node_name for node in layers[1:-1]}
 
 
 def minmax(job: Job, weight_bits: int, activation_bits: int) -> Calibrated:
@@ -209,29 +245,43 @@ def minmax(job: Job, weight_bits: int, activation_bits: int) -> Calibrated:
         "subset_size": len(job.source.crops),
         "model_type": job.model_type,
     }
+    model, ignored = _copy_and_ignored(job, split_attention=True)
+    common["ignored_scope"] = ignored
+    scope = job.recipe.condiquant.scope
+    layers = {layer.node.node_name for layer in nncf_host.find_layers(model, scope, ignored)}
     overflow_fix = OverflowFix.DISABLE
     stock = create_ptq_pipeline(
         **common, advanced_parameters=AdvancedQuantizationParameters(overflow_fix=overflow_fix)
     )
-    scope = job.recipe.condiquant.scope
-    forced = _LowBitMinMax(weight_bits, activation_bits, scope, **common, overflow_fix=overflow_fix)
+    forced = _LowBitMinMax(
+        weight_bits, activation_bits, layers, **common, overflow_fix=overflow_fix
+    )
     steps = [
         [forced if isinstance(algorithm, MinMaxQuantization) else algorithm for algorithm in step]
         for step in stock.pipeline_steps
     ]
-    model = Pipeline(steps).run(job.float_ir.clone(), job.dataset())
+    model = Pipeline(steps).run(model, job.dataset())
     compress_quantize_weights_transformation(model)
-    return Calibrated(model)
+    notes = ["what NNCF quantizes outside the scope has 8 bits"]
+    if forced.shared:
+        notes.append(
+            f"NNCF has one quantizer for a layer in scope and other operators, which have its "
+            f"bits too: {len(forced.shared)} of them, residual additions among others"
+        )
+    return Calibrated(model, notes=notes)
 
 
 def condiquant_int8(job: Job) -> Calibrated:
     """CondiQuant inside NNCF, before its int8 pipeline."""
-    return Calibrated(
-        nncf_host.quantize(
-            job.float_ir.clone(),
-            job.dataset(),
-            subset_size=len(job.source.crops),
-            model_type=job.model_type,
-            then="minmax",
-        )
+    reports: list[LayerReport] = []
+    model, ignored = _copy_and_ignored(job)
+    quantized = nncf_host.quantize(
+        model,
+        job.dataset(),
+        subset_size=len(job.source.crops),
+        model_type=job.model_type,
+        ignored_scope=ignored,
+        then="minmax",
+        reports=reports,
     )
+    return Calibrated(quantized, layers=reports)

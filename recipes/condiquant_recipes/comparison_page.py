@@ -59,8 +59,8 @@ COSTS = (
 )
 BITS = (Column("weight_bits", "W", "{:.0f}"), Column("activation_bits", "A", "{:.0f}"))
 SCORES = (
-    ("psnr", "PSNR, dB", "{:.2f}"),
-    ("ssim", "SSIM", "{:.4f}"),
+    ("psnr", "PSNR{}, dB", "{:.2f}"),
+    ("ssim", "SSIM{}", "{:.4f}"),
     ("drop", "Drop, dB", "{:.2f}"),
     ("fidelity", "Fidelity, dB", "{:.2f}"),
 )
@@ -78,8 +78,9 @@ def write_page(report: Mapping[str, Any], folder: Path) -> Path:
     """
     rows = [row | {"number": number} for number, row in enumerate(report["rows"], 1)]
     measured = [row for row in rows if not row.get("reason")]
+    to_float = " to float" if report["reference"] == "float" else ""
     scores = {
-        head: [Column(key, name, form, dataset=name) for name in report["sets"]]
+        head.format(to_float): [Column(key, name, form, dataset=name) for name in report["sets"]]
         for key, head, form in SCORES
     }
     columns = [*BITS, *(c for group in scores.values() for c in group), *COSTS]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from math import inf, isfinite
 from pathlib import Path
 from statistics import fmean
@@ -19,6 +20,19 @@ from condiquant_recipes.recipe import Recipe
 
 Row = dict[str, Any]
 SCORES = ("psnr", "ssim", "fidelity")
+_REASON_LENGTH, _ITERATIONS = 300, 30
+
+
+@contextmanager
+def keeping_reason(row: Row) -> Iterator[None]:
+    """Why a method failed, in one line of its row."""
+    try:
+        yield
+    except Exception as error:
+        text = " ".join(str(error).split()) or type(error).__name__
+        if not isinstance(error, InputError):
+            text = f"{type(error).__name__}: {text}"
+        row["reason"] = text if len(text) <= _REASON_LENGTH else f"{text[: _REASON_LENGTH - 1]}…"
 
 
 def score_set(
@@ -64,9 +78,27 @@ def score_set(
 
 
 def measure_latency(rows: Sequence[Row], folders: Mapping[str, Path], image: Tensor) -> None:
-    """Add latency and executed precisions to the rows that have an IR; the first is the float network's."""
-    models = {row["id"]: folders[row["id"]] / "model.xml" for row in rows if not row["reason"]}
-    found = openvino_host.compare_latency(models, data_shape=image.shape, hint="latency")
+    """Add latency and executed precisions to the rows that have an IR; the first is the float network's.
+
+    An IR that cannot be measured gives its row a reason and leaves the others alone.
+    """
+
+    def measured(rows: Sequence[Row], iterations: int = _ITERATIONS) -> dict[str, dict[str, Any]]:
+        models = {row["id"]: folders[row["id"]] / "model.xml" for row in rows}
+        return openvino_host.compare_latency(
+            models, data_shape=image.shape, hint="latency", iterations=iterations
+        )
+
+    finished = [row for row in rows if not row["reason"]]
+    try:
+        found = measured(finished)
+    except Exception:
+        for row in finished:
+            with keeping_reason(row):
+                measured([row], iterations=1)
+        if rows[0]["reason"]:
+            raise InputError(f"the float network: {rows[0]['reason']}") from None
+        found = measured([row for row in finished if not row["reason"]])
     for row in rows:
         figures = found.get(row["id"], {})
         row["latency_ratio"] = figures.get("ratio")

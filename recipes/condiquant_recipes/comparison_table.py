@@ -11,17 +11,21 @@ from rich.table import Table
 
 from condiquant_recipes.comparison_scoring import size
 
+_MISSING = "–"
+
 
 def table(report: Mapping[str, Any]) -> Table:
-    """The methods that have an IR, one row each."""
+    """One row per method; those that failed have no figures."""
     sets, to_float = report["sets"], report["reference"] == "float"
     rows = [row for row in report["rows"] if not row["reason"]]
     result = Table(
         title=f"{report['recipe']} x{report['scale']}", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
     )
     result.add_column("method", overflow="fold")
+    accuracy = "PSNR to float, {} dB" if to_float else "{} dB"
     columns: list[tuple[str, list[str]]] = [
-        (f"{name} dB", [_cell(row["psnr"][name], ".2f", "same") for row in rows]) for name in sets
+        (accuracy.format(name), [_cell(row["psnr"][name], ".2f", "same") for row in rows])
+        for name in sets
     ]
     columns.append(("SSIM", [_cell(fmean(row["ssim"].values()), ".4f") for row in rows]))
     if not to_float:
@@ -37,9 +41,11 @@ def table(report: Mapping[str, Any]) -> Table:
         ("front", ["s" * row["pareto_size"] + "l" * row["pareto_latency"] for row in rows]),
     ]
     for header, cells in columns:
-        result.add_column(header, justify="right", min_width=max(map(len, (header, *cells))))
-    for row, *cells in zip(rows, *(c for _, c in columns), strict=True):
-        result.add_row(row["label"], *cells)
+        widest = max(map(len, (*header.split(), *cells)))
+        result.add_column(header, justify="right", min_width=widest)
+    figures = {row["id"]: cells for row, *cells in zip(rows, *(c for _, c in columns), strict=True)}
+    for row in report["rows"]:
+        result.add_row(row["label"], *figures.get(row["id"], [_MISSING] * len(columns)))
     means = ", means over sets" * (len(sets) > 1)
     accuracy = (
         f"PSNR and SSIM against the float output{means}"
@@ -55,7 +61,7 @@ def table(report: Mapping[str, Any]) -> Table:
 
 
 def remarks(report: Mapping[str, Any]) -> Iterator[str]:
-    """Why rows are missing, then what is to be known about the others; each once."""
+    """Why rows have no figures, then what is to be known about the others; each once."""
     for row in report["rows"]:
         if row["reason"]:
             yield f"{row['id']}: no result: {row['reason']}"
@@ -81,5 +87,5 @@ def _mean(values: Mapping[str, float | None]) -> float | None:
     return fmean(found) if found and len(found) == len(values) else None
 
 
-def _cell(value: float | None, form: str, missing: str = "-", unit: int = 1) -> str:
+def _cell(value: float | None, form: str, missing: str = _MISSING, unit: int = 1) -> str:
     return missing if value is None else format(value / unit, form)

@@ -109,15 +109,17 @@ def _convert(
     size = tile_size(recipe, multiple)
     image = example_image(size)
     if not recipe.export.static and recipe.export.device != "NPU":
-        # What a trace takes for a constant shows at another size, and what for a square at this one.
-        images = [image, example_image(size - multiple or 3 * size, size + multiple)]
-        for traced in images:  # at its img_size a network may have its masks as constants
+        images = images_of_two_sizes(size, multiple)
+        for traced in images:
             try:
                 ir = openvino_host.convert(model, traced)
-                if not all(_takes(ir, each, recipe.scale) for each in images):
-                    continue
-                return ir, images, _checked(model, ir, images)
             except InputError:  # static it may convert
+                continue
+            if not all(_takes(ir, each, recipe.scale) for each in images):
+                continue
+            try:
+                return ir, images, _checked(model, ir, images)
+            except InputError:  # static it may compile
                 continue
             except RuntimeError:
                 _checked(model, ir, [traced])  # raises what is wrong at any size
@@ -192,6 +194,15 @@ def _metadata(recipe: Recipe, multiple: int, static: bool) -> dict[str, Any]:
 def tile_size(recipe: Recipe, multiple: int) -> int:
     """Height and width that the network is traced with."""
     return next_multiple(recipe.export.tile, multiple)
+
+
+def images_of_two_sizes(size: int, multiple: int) -> list[Tensor]:
+    """Images to trace a dynamic IR with, one after the other, and to check it on.
+
+    What a trace takes for a constant shows at another size, and what for a square at this one. At its
+    ``img_size`` a network may have its masks as constants.
+    """
+    return [example_image(size), example_image(size - multiple or 3 * size, size + multiple)]
 
 
 def example_image(height: int, width: int | None = None) -> Tensor:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +36,22 @@ class Workspace:
 
     @classmethod
     def create(
-        cls, folder: Path, recipe: Recipe, network: nn.Module, data: Path, *, resume: bool
+        cls,
+        folder: Path,
+        recipe: Recipe,
+        network: nn.Module,
+        data: Path,
+        *,
+        resume: bool,
+        also: Mapping[str, Any] | None = None,
+        stale: Iterable[Path] = (),
     ) -> Workspace:
         """Make or reopen the folder; without ``resume`` all that an earlier run left is dropped.
 
         Args:
             network, data: the float network and the data folder, which a resumed run must share.
+            also: what else it must share, as JSON.
+            stale: files and folders to drop where nothing is resumed, beside those of a run.
 
         Raises:
             OtherRunError: ``resume`` with another recipe, other weights, data or version.
@@ -53,6 +63,7 @@ class Workspace:
             "weights": _digest(network),
             "data": str(data.resolve()),
             "version": __version__,
+            **(also or {}),
         }
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -64,9 +75,9 @@ class Workspace:
                     "leave out --resume, or give another --out"
                 )
             if before is None:
-                shutil.rmtree(folder / _STAGES, ignore_errors=True)
-                for name in _RESULTS:
-                    (folder / name).unlink(missing_ok=True)
+                # The identity first: what an interrupted removal leaves belongs to no run.
+                for path in (folder / _STAGES, *(folder / name for name in _RESULTS), *stale):
+                    remove(path)
             (folder / _STAGES).mkdir(exist_ok=True)
             workspace.finish("identity", identity)
             write_atomic(workspace.recipe_path, recipe.to_yaml().encode())
@@ -123,6 +134,22 @@ class Workspace:
     def restore(self, stage: str, network: nn.Module) -> None:
         """Load the parameters that a finished stage left."""
         load_parameters(network, self.folder / _STAGES / f"{stage}.safetensors")
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder, if it is there.
+
+    Raises:
+        InputError: if it cannot be removed.
+    """
+    try:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    except OSError as error:
+        reason = error.strerror or error
+        raise InputError(f"cannot remove {path}: {reason}; give another --out") from error
 
 
 def write_metrics(path: Path, metrics: Mapping[str, Any]) -> None:

@@ -81,6 +81,14 @@ def test_lr_images_at_hand_are_used(test_set):
         second.load(2)
 
 
+def test_names_differ_in_more_than_the_suffix(test_set):
+    write_image(test_set / "HR" / "a.k.png", torch.zeros(3, 8, 8))
+    (first,) = (test_set / "HR").glob("a.png")
+    (test_set / "HR" / "a.jpg").write_bytes(first.read_bytes())
+    with pytest.raises(InputError, match=r"a\.jpg and a\.png have one name: rename one"):
+        datasets.test_pairs(test_set.parent, "Two", 4)
+
+
 def test_unknown_set_names_those_at_hand(test_set, tmp_path):
     with pytest.raises(InputError, match=r"'Set5' in .*; there are: Two"):
         datasets.test_pairs(test_set.parent, "Set5", 4)

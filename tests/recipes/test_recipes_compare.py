@@ -69,6 +69,8 @@ def test_command_leaves_figures_irs_crops_and_a_page(job, condiquant, monkeypatc
     assert f"{REFUSED}: no result: {refused['reason']}" in lines
     table = lines[: next(i for i, line in enumerate(lines) if REFUSED in line)]
     assert max(map(len, table)) <= 100
+    (shown,) = (line for line in table if line.strip().startswith("NNCF weights NF4,"))
+    assert set(shown.split()[4:]) == {"–"}
     for row in rows.values():
         assert any(line.strip().startswith(row["label"]) for line in table)
         xml = job.out / "methods" / row["id"] / "model.xml"
@@ -126,17 +128,40 @@ def test_an_interrupted_comparison_keeps_its_finished_methods(job, monkeypatch):
 
     compare(recipe, job.data, job.out, methods=["float"])
     assert len(calls) == 5
-    other = load_recipe(job.write(), ["seed=1"])
-    with pytest.raises(InputError, match="other recipe"):
-        compare(other, job.data, job.out, methods=["float"], resume=True)
+    assert not (job.out / "methods" / QUICK[2]).exists()
+    for change, key in (("seed=1", "recipe"), ("export.compress_to_fp16=true", "export")):
+        other = load_recipe(job.write(), [change])
+        with pytest.raises(InputError, match=f"other {key}"):
+            compare(other, job.data, job.out, methods=["float"], resume=True)
+    monkeypatch.setattr(comparing.ov, "get_version", lambda: "2030.0")
+    with pytest.raises(InputError, match="other versions"):
+        compare(recipe, job.data, job.out, methods=["float"], resume=True)
+    assert len(calls) == 5
+
+
+def test_rows_of_nobody_knows_what_are_not_taken(job, tmp_path):
+    recipe = load_recipe(job.write())
+    planted = job.out / "methods/float/row.json"
+    planted.parent.mkdir(parents=True)
+    planted.write_text('{"id": "float", "reason": null}')
+    (job.out / "crops").mkdir()
+    report = compare(recipe, job.data, job.out, methods=["float"], resume=True)
+    assert report["rows"][0]["psnr"]["Tiny"] > 0
+    assert (job.out / "crops").is_dir()  # of the user
+
+    elsewhere = job.out / "methods/float-simplified"
+    elsewhere.symlink_to(tmp_path)
+    with pytest.raises(InputError, match=f"cannot remove {elsewhere}: .*; give another --out"):
+        compare(recipe, job.data, job.out, methods=["float"])
 
 
 def test_a_method_that_breaks_keeps_its_row_and_is_tried_again(job, monkeypatch):
-    recipe = load_recipe(job.write())
-    original = comparing.all_methods
+    recipe = load_recipe(job.write(), ["export.static=null"])
+    original, static = comparing.all_methods, []
 
     def breaking(recipe):
-        def fail(_job):
+        def fail(job):
+            static.append(job.recipe.export.static)
             raise RuntimeError("first line\nsecond line")
 
         float_method, *others = original(recipe)
@@ -146,6 +171,7 @@ def test_a_method_that_breaks_keeps_its_row_and_is_tried_again(job, monkeypatch)
     row = by_id(compare(recipe, job.data, job.out, methods=QUICK[:2]))["nncf-int8-mixed"]
     assert row["reason"] == "RuntimeError: first line second line"
     assert row["pareto_size"] is False
+    assert static == [False]  # all or none: the float IR is dynamic
     monkeypatch.setattr(comparing, "all_methods", original)
     resumed = by_id(compare(recipe, job.data, job.out, methods=QUICK[:2], resume=True))
     assert resumed["nncf-int8-mixed"]["reason"] is None
@@ -153,8 +179,8 @@ def test_a_method_that_breaks_keeps_its_row_and_is_tried_again(job, monkeypatch)
 
 def test_a_static_network_is_calibrated_on_crops_of_its_size(job):
     job.recipe["export"] = {"static": True, "tile": 32}
-    report = compare(load_recipe(job.write()), job.data, job.out, methods=QUICK)
-    assert [row["reason"] for row in report["rows"]] == [None] * 3
+    report = compare(load_recipe(job.write()), job.data, job.out, methods=QUICK[2:])
+    assert [row["reason"] for row in report["rows"]] == [None] * 2
     assert report["calibration"] == {"name": "calibration", "count": 2, "crop": 32}
 
 
@@ -177,7 +203,12 @@ def test_the_float_output_as_reference(job):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--methods", "nncf-int9"), "no method 'nncf-int9'; there are: float, nncf-int8-"),
+        (
+            ("--methods", "nncf-int9"),
+            "no method 'nncf-int9'; there are: float, float-simplified, nncf-",
+        ),
+        (("--methods", ","), "',' names nothing"),
+        (("--set", "datasets.test=[]"), "there is no test set"),
         (("--sets", "Tiny,Nowhere"), "no test set 'Nowhere'"),
         (("--set", "export.device=NPU"), "export.device=NPU"),
         (("--set", "export.u8_nhwc=true"), "export.u8_nhwc"),

@@ -5,11 +5,13 @@ from collections import Counter
 
 import numpy as np
 import openvino as ov
+import openvino.opset13 as ops
 import pytest
 import torch
 from torch import nn
 
 from condiquant_basicsr import Pair, write_image
+from condiquant_openvino import save
 from condiquant_plugin import fake_quantizers
 from condiquant_plugin.errors import InputError
 from condiquant_recipes.comparing import float_model
@@ -17,7 +19,7 @@ from condiquant_recipes.comparison_crops import output_file, worst_places
 from condiquant_recipes.comparison_job import Job
 from condiquant_recipes.comparison_measuring import measured
 from condiquant_recipes.comparison_methods import all_methods, choose
-from condiquant_recipes.comparison_scoring import pareto, size
+from condiquant_recipes.comparison_scoring import measure_latency, pareto, size
 from condiquant_recipes.progress import Progress
 from condiquant_recipes.recipe import load_recipe
 from condiquant_recipes.run import load_source
@@ -25,16 +27,16 @@ from condiquant_recipes.run import load_source
 
 @pytest.fixture
 def calibrate(make_job, monkeypatch):
-    """``calibrate(network, id)``: the job and what the method makes of it."""
+    """``calibrate(network, id, *overrides)``: the job and what the method makes of it."""
     monkeypatch.setenv("CI", "true")
     jobs = {}
 
-    def go(name, method_id):
+    def go(name, method_id, *overrides):
         if name not in jobs:
             job = make_job(name)
             section = "condiquant.distillation"
             recipe = load_recipe(
-                job.write(), [f"{section}.iterations=20", f"{section}.bounds_rate=1e-4"]
+                job.write(), [f"{section}.iterations=8", f"{section}.bounds_rate=1e-4", *overrides]
             )
             source = load_source(recipe, job.data, ["Tiny"])
             jobs[name] = Job(recipe, source, float_model(source, recipe)[0], Progress())
@@ -83,9 +85,53 @@ def test_minmax_is_forced_to_low_bits(calibrate, bits):
     assert types["i8"] == 2  # of the first and the last layer
 
 
-@pytest.mark.parametrize(
-    "method", ["nncf-int8-mixed-full-bias", "nncf-int8-accuracy-control", "condiquant-int8"]
-)
+@pytest.mark.parametrize("method", ["nncf-minmax-w4a4", "nncf-weights-int8-asym"])
+def test_ignored_layers_stay_float_in_nncfs_methods(calibrate, method):
+    ignoring = "condiquant.ignored_scope.names=[/conv2d/1]"  # as torch has it
+    _, calibrated = calibrate("compact", method, ignoring)
+    types = element_types(calibrated.model)
+    if method == "nncf-minmax-w4a4":
+        assert (types["i4"], types["i8"]) == (2, 2)
+    else:
+        assert types["u8"] == 8  # weights and zero points of five layers but one
+
+
+def test_a_quantizer_shared_with_a_residual_is_noted(calibrate):
+    _, calibrated = calibrate("edsr", "nncf-minmax-w4a4")
+    assert "one quantizer for a layer in scope and other operators" in calibrated.notes[1]
+
+
+def test_the_float_graph_simplified_as_our_exporter_does(calibrate):
+    job, calibrated = calibrate("edsr", "float-simplified")  # which compares the values itself
+    kinds = {node.get_type_name() for node in calibrated.model.get_ops()}
+    assert "DepthToSpace" in kinds
+    assert "DepthToSpace" not in {node.get_type_name() for node in job.float_ir.get_ops()}
+    assert not levels(calibrated.model)
+    image = torch.rand(1, 3, 24, 40)
+    with torch.no_grad():
+        expected = job.source.network(image)
+    result = ov.compile_model(calibrated.model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})(image)
+    assert torch.allclose(torch.from_numpy(result[0]), expected, atol=1e-3)
+
+
+def test_an_ir_that_cannot_be_measured_leaves_the_others_alone(tmp_path):
+    image = torch.rand(1, 3, 8, 8)
+    for name in ("float", "broken", "fine"):
+        port = ops.parameter([1, 3, -1, -1], np.float32)
+        save(ov.Model([ops.relu(port)], [port]), tmp_path / name / "model.xml")
+    (tmp_path / "broken/model.bin").unlink()
+    rows = [{"id": name, "reason": None} for name in ("float", "broken", "fine")]
+    folders = {row["id"]: tmp_path / row["id"] for row in rows}
+    measure_latency(rows, folders, image)
+    assert [bool(row["reason"]) for row in rows] == [False, True, False]
+    assert "model.bin does not exist" in rows[1]["reason"]
+    assert [row["latency_ratio"] is None for row in rows] == [False, True, False]
+    (tmp_path / "float/model.bin").unlink()
+    with pytest.raises(InputError, match=r"the float network: .*model\.bin does not exist"):
+        measure_latency([rows[0], rows[2]], folders, image)
+
+
+@pytest.mark.parametrize("method", ["nncf-int8-mixed-full-bias", "nncf-int8-accuracy-control"])
 def test_int8_on_a_convolutional_network(calibrate, method):
     job, calibrated = calibrate("compact", method)
     assert levels(calibrated.model) <= {255, 256}
@@ -96,6 +142,8 @@ def test_int8_on_a_convolutional_network(calibrate, method):
 def test_condiquant_changes_the_weights_before_int8(calibrate):
     _, plain = calibrate("compact", "nncf-int8-performance")
     _, ours = calibrate("compact", "condiquant-int8")
+    assert len(ours.layers) == 3
+    assert levels(ours.model) <= {255, 256}
     image = np.random.default_rng(0).random((1, 3, 16, 16), dtype=np.float32)
     results = [ov.compile_model(c.model, "CPU")(image)[0] for c in (plain, ours)]
     assert np.abs(results[0] - results[1]).max() > 0
@@ -111,6 +159,7 @@ def test_four_bits_that_no_convolution_gets_are_noted(calibrate):
     _, calibrated = calibrate("compact", "nncf-weights-int4-sym")
     assert element_types(calibrated.model).keys().isdisjoint({"i4", "u4", "nf4"})
     assert "8 bits" in calibrated.notes[0]
+    assert calibrated.weight_bits == 8
     with pytest.raises(InputError, match="does not apply: gptq"):
         calibrate("compact", "nncf-weights-int4-sym-gptq")
 
@@ -127,6 +176,7 @@ def test_four_bits_that_no_convolution_gets_are_noted(calibrate):
 def test_low_bit_methods_differ_in_their_stages(calibrate, method, reconditions, trains):
     job, calibrated = calibrate("compact", method)
     model = calibrated.model
+    assert [note.partition(" ")[0] for note in calibrated.notes] == ["2DQuant"] * (not reconditions)
     assert isinstance(model, nn.Module)
     assert {q.bits for q in fake_quantizers(model).values()} == {3}
     own = dict(job.source.network.named_parameters())

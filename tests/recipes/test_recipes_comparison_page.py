@@ -178,6 +178,8 @@ def test_fidelity_is_plotted_where_float_is_the_reference(report, tmp_path):
     _, page = page_of(report, tmp_path)
     captions = [" ".join(e["text"].split()) for e in page.all("figcaption")]
     assert captions[0] == "Fidelity to float against size. Without a value: 1."
+    heads = [e["text"] for e in page.all("th", scope="colgroup")]
+    assert heads == ["Bits", "PSNR to float, dB", "SSIM to float", "Drop, dB", "Fidelity, dB"]
 
 
 def test_nothing_but_failures(report, tmp_path):

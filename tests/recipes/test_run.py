@@ -170,6 +170,18 @@ def test_a_failed_parity_check_leaves_no_ir(make_job, monkeypatch, offset, wrong
     assert not (job.out / "metrics.json").exists()
 
 
+def test_an_error_of_the_conversion_itself_is_shown(make_job, monkeypatch):
+    job = make_job("edsr")
+    job.recipe["export"]["static"] = None
+
+    def failing(*_arguments, **_options):
+        raise RuntimeError("no such layout")
+
+    monkeypatch.setattr(exporting.openvino_host, "convert", failing)
+    with pytest.raises(RuntimeError, match="no such layout"):
+        run_recipe(load_recipe(job.write()), job.data, job.out)
+
+
 @pytest.mark.parametrize(
     "recipe",
     [f"{n}/x{s}.yml" for n in ("dat_light", "swinir_light") for s in (2, 3, 4)]
