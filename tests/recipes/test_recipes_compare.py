@@ -2,14 +2,13 @@
 
 import json
 import math
-import sys
 from dataclasses import replace
 
 import pytest
 
 from condiquant_basicsr import read_image
 from condiquant_plugin.errors import InputError
-from condiquant_recipes import cli, comparing, ir
+from condiquant_recipes import comparing, ir
 from condiquant_recipes.comparing import compare
 from condiquant_recipes.progress import Progress
 from condiquant_recipes.recipe import load_recipe
@@ -23,25 +22,6 @@ def job(make_job, monkeypatch):
     # Else OpenVINO reports every conversion to its makers, which takes a second offline.
     monkeypatch.setenv("CI", "true")
     return make_job("compact")
-
-
-@pytest.fixture
-def condiquant(monkeypatch, capsys):
-    """``condiquant(ARGUMENTS)``: what it prints; with ``code=2`` its one error line."""
-
-    def call(*arguments, code=0):
-        monkeypatch.setattr(sys, "argv", ["condiquant", *map(str, arguments)])
-        with pytest.raises(SystemExit) as exit_info:
-            cli.main()
-        captured = capsys.readouterr()
-        assert exit_info.value.code == code, captured.err
-        if code == 0:
-            return captured.out
-        assert captured.out == ""
-        (line,) = captured.err.splitlines()
-        return line.removeprefix("condiquant: error: ")
-
-    return call
 
 
 def by_id(report):
