@@ -66,7 +66,7 @@ def unfold(x: Tensor, geometry: LayerGeometry) -> Tensor:
 def _insert_zeros(x: Tensor, geometry: LayerGeometry) -> Tensor:
     sizes = zip(x.shape[2:], geometry.stride, strict=True)
     spaced = x.new_zeros(*x.shape[:2], *((size - 1) * step + 1 for size, step in sizes))
-    spaced[(..., *(slice(None, None, step) for step in geometry.stride))] = x
+    spaced[:, :, *(slice(None, None, step) for step in geometry.stride)] = x
     ends = zip(
         geometry.kernel_size,
         geometry.dilation,
