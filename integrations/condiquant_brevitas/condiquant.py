@@ -54,12 +54,17 @@ class condiquant_mode(gpxq_mode):
             output error stays within this. Default: None
         steps (int): Proximal gradient steps. Default: 100
         objective (str): "condition" lowers the condition number; "least_squares" fits the float output
-            from quantized inputs and changes biases too, so it needs ``input_quantizers`` or layers with
-            an enabled, calibrated ``input_quant``. Default: "condition"
+            from quantized inputs, so it needs ``input_quantizers`` or layers with a calibrated
+            ``input_quant``. Default: "condition"
         config (Optional, ReconditioningConfig): All settings at once, instead of the four above.
         sequential (bool): Each layer sees the reconditioned ones before it: ``update()`` per layer as
             with GPTQ. Otherwise one forward per batch feeds all layers. ``num_layers`` counts the
             ``update()`` calls either way. Default: False
+        update_bias (bool): Whether "least_squares" writes biases too. Brevitas keeps no bias from before,
+            so with True the model is another one while quantization is disabled, which
+            ``calibration_mode``, ``gpfq_mode`` and ``bias_correction_mode`` take for the float model;
+            with False, ``bias_correction_mode`` is to find the biases, which ``report`` takes as found.
+            Default: False
         row_blocks (Optional, Dict[str, int]): Blocks of rows that are matrices of their own, by layer
             name. Default: 3 for every layer called "qkv" whose rows divide by 3
         name_blacklist (Collection[str]): Layers, or modules with all their layers, to leave alone: the
@@ -98,6 +103,7 @@ class condiquant_mode(gpxq_mode):
         objective: Objective = "condition",
         config: ReconditioningConfig | None = None,
         sequential: bool = False,
+        update_bias: bool = False,
         row_blocks: Mapping[str, int] | None = None,
         name_blacklist: Collection[str] = (),
         input_quantizers: Mapping[str, Callable[[Tensor], Tensor]] | None = None,
@@ -121,7 +127,7 @@ class condiquant_mode(gpxq_mode):
         self._give_forward_back()  # upstream takes it here already, and an error would leave it taken
         self.disable_weight_quant = True
         self.config = config or ReconditioningConfig(objective, strength, output_tolerance, steps)
-        self.sequential = sequential
+        self.sequential, self.update_bias = sequential, update_bias
         self.row_blocks, self.input_quantizers = row_blocks, input_quantizers or {}
         self.report: dict[str, LayerReport] = {}
         for name in (*(row_blocks or ()), *self.input_quantizers, *name_blacklist):
@@ -240,7 +246,7 @@ class condiquant_mode(gpxq_mode):
         layers = [self.gpxq_layers[name] for name in names]
         solutions = recondition([layer.problem() for layer in layers], self.config)
         for name, layer, solution in zip(names, layers, solutions, strict=True):
-            layer.single_layer_update(solution)
+            layer.single_layer_update(solution, update_bias=self.update_bias)
             self.report[name] = solution.report
             self.hook_dict[name].remove()
         self.current_layer.layer_names.clear()
@@ -347,12 +353,12 @@ class CondiQuant(GPxQ):
             self.row_blocks,
         )
 
-    def single_layer_update(self, solution: LayerSolution) -> None:
-        """Write the new weight, and the new bias where the objective has one."""
+    def single_layer_update(self, solution: LayerSolution, *, update_bias: bool) -> None:
+        """Write the new weight, and the new bias if asked."""
         if self.create_weight_orig and self._weight_orig is None:
             self._weight_orig = self.layer.weight.detach().clone().cpu()
         self.layer.weight.data.copy_(solution.weight)
-        if solution.bias is not None:
+        if update_bias and solution.bias is not None:
             self.layer.bias.data.copy_(solution.bias)
         self.moments = None
         if _has_weight_quantizer(self.layer):
