@@ -7,7 +7,8 @@ except ImportError as error:
         'condiquant_brevitas needs Brevitas: pip install "condiquant-plugin[brevitas]"'
     ) from error
 
-from condiquant_brevitas.condiquant import CondiQuant, condiquant_mode
+from condiquant_brevitas.condiquant import condiquant_mode
+from condiquant_brevitas.layer import CondiQuant
 from condiquant_brevitas.quantizers import (
     LearnedBoundsActPerTensor,
     LearnedBoundsActPerTensorOneSided,

@@ -18,10 +18,10 @@ from brevitas.quant_tensor import QuantTensor
 from torch import nn
 
 import networks
+from brevitas_models import assert_hooks_gone, recondition
 from condiquant_brevitas import (
     LearnedBoundsActPerTensor,
     LearnedBoundsWeightPerTensor,
-    condiquant_mode,
 )
 from condiquant_nncf import QuantizationConfig, find_layers, quantize_network, wrap
 from condiquant_plugin.reconditioning import ReconditioningConfig
@@ -51,14 +51,6 @@ def on(*names):
     return pytest.mark.parametrize("case", names, indirect=True)
 
 
-def recondition(model, crops, **settings):
-    with condiquant_mode(model, **settings) as mode:
-        for _ in range(mode.num_layers):
-            mode.model(crops)
-            mode.update()
-    return mode
-
-
 def quantize(network, name, crops, weight_bits=4):
     """Layers replaced, bounds of activations and weights searched."""
     settings = QUANTIZERS | {"weight_bit_width": weight_bits}
@@ -82,12 +74,6 @@ def fidelity(output, reference):
     return float(10 * torch.log10(reference.var() / (output - reference).square().mean()))
 
 
-def assert_clean(model):
-    for module in model.modules():
-        assert not module._forward_hooks
-        assert not module._forward_pre_hooks
-
-
 @on("swinir", "edsr")
 def test_before_quantization_then_every_mode_in_order(case):
     name, network, crops, expected = case
@@ -106,7 +92,7 @@ def test_before_quantization_then_every_mode_in_order(case):
     assert calibrated > 5
     assert after_gptq > calibrated
     assert corrected > calibrated
-    assert_clean(model)
+    assert_hooks_gone(model)
     copied = deepcopy(model)
     assert torch.equal(copied(crops), model(crops))
     off = quantization_status_manager(model, disable_act_quant=True, disable_weight_quant=True)
@@ -126,7 +112,7 @@ def test_gpfq_after_it_follows_the_float_network(case):
     calibrated = fidelity(model(crops), expected)
     run_gpxq(gpfq_mode, model, crops)
     assert fidelity(model(crops), expected) > calibrated
-    assert_clean(model)
+    assert_hooks_gone(model)
 
 
 @on("edsr")
@@ -149,7 +135,7 @@ def test_on_a_quantized_network_before_and_after_gptq(case):
     assert report[layer].output_error <= 0.0101
     assert not torch.equal(model.get_submodule(layer).weight, rounded)
     assert model(crops).isfinite().all()
-    assert_clean(model)
+    assert_hooks_gone(model)
     assert "forward" not in model.__dict__  # upstream's modes leave it there
     assert torch.equal(model.get_submodule(layer).weight_orig, network.get_submodule(layer).weight)
 
@@ -186,7 +172,7 @@ def test_activation_equalization_before_it(case):
     assert all(r.condition_after <= r.condition_before for r in mode.report.values())
     model = quantize(model, name, crops)
     assert fidelity(model(crops), expected) > 5
-    assert_clean(model)
+    assert_hooks_gone(model)
 
 
 @pytest.mark.parametrize("name", ["swinir", "dat"])

@@ -14,68 +14,12 @@ from brevitas.graph.utils import remove_weight_orig
 from brevitas.quant import Int8ActPerTensorFloat, Int8WeightPerTensorFloat
 from torch import nn
 
+from brevitas_models import LAYERS, Toy, assert_clean, recondition, toy
 from condiquant_brevitas import condiquant_mode
 from condiquant_plugin import InputError
 from condiquant_plugin.gram import LayerGeometry, moments
-from condiquant_plugin.reconditioning import LayerProblem, ReconditioningConfig, recondition
-
-LAYERS = {
-    "linear 2-d": (lambda: nn.Linear(12, 8), (40, 12)),
-    "linear 3-d": (lambda: nn.Linear(12, 8), (2, 30, 12)),
-    "linear 4-d": (lambda: nn.Linear(12, 8), (2, 5, 7, 12)),
-    "conv1d": (lambda: nn.Conv1d(4, 10, 3, 2, 1), (2, 4, 30)),
-    "conv2d": (lambda: nn.Conv2d(4, 10, 3, padding=1), (2, 4, 9, 8)),
-    "conv2d dilated": (lambda: nn.Conv2d(4, 10, 3, dilation=2), (2, 4, 12, 9)),
-    "conv2d grouped": (lambda: nn.Conv2d(4, 10, 3, groups=2), (2, 4, 9, 8)),
-    "conv2d depthwise": (lambda: nn.Conv2d(4, 8, 3, groups=4), (2, 4, 9, 8)),
-    "conv2d reflect": (
-        lambda: nn.Conv2d(4, 10, 3, padding=1, padding_mode="reflect"),
-        (2, 4, 5, 6),
-    ),
-    "conv2d circular": (
-        lambda: nn.Conv2d(4, 10, 3, padding=(1, 0), padding_mode="circular"),
-        (2, 4, 5, 6),
-    ),
-    "conv2d same, even kernel": (lambda: nn.Conv2d(4, 10, 2, padding="same"), (2, 4, 5, 6)),
-    "conv2d unbatched": (lambda: nn.Conv2d(4, 10, 3, padding=1), (4, 9, 8)),
-    "conv3d": (lambda: nn.Conv3d(3, 8, (2, 3, 1), (1, 2, 1), (0, 1, 0)), (2, 3, 4, 6, 5)),
-    "conv transposed 1-d": (lambda: nn.ConvTranspose1d(8, 4, 3, 2, 1, 1), (2, 8, 20)),
-    "conv transposed 2-d": (lambda: nn.ConvTranspose2d(8, 4, 3, 2, 1), (2, 8, 6, 7)),
-    "conv transposed grouped": (
-        lambda: nn.ConvTranspose2d(8, 6, 3, 2, 1, 1, groups=2),
-        (2, 8, 6, 7),
-    ),
-    "conv transposed 3-d": (lambda: nn.ConvTranspose3d(6, 4, 2, 2), (2, 6, 3, 4, 5)),
-}
-
-
-class Toy(nn.Module):
-    """Two layers in a row, the first of the kind under test."""
-
-    def __init__(self, layer: nn.Module, shape: tuple[int, ...]) -> None:
-        super().__init__()
-        self.layer = layer
-        with torch.no_grad():
-            columns = layer(torch.zeros(shape)).shape[-1]
-        self.head = nn.Linear(columns, 5)
-
-    def forward(self, x):
-        return self.head(torch.relu(self.layer(x)))
-
-
-def toy(name: str) -> tuple[Toy, torch.Tensor]:
-    torch.manual_seed(0)
-    build, shape = LAYERS[name]
-    return Toy(build(), shape).eval(), torch.randn(shape)
-
-
-def run(model, *batches, **settings):
-    with condiquant_mode(model, **settings) as mode:
-        for _ in range(mode.num_layers):
-            for batch in batches:
-                mode.model(batch)
-            mode.update()
-    return mode
+from condiquant_plugin.reconditioning import LayerProblem, ReconditioningConfig
+from condiquant_plugin.reconditioning import recondition as solve
 
 
 @contextmanager
@@ -85,19 +29,12 @@ def no_warnings():
         yield
 
 
-def assert_clean(model):
-    for module in model.modules():
-        assert not module._forward_hooks
-        assert not module._forward_pre_hooks
-    assert "forward" not in model.__dict__
-
-
 @pytest.mark.parametrize("sequential", [False, True], ids=["one shot", "sequential"])
 @pytest.mark.parametrize("name", LAYERS)
 def test_condition_falls_and_the_output_stays_within_tolerance(name, sequential):
     model, x = toy(name)
     layer, before = deepcopy(model.layer), model.layer.weight.detach().clone()
-    mode = run(model, x, output_tolerance=0.05, steps=10, sequential=sequential)
+    mode = recondition(model, x, output_tolerance=0.05, steps=10, sequential=sequential)
     report = mode.report["layer"]
     assert report.condition_after < 0.97 * report.condition_before
     change = model.layer(x) - layer(x)
@@ -118,19 +55,19 @@ def _bias_only(layer, x):
 def test_one_shot_needs_one_update_and_batches_add_up():
     model, x = toy("conv2d")
     halves = deepcopy(model)
-    assert run(model, x).num_layers == 1
-    run(halves, *x.split(1))
+    assert recondition(model, x).num_layers == 1
+    recondition(halves, *x.split(1))
     torch.testing.assert_close(halves.layer.weight, model.layer.weight, rtol=1e-5, atol=1e-6)
     model, x = toy("conv2d")
-    assert run(model, x, sequential=True).num_layers == 2
+    assert recondition(model, x, sequential=True).num_layers == 2
 
 
 def test_sequential_sees_the_reconditioned_layers_before():
     one_shot, x = toy("linear 2-d")
     sequential = deepcopy(one_shot)
     start = deepcopy(one_shot)
-    run(one_shot, x, strength=3e-2)
-    run(sequential, x, strength=3e-2, sequential=True)
+    recondition(one_shot, x, strength=3e-2)
+    recondition(sequential, x, strength=3e-2, sequential=True)
     assert torch.equal(one_shot.layer.weight, sequential.layer.weight)
     config = ReconditioningConfig(objective="condition", strength=3e-2)
     for model, previous in ((one_shot, start), (sequential, sequential)):
@@ -138,7 +75,7 @@ def test_sequential_sees_the_reconditioned_layers_before():
         problem = LayerProblem(
             "head", start.head.weight, start.head.bias, moments(inputs, LayerGeometry())
         )
-        (solution,) = recondition([problem], config)
+        (solution,) = solve([problem], config)
         torch.testing.assert_close(model.head.weight, solution.weight, rtol=1e-5, atol=1e-6)
     assert not torch.allclose(one_shot.head.weight, sequential.head.weight, atol=1e-5)
 
@@ -158,7 +95,7 @@ def test_quantized_model_is_reconditioned_as_its_float_self(sequential):
     plain = nn.Sequential(nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 6))
     plain.load_state_dict(quantized.state_dict(), strict=False)
     for model in (quantized, plain):
-        run(model, x, strength=3e-2, sequential=sequential)
+        recondition(model, x, strength=3e-2, sequential=sequential)
     assert torch.equal(quantized[2].weight, plain[2].weight)
     assert quantized[0].weight_quant.is_quant_enabled
     assert "weight_orig" in dict(quantized[0].named_buffers())
@@ -168,13 +105,13 @@ def test_only_layers_that_get_quantized_are_touched():
     model = quantized_toy()
     model.append(nn.Linear(6, 4))
     model.append(qnn.QuantLinear(4, 4, True, weight_quant=None))
-    assert list(run(model, torch.randn(40, 12)).report) == ["0", "2"]
+    assert list(recondition(model, torch.randn(40, 12)).report) == ["0", "2"]
 
 
 def test_disabled_quantization_is_the_float_model_after_layerwise_quantize():
     model, x = toy("conv2d")
     expected = model(x)
-    run(model, x, strength=3e-2)
+    recondition(model, x, strength=3e-2)
     assert not torch.allclose(model(x), expected, atol=1e-4)
     layers = {
         nn.Conv2d: (qnn.QuantConv2d, {"weight_quant": Int8WeightPerTensorFloat}),
@@ -189,26 +126,26 @@ def test_disabled_quantization_is_the_float_model_after_layerwise_quantize():
 def test_weight_orig_is_optional_and_removable():
     model, x = toy("conv2d")
     keys = model.state_dict().keys()
-    run(model, x)
+    recondition(model, x)
     assert "layer.weight_orig" in model.state_dict()
     remove_weight_orig(model)
     assert model.state_dict().keys() == keys
-    run(model, x, create_weight_orig=False)
+    recondition(model, x, create_weight_orig=False)
     assert model.state_dict().keys() == keys
 
 
 def test_first_weight_orig_survives_a_second_pass():
     model, x = toy("conv2d")
     start = model.layer.weight.detach().clone()
-    run(model, x)
-    run(model, x, create_weight_orig=False)
+    recondition(model, x)
+    recondition(model, x, create_weight_orig=False)
     assert torch.equal(model.layer.weight_orig, start)
 
 
 def test_deep_copy_instead_of_in_place():
     model, x = toy("conv2d")
     before = deepcopy(model.state_dict())
-    mode = run(model, x, inplace=False)
+    mode = recondition(model, x, inplace=False)
     assert mode.model is not model
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert not torch.equal(mode.model.layer.weight, model.layer.weight)
@@ -266,8 +203,8 @@ def test_layer_called_with_keywords():
     torch.manual_seed(0)
     model, x = Keyword(build(), shape), torch.randn(shape)
     positional = nn.Sequential(deepcopy(model.layer), deepcopy(model.head))
-    run(model, x)
-    run(positional, x)
+    recondition(model, x)
+    recondition(positional, x)
     assert torch.equal(model.head.weight, positional[1].weight)
 
 
@@ -288,15 +225,15 @@ def test_layers_that_no_batch_reaches_are_named():
     model, x = toy("conv2d")
     model.unused = nn.Linear(3, 3)
     with pytest.warns(UserWarning, match="no batch reached: unused"):
-        run(model, x)
+        recondition(model, x)
 
 
 def test_error_inside_leaves_the_model_clean():
     model, x = toy("conv2d")
-    run(model, x)
+    recondition(model, x)
     orig = model.layer.weight_orig
     with pytest.raises(InputError, match="NaN or Inf in the input of layer"), no_warnings():
-        run(model, torch.full_like(x, torch.nan))
+        recondition(model, torch.full_like(x, torch.nan))
     assert_clean(model)
     assert model.layer.weight_orig is orig
 
@@ -306,7 +243,7 @@ def test_forward_attribute_from_before_comes_back():
     plain = model.forward
     model.forward = lambda x: plain(2 * x)
     mine = model.forward
-    run(model, x)
+    recondition(model, x)
     assert model.forward is mine
 
 
@@ -315,8 +252,8 @@ def test_graph_module():
     traced = torch.fx.symbolic_trace(model)
     forward = type(traced).forward
     reference = deepcopy(model)
-    run(traced, x)
-    run(reference, x)
+    recondition(traced, x)
+    recondition(reference, x)
     assert type(traced).forward is forward
     assert torch.equal(traced.layer.weight, reference.layer.weight)
     assert torch.equal(deepcopy(traced)(x), traced(x))
@@ -329,21 +266,21 @@ def test_fused_qkv_is_three_matrices():
     parts = [nn.Linear(8, 8) for _ in range(3)]
     for part, weight in zip(parts, model.qkv.weight.detach().split(8), strict=True):
         part.weight.data.copy_(weight)
-        run(part_model := nn.Sequential(part), x)
+        recondition(part_model := nn.Sequential(part), x)
         assert_clean(part_model)
     whole = deepcopy(model)
-    run(model, x)
+    recondition(model, x)
     expected = torch.cat([part.weight for part in parts])
     torch.testing.assert_close(model.qkv.weight, expected, rtol=1e-4, atol=1e-5)
-    run(whole, x, row_blocks={"qkv": 1})
+    recondition(whole, x, row_blocks={"qkv": 1})
     assert not torch.allclose(whole.qkv.weight, expected, atol=1e-4)
 
 
 def test_name_blacklist_takes_layers_and_containers():
     model = nn.Sequential(nn.Linear(6, 6), nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6)))
     x = torch.randn(30, 6)
-    assert list(run(model, x, name_blacklist=["1"]).report) == ["0"]
-    assert list(run(model, x, name_blacklist=["1.0", "0"]).report) == ["1.1"]
+    assert list(recondition(model, x, name_blacklist=["1"]).report) == ["0"]
+    assert list(recondition(model, x, name_blacklist=["1.0", "0"]).report) == ["1.1"]
 
 
 @pytest.mark.parametrize(
@@ -358,7 +295,7 @@ def test_name_blacklist_takes_layers_and_containers():
 def test_bad_settings_end_in_one_line(settings, message):
     model, x = toy("conv2d")
     with pytest.raises(InputError, match=message) as caught:
-        run(model, x, **settings)
+        recondition(model, x, **settings)
     assert "\n" not in str(caught.value)
     assert_clean(model)
 
@@ -366,7 +303,7 @@ def test_bad_settings_end_in_one_line(settings, message):
 def test_tensorflow_padding_is_refused():
     layer = qnn.QuantConv2d(4, 4, 3, stride=2, padding="same")
     with pytest.raises(InputError, match="0 pads by its input's size"):
-        run(nn.Sequential(layer), torch.randn(1, 4, 8, 8))
+        recondition(nn.Sequential(layer), torch.randn(1, 4, 8, 8))
 
 
 def test_least_squares_with_input_quant():
@@ -377,12 +314,12 @@ def test_least_squares_with_input_quant():
     model.eval()
     given, unbiased = deepcopy(model), deepcopy(model)
     bias = model[0].bias.detach().clone()
-    mode = run(model, x, objective="least_squares", update_bias=True)
+    mode = recondition(model, x, objective="least_squares", update_bias=True)
     for report in mode.report.values():
         assert report.quantized_output_error_after < report.quantized_output_error_before
     assert not torch.equal(model[0].bias, bias)
     assert model[0].input_quant.is_quant_enabled
-    run(unbiased, x, objective="least_squares")
+    recondition(unbiased, x, objective="least_squares")
     assert torch.equal(unbiased[0].weight, model[0].weight)
     assert torch.equal(unbiased[0].bias, bias)
     quantizers = {str(i): deepcopy(given[i].input_quant) for i in (0, 2)}
@@ -392,14 +329,14 @@ def test_least_squares_with_input_quant():
         name: lambda x, quantizer=quantizer: quantizer(x).value
         for name, quantizer in quantizers.items()
     }
-    run(given, x, objective="least_squares", input_quantizers=settings)
+    recondition(given, x, objective="least_squares", input_quantizers=settings)
     torch.testing.assert_close(given[2].weight, model[2].weight)
 
 
 def test_half_precision_weights():
     model, x = toy("linear 2-d")
     model.bfloat16()
-    mode = run(model, x.bfloat16(), output_tolerance=0.05)
+    mode = recondition(model, x.bfloat16(), output_tolerance=0.05)
     assert model.layer.weight.dtype == torch.bfloat16
     assert mode.report["layer"].condition_after < mode.report["layer"].condition_before
 
@@ -411,7 +348,7 @@ def test_moments_are_kept_as_asked():
         mode.model(x)
         assert mode.gpxq_layers["layer"].moments.gram.dtype == torch.float32
         mode.update()
-    run(reference, x)
+    recondition(reference, x)
     torch.testing.assert_close(model.layer.weight, reference.layer.weight, rtol=1e-4, atol=1e-5)
 
 
