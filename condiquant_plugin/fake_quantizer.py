@@ -153,14 +153,14 @@ class FakeQuantizer(nn.Module):
         if torch.jit.is_tracing():
             return fake_quantize_op(
                 x,
-                torch.tensor(self._spread(lower, x).tolist()),
-                torch.tensor(self._spread(step, x).tolist()),
+                torch.tensor(self.spread(lower, x).tolist()),
+                torch.tensor(self.spread(step, x).tolist()),
                 self.bits,
                 self.kind,
                 self.name,
                 refinement,
             )
-        lower, step = self._spread(lower, x), self._spread(step, x)
+        lower, step = self.spread(lower, x), self.spread(step, x)
         result: Tensor = _FakeQuantize.apply(x, lower, step, 2**self.bits - 1, refinement)
         return result
 
@@ -168,7 +168,7 @@ class FakeQuantizer(nn.Module):
         """``x`` as ``(row_blocks, entries per block)``."""
         return x.movedim(self.axis, 0).reshape(self.row_blocks, -1)
 
-    def _spread(self, bound: Tensor, x: Tensor) -> Tensor:
+    def spread(self, bound: Tensor, x: Tensor) -> Tensor:
         """A bound per row of ``x``, broadcastable against it."""
         if self.row_blocks == 1:
             return bound

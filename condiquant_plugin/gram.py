@@ -21,14 +21,17 @@ _CHUNK = 8192
 
 @dataclass(frozen=True)
 class LayerGeometry:
-    """How a layer turns its input into rows of a matrix product."""
+    """How a layer turns its input into rows of a matrix product; a convolution of 1, 2 or 3 dimensions.
 
-    kind: Literal["linear", "conv2d", "conv_transpose2d"] = "linear"
-    kernel_size: tuple[int, int] = (1, 1)
-    stride: tuple[int, int] = (1, 1)
-    padding: tuple[int, int] = (0, 0)
-    output_padding: tuple[int, int] = (0, 0)
-    dilation: tuple[int, int] = (1, 1)
+    The tuples hold one entry per spatial dimension; a linear layer uses none of them.
+    """
+
+    kind: Literal["linear", "conv", "conv_transpose"] = "linear"
+    kernel_size: tuple[int, ...] = (1, 1)
+    stride: tuple[int, ...] = (1, 1)
+    padding: tuple[int, ...] = (0, 0)
+    output_padding: tuple[int, ...] = (0, 0)
+    dilation: tuple[int, ...] = (1, 1)
     groups: int = 1
     padding_mode: Literal["zeros", "reflect", "replicate", "circular"] = "zeros"
 
@@ -37,35 +40,45 @@ def unfold(x: Tensor, geometry: LayerGeometry) -> Tensor:
     """Rows of the matrix product, shape ``(groups, samples, features)``.
 
     Args:
-        x: ``(..., in_features)`` for a linear layer, ``(batch, channels, height, width)`` or unbatched
-            for a convolution. A transposed convolution is the plain one over the input with zeros
-            between its entries.
+        x: ``(..., in_features)`` for a linear layer, ``(batch, channels, *size)`` or unbatched for a
+            convolution. A transposed convolution is the plain one over the input with zeros between
+            its entries.
     """
     if geometry.kind == "linear":
         return x.reshape(1, -1, x.shape[-1])
-    x = x if x.ndim == 4 else x[None]
-    stride, padding = geometry.stride, geometry.padding
-    if geometry.kind == "conv_transpose2d":
-        x = _insert_zeros(x, geometry)
-        stride, padding = (1, 1), (0, 0)
-    elif geometry.padding_mode != "zeros":
-        (vertical, horizontal), padding = padding, (0, 0)
-        x = F.pad(x, (horizontal, horizontal, vertical, vertical), mode=geometry.padding_mode)
-    columns = F.unfold(x, geometry.kernel_size, geometry.dilation, padding, stride)
-    batch, features, positions = columns.shape
-    columns = columns.view(batch, geometry.groups, features // geometry.groups, positions)
-    return columns.permute(1, 0, 3, 2).reshape(geometry.groups, -1, features // geometry.groups)
+    dims, stride = len(geometry.kernel_size), geometry.stride
+    x = x if x.ndim == dims + 2 else x[None]
+    if geometry.kind == "conv_transpose":
+        x, stride = _insert_zeros(x, geometry), (1,) * dims
+    elif any(geometry.padding):
+        mode = "constant" if geometry.padding_mode == "zeros" else geometry.padding_mode
+        x = F.pad(x, [p for p in reversed(geometry.padding) for _ in range(2)], mode)
+    x = x.unflatten(1, (geometry.groups, -1))
+    steps = zip(geometry.kernel_size, stride, geometry.dilation, strict=True)
+    for axis, (size, step, spacing) in enumerate(steps, start=3):
+        x = x.unfold(axis, spacing * (size - 1) + 1, step)[..., ::spacing]
+    positions, taps = range(3, 3 + dims), range(3 + dims, 3 + 2 * dims)
+    rows = x.permute(1, 0, *positions, 2, *taps)
+    features = rows.shape[2 + dims :].numel()
+    return rows.reshape(geometry.groups, -1, features)
 
 
 def _insert_zeros(x: Tensor, geometry: LayerGeometry) -> Tensor:
-    batch, channels, height, width = x.shape
-    (sh, sw), (kh, kw), (dh, dw) = geometry.stride, geometry.kernel_size, geometry.dilation
-    spaced = x.new_zeros(batch, channels, (height - 1) * sh + 1, (width - 1) * sw + 1)
-    spaced[:, :, ::sh, ::sw] = x
-    top, left = dh * (kh - 1) - geometry.padding[0], dw * (kw - 1) - geometry.padding[1]
-    return F.pad(
-        spaced, (left, left + geometry.output_padding[1], top, top + geometry.output_padding[0])
+    sizes = zip(x.shape[2:], geometry.stride, strict=True)
+    spaced = x.new_zeros(*x.shape[:2], *((size - 1) * step + 1 for size, step in sizes))
+    spaced[:, :, *(slice(None, None, step) for step in geometry.stride)] = x
+    ends = zip(
+        geometry.kernel_size,
+        geometry.dilation,
+        geometry.padding,
+        geometry.output_padding,
+        strict=True,
     )
+    padding: list[int] = []
+    for size, spacing, cut, extra in reversed(list(ends)):
+        around = spacing * (size - 1) - cut
+        padding += [around, around + extra]
+    return F.pad(spaced, padding)
 
 
 def weight_matrix(weight: Tensor, geometry: LayerGeometry) -> Tensor:
@@ -73,21 +86,25 @@ def weight_matrix(weight: Tensor, geometry: LayerGeometry) -> Tensor:
     if geometry.kind == "linear":
         return weight[None]
     groups = geometry.groups
-    if geometry.kind == "conv_transpose2d":
+    if geometry.kind == "conv_transpose":
         inputs, rows = weight.shape[:2]
         weight = weight.view(groups, inputs // groups, rows, *weight.shape[2:])
-        weight = weight.transpose(1, 2).flip(-2, -1)
+        weight = _mirrored(weight.transpose(1, 2), geometry)
         return weight.reshape(groups, rows, -1)
     return weight.reshape(groups, weight.shape[0] // groups, -1)
 
 
 def weight_from_matrix(matrix: Tensor, like: Tensor, geometry: LayerGeometry) -> Tensor:
     """Inverse of :func:`weight_matrix`, in the shape and dtype of ``like``."""
-    if geometry.kind == "conv_transpose2d":
+    if geometry.kind == "conv_transpose":
         inputs, rows = like.shape[:2]
         matrix = matrix.reshape(geometry.groups, rows, inputs // geometry.groups, *like.shape[2:])
-        matrix = matrix.transpose(1, 2).flip(-2, -1)
+        matrix = _mirrored(matrix.transpose(1, 2), geometry)
     return matrix.reshape(like.shape).to(like).contiguous()
+
+
+def _mirrored(weight: Tensor, geometry: LayerGeometry) -> Tensor:
+    return weight.flip(*range(-len(geometry.kernel_size), 0))
 
 
 @dataclass

@@ -55,7 +55,7 @@ class Layer:
     @property
     def output_axis(self) -> int:
         """Axis of the weight that counts output channels."""
-        return int(self.geometry.kind == "conv_transpose2d" or self.weight_transposed)
+        return int(self.geometry.kind == "conv_transpose" or self.weight_transposed)
 
     def rows_first(self, weight: Tensor) -> Tensor:
         """The weight as :mod:`condiquant_plugin.gram` takes it, and back."""

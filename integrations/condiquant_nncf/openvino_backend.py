@@ -285,7 +285,7 @@ class OVCondiQuantAlgoBackend(CondiQuantAlgoBackend):
     def _rows(self, layer: Layer) -> int:
         shape = self._shape(layer.node, layer.weight_port)
         rows = _torch_shape(shape)[layer.output_axis]
-        transposed = layer.geometry.kind == "conv_transpose2d"
+        transposed = layer.geometry.kind == "conv_transpose"
         return rows * layer.geometry.groups if transposed else rows
 
     def _geometry(self, node: NNCFNode) -> LayerGeometry:
@@ -307,7 +307,7 @@ class OVCondiQuantAlgoBackend(CondiQuantAlgoBackend):
         elif automatic == "valid":
             padding = (0, 0)
         return LayerGeometry(
-            kind="conv_transpose2d" if transposed else "conv2d",
+            kind="conv_transpose" if transposed else "conv",
             kernel_size=kernel,
             stride=stride,
             padding=padding,

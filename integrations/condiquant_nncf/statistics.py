@@ -24,12 +24,12 @@ from condiquant_nncf.backend import CondiQuantAlgoBackend, get_algo_backend
 from condiquant_nncf.layers import Layer
 from condiquant_plugin import gram
 from condiquant_plugin.fake_quantizer import FakeQuantizer
+from condiquant_plugin.sampling import Sample
 
 if TYPE_CHECKING:
     from nncf.torch.function_hook.nncf_graph.nncf_graph_builder import GraphModelWrapper
 
 _KEY = "value"
-_MOST_SAMPLES = 2**18
 
 Branch = Callable[[Layer, int], tuple[TensorReducerBase, AggregatorBase] | None]
 
@@ -103,39 +103,22 @@ class SampleReducer(_InputReducer):
 
 
 class SampleAggregator(AggregatorBase):
-    """A sample of all entries in at most 1 MiB, however many items there are, and both extremes.
-
-    Every item gives equally many entries, at places that depend on its number only: both backends take
-    the same. Where the sample outgrows its room, each item keeps the first half of its own.
-    """
+    """Takes a :class:`condiquant_plugin.sampling.Sample` of the items."""
 
     def __init__(self, num_samples: int | None = None) -> None:
         super().__init__(num_samples=num_samples)
-        self.reset()
+        self._sample = Sample()
 
     def reset(self) -> None:
         """Forget all items."""
         super().reset()
-        self._samples: list[Tensor] = []
-        self._extremes: list[Tensor] = []
-        self._share = _MOST_SAMPLES
+        self._sample = Sample()
 
     def _register_reduced_input_impl(self, x: _Carrier) -> None:
-        entries = x.value.reshape(-1)
-        generator = torch.Generator().manual_seed(self._collected_samples)
-        if entries.numel() <= self._share:
-            places = torch.randperm(entries.numel(), generator=generator)
-        else:
-            places = torch.randint(entries.numel(), (self._share,), generator=generator)
-        self._samples.append(entries[places.to(entries.device)])
-        extremes = torch.stack([*self._extremes, *entries.aminmax()])
-        self._extremes = list(extremes.aminmax())
-        while sum(map(len, self._samples)) > _MOST_SAMPLES and self._share > 1:
-            self._share //= 2
-            self._samples = [sample[: self._share].clone() for sample in self._samples]
+        self._sample.add(x.value)
 
     def _aggregate_impl(self) -> Tensor:
-        return torch.cat([*self._samples, torch.stack(self._extremes)])
+        return self._sample.entries()
 
 
 def statistic_points(

@@ -213,7 +213,7 @@ def _geometry(node: NNCFNode, weight: Tensor) -> LayerGeometry:
     kernel = (int(weight.shape[-2]), int(weight.shape[-1]))
     dilation = _pair(given.get("dilation", 1))
     return LayerGeometry(
-        kind="conv_transpose2d" if transposed else "conv2d",
+        kind="conv_transpose" if transposed else "conv",
         kernel_size=kernel,
         stride=_pair(given.get("stride", 1)),
         padding=_padding(given.get("padding", 0), kernel, dilation, node),

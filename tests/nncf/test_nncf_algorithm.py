@@ -317,7 +317,7 @@ def test_sample_is_flat_in_memory_and_bounds_are_those_of_everything():
     aggregator = SampleAggregator()
     for item in data:
         aggregator.register_reduced_input(_Carrier(item))
-        assert sum(s.untyped_storage().nbytes() for s in aggregator._samples) <= 2 * 2**20
+        assert sum(s.untyped_storage().nbytes() for s in aggregator._sample._samples) <= 2 * 2**20
     sample, whole = aggregator.aggregate(), torch.cat(data).reshape(1, -1)
     assert sample.amin() == whole.amin()
     assert sample.amax() == whole.amax()

@@ -12,9 +12,9 @@ from condiquant_plugin.gram import LayerGeometry
 def geometry_of(module: nn.Module) -> LayerGeometry:
     if isinstance(module, nn.Linear):
         return LayerGeometry()
-    transposed = isinstance(module, nn.ConvTranspose2d)
+    transposed = isinstance(module, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d)
     return LayerGeometry(
-        "conv_transpose2d" if transposed else "conv2d",
+        "conv_transpose" if transposed else "conv",
         module.kernel_size,
         module.stride,
         module.padding,
@@ -49,6 +49,20 @@ LAYERS = {
         nn.ConvTranspose2d(4, 6, 3, 2, 1, 1, groups=2, dilation=2, bias=False),
         (2, 4, 5, 6),
     ),
+    "conv 1-d": (nn.Conv1d(4, 6, 3, 2, 1, groups=2, bias=False), (2, 4, 9)),
+    "conv 3-d": (
+        nn.Conv3d(4, 6, (2, 3, 1), (1, 2, 1), (1, 0, 0), (1, 2, 1), groups=2, bias=False),
+        (2, 4, 3, 8, 5),
+    ),
+    "conv 3-d replicate": (
+        nn.Conv3d(4, 6, 3, padding=(0, 1, 2), padding_mode="replicate", bias=False),
+        (2, 4, 4, 5, 6),
+    ),
+    "transposed 1-d": (nn.ConvTranspose1d(4, 6, 3, 2, 1, 1, groups=2, bias=False), (2, 4, 5)),
+    "transposed 3-d": (
+        nn.ConvTranspose3d(4, 6, (2, 3, 4), (1, 2, 3), (0, 1, 2), (0, 1, 2), bias=False),
+        (2, 4, 3, 4, 5),
+    ),
 }
 
 
@@ -58,7 +72,7 @@ def test_unfolded_product_is_the_layer(name):
     x, geometry = torch.randn(shape), geometry_of(module)
     rows = gram.unfold(x, geometry)
     product = rows @ gram.weight_matrix(module.weight, geometry).mT
-    expected = module(x) if x.ndim != 3 or geometry.kind == "linear" else module(x[None])
+    expected = module(x[None]) if name == "conv unbatched" else module(x)
     if geometry.kind != "linear":
         expected = expected.flatten(2).mT.reshape(-1, expected.shape[1])
     expected = expected.reshape(-1, geometry.groups, product.shape[-1]).transpose(0, 1)
@@ -133,6 +147,6 @@ def test_bad_activations_name_the_layer(value):
 
 def test_padding_of_a_convolution_enters_the_gram_matrix():
     x = torch.ones(1, 1, 2, 2)
-    padded = gram.moments(x, LayerGeometry("conv2d", (3, 3), padding=(1, 1))).gram[0]
+    padded = gram.moments(x, LayerGeometry("conv", (3, 3), padding=(1, 1))).gram[0]
     direct = F.unfold(F.pad(x, (1, 1, 1, 1)), 3)[0]
     assert torch.equal(padded, (direct @ direct.T).double())

@@ -120,7 +120,7 @@ def test_least_squares_minimises_its_objective(bias):
 
 @pytest.mark.parametrize("config", [CONDITION, LEAST_SQUARES], ids=lambda c: c.objective)
 def test_grouped_convolutions_keep_their_shape(config):
-    geometry = LayerGeometry("conv2d", (3, 3), padding=(1, 1), groups=2)
+    geometry = LayerGeometry("conv", (3, 3), padding=(1, 1), groups=2)
     x = torch.randn(2, 4, 12, 12)
     moments = gram.moments(x, geometry, x.mul(2).round().div(2))
     weight, bias = torch.randn(6, 2, 3, 3), torch.randn(6)

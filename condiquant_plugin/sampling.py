@@ -1,0 +1,42 @@
+"""A bounded sample of tensors that arrive one after another, to search bounds on."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_MOST_SAMPLES = 2**18
+
+
+class Sample:
+    """A sample of all entries in at most 1 MiB, however many tensors there are, and both extremes.
+
+    Every tensor gives equally many entries, at places that depend on its number only: all hosts take the
+    same. Where the sample outgrows its room, each tensor keeps the first half of its own.
+    """
+
+    def __init__(self) -> None:
+        self._samples: list[Tensor] = []
+        self._extremes: list[Tensor] = []
+        self._share = _MOST_SAMPLES
+        self._count = 0
+
+    def add(self, x: Tensor) -> None:
+        """Take entries of ``x``, any shape but empty."""
+        entries = x.detach().reshape(-1)
+        generator = torch.Generator().manual_seed(self._count)
+        self._count += 1
+        if entries.numel() <= self._share:
+            places = torch.randperm(entries.numel(), generator=generator)
+        else:
+            places = torch.randint(entries.numel(), (self._share,), generator=generator)
+        self._samples.append(entries[places.to(entries.device)])
+        extremes = torch.stack([*self._extremes, *entries.aminmax()])
+        self._extremes = list(extremes.aminmax())
+        while sum(map(len, self._samples)) > _MOST_SAMPLES and self._share > 1:
+            self._share //= 2
+            self._samples = [sample[: self._share].clone() for sample in self._samples]
+
+    def entries(self) -> Tensor:
+        """What was taken, one-dimensional; the last two entries are the extremes of everything."""
+        return torch.cat([*self._samples, torch.stack(self._extremes)])

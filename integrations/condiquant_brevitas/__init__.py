@@ -1,0 +1,28 @@
+"""CondiQuant for Brevitas: a mode that reconditions weights, and quantizers with learned bounds."""
+
+try:
+    import brevitas  # noqa: F401
+except ImportError as error:
+    raise ImportError(
+        'condiquant_brevitas needs Brevitas: pip install "condiquant-plugin[brevitas]"'
+    ) from error
+
+from condiquant_brevitas.condiquant import condiquant_mode
+from condiquant_brevitas.layer import CondiQuant
+from condiquant_brevitas.quantizers import (
+    LearnedBoundsActPerTensor,
+    LearnedBoundsActPerTensorOneSided,
+    LearnedBoundsWeightPerChannel,
+    LearnedBoundsWeightPerTensor,
+)
+from condiquant_brevitas.tensor_quant import LearnedBoundsQuant
+
+__all__ = [
+    "CondiQuant",
+    "LearnedBoundsActPerTensor",
+    "LearnedBoundsActPerTensorOneSided",
+    "LearnedBoundsQuant",
+    "LearnedBoundsWeightPerChannel",
+    "LearnedBoundsWeightPerTensor",
+    "condiquant_mode",
+]
