@@ -9,6 +9,7 @@ except ImportError as error:
 
 from condiquant_brevitas.condiquant import condiquant_mode
 from condiquant_brevitas.layer import CondiQuant
+from condiquant_brevitas.onnx_export import export_qcdq, export_qonnx
 from condiquant_brevitas.quantizers import (
     LearnedBoundsActPerTensor,
     LearnedBoundsActPerTensorOneSided,
@@ -25,4 +26,6 @@ __all__ = [
     "LearnedBoundsWeightPerChannel",
     "LearnedBoundsWeightPerTensor",
     "condiquant_mode",
+    "export_qcdq",
+    "export_qonnx",
 ]
