@@ -15,6 +15,7 @@ from condiquant_brevitas.quantizers import (
     LearnedBoundsWeightPerChannel,
     LearnedBoundsWeightPerTensor,
 )
+from condiquant_brevitas.super_resolution import feature_blocks, quantize_sr, trainable_weights
 from condiquant_brevitas.tensor_quant import LearnedBoundsQuant
 
 __all__ = [
@@ -25,4 +26,7 @@ __all__ = [
     "LearnedBoundsWeightPerChannel",
     "LearnedBoundsWeightPerTensor",
     "condiquant_mode",
+    "feature_blocks",
+    "quantize_sr",
+    "trainable_weights",
 ]
