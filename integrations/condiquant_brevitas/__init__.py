@@ -8,6 +8,7 @@ except ImportError as error:
     ) from error
 
 from condiquant_brevitas.condiquant import condiquant_mode
+from condiquant_brevitas.fake_quantizers import to_fake_quantizers
 from condiquant_brevitas.layer import CondiQuant
 from condiquant_brevitas.quantizers import (
     LearnedBoundsActPerTensor,
@@ -28,5 +29,6 @@ __all__ = [
     "condiquant_mode",
     "feature_blocks",
     "quantize_sr",
+    "to_fake_quantizers",
     "trainable_weights",
 ]

@@ -60,7 +60,7 @@ class _Recorder(TorchFunctionMode):
         kwargs = kwargs or {}
         if multiplied := factors(func, args, kwargs):
             module = calling_module(sys._getframe(1))
-            if module in self._names:
+            if module is not None and module in self._names:
                 product = self._names[module], self._products[module], func
                 self._products[module] += 1
                 if all(factor.requires_grad for factor in multiplied):

@@ -119,7 +119,7 @@ def insert_stubs(model: nn.Module, products: Iterable[tuple[str, int, Any]]) -> 
         holder = model.get_submodule(name)
         if STUBS not in holder._modules:
             holder.add_module(STUBS, nn.ModuleDict())
-            holder.__class__ = _with_stubs(type(holder))
+            holder.__class__ = _with_stubs(type(holder))  # type: ignore[arg-type]
         fused = func is scaled_dot_product_attention
         stubs = ScaledDotProductAttention() if fused else ProductStubs()
         holder.get_submodule(STUBS).add_module(str(index), stubs)

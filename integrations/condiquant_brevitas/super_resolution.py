@@ -140,7 +140,7 @@ def quantize_sr(
 def trainable_weights(model: nn.Module) -> list[nn.Parameter]:
     """Weights and biases of the quantized layers, for :func:`condiquant_plugin.distillation.distill`."""
     layers = [module for module in model.modules() if has_weight_quantizer(module)]
-    parameters = (p for layer in layers for p in (layer.weight, layer.bias) if p is not None)
+    parameters = (p for layer in layers for p in layer.parameters(recurse=False))
     return list(dict.fromkeys(parameters))
 
 
@@ -166,7 +166,7 @@ def _check_is_float(model: nn.Module) -> None:
             raise InputError(f"{name} is quantized already: give the float network")
 
 
-def _rows(layer: nn.Module) -> int:
+def _rows(layer: Any) -> int:
     return int(layer.weight.shape[get_output_channel_dim(layer)])
 
 
