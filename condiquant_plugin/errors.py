@@ -1,5 +1,17 @@
 """Errors that a user can act on."""
 
+from collections.abc import Sequence
+
 
 class InputError(ValueError):
     """Something the user gave cannot be used; the message is one line: the value and the remedy."""
+
+
+def check_choice(name: str, value: object, allowed: Sequence[object]) -> None:
+    """Accept one of ``allowed``.
+
+    Raises:
+        InputError: naming ``name``, the value and the choices.
+    """
+    if value not in allowed:
+        raise InputError(f"{name}={value!r} is not known: use {' or '.join(map(repr, allowed))}")

@@ -8,6 +8,7 @@ except ImportError as error:
     ) from error
 
 from condiquant_brevitas.condiquant import condiquant_mode
+from condiquant_brevitas.fake_quantizers import to_fake_quantizers
 from condiquant_brevitas.layer import CondiQuant
 from condiquant_brevitas.onnx_export import export_qcdq, export_qonnx
 from condiquant_brevitas.quantizers import (
@@ -16,6 +17,7 @@ from condiquant_brevitas.quantizers import (
     LearnedBoundsWeightPerChannel,
     LearnedBoundsWeightPerTensor,
 )
+from condiquant_brevitas.super_resolution import feature_blocks, quantize_sr, trainable_weights
 from condiquant_brevitas.tensor_quant import LearnedBoundsQuant
 
 __all__ = [
@@ -28,4 +30,8 @@ __all__ = [
     "condiquant_mode",
     "export_qcdq",
     "export_qonnx",
+    "feature_blocks",
+    "quantize_sr",
+    "to_fake_quantizers",
+    "trainable_weights",
 ]

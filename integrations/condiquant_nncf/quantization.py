@@ -6,20 +6,19 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
 from nncf.torch.function_hook.nncf_graph.nncf_graph_builder import GraphModelWrapper
 from torch import Tensor, nn
 
 from condiquant_nncf.backend import CondiQuantAlgoBackend, get_algo_backend
 from condiquant_nncf.condiquant import recondition
-from condiquant_nncf.configuration import BoundsInputs, QuantizationConfig
+from condiquant_nncf.configuration import QuantizationConfig
 from condiquant_nncf.layers import Layer
 from condiquant_nncf.learned_bounds import create_quantizers
 from condiquant_nncf.statistics import collect_moments
 from condiquant_nncf.torch_backend import wrap
 from condiquant_plugin import reconditioning
 from condiquant_plugin.errors import InputError
-from condiquant_plugin.fake_quantizer import FakeQuantizer, fake_quantizers
+from condiquant_plugin.fake_quantizer import FakeQuantizer, fake_quantizers, search_bounds
 from condiquant_plugin.reconditioning import LayerReport, ReconditioningConfig
 
 
@@ -67,6 +66,7 @@ def quantize_network(
     layers = config.find_layers(wrapped)
     scoped = [layer for layer in layers if layer.in_scope]
     settings = config.reconditioning()
+    from_quantized = config.bounds_inputs == "quantized"
     if settings is None:
         reports = _condition_numbers(get_algo_backend(wrapped), scoped)
     else:
@@ -75,7 +75,7 @@ def quantize_network(
         if settings.objective == "least_squares":
             as_trained = wrap(wrapped.model, wrapped.example_input)
             quantized = insert_quantizers(as_trained, scoped, config)
-            search_bounds(quantized, crops[:bounds_crops], inputs=config.bounds_inputs)
+            search_bounds(quantized, crops[:bounds_crops], quantized_inputs=from_quantized)
             quantizers = input_quantizers(quantized)
         seconds["bounds"] += time.perf_counter() - started
         reports = _recondition(
@@ -83,7 +83,7 @@ def quantize_network(
         )
     started = time.perf_counter()
     model = insert_quantizers(wrapped, layers, config)
-    search_bounds(model, crops[:bounds_crops], inputs=config.bounds_inputs)
+    search_bounds(model, crops[:bounds_crops], quantized_inputs=from_quantized)
     seconds["bounds"] += time.perf_counter() - started
     return QuantizedNetwork(model, layers, reports, seconds)
 
@@ -132,18 +132,6 @@ def insert_quantizers(
     placed = list(create_quantizers(backend, list(layers), config))
     model: nn.Module = backend.insert_quantizers(placed).model
     return model
-
-
-@torch.no_grad()
-def search_bounds(model: nn.Module, crops: Tensor, *, inputs: BoundsInputs = "float") -> None:
-    """DOBI for every fake quantizer in one forward pass over ``crops``."""
-    quantizers = list(fake_quantizers(model).values())
-    for quantizer in quantizers:
-        quantizer.search_on_next_input = True
-        quantizer.enabled = inputs == "quantized"
-    model(crops)
-    for quantizer in quantizers:
-        quantizer.enabled = True
 
 
 def input_quantizers(model: nn.Module) -> dict[str, FakeQuantizer]:
