@@ -1,7 +1,6 @@
 """Exported ONNX files compute what the model computes, or are refused."""
 
 import sys
-from copy import deepcopy
 
 import numpy as np
 import onnx
@@ -17,6 +16,7 @@ from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
 from torch import nn
 
+import algorithm_networks
 import networks
 from condiquant_brevitas import (
     LearnedBoundsActPerTensor,
@@ -25,6 +25,7 @@ from condiquant_brevitas import (
     LearnedBoundsWeightPerTensor,
     export_qcdq,
     export_qonnx,
+    quantize_sr,
 )
 from condiquant_plugin import InputError
 
@@ -97,10 +98,8 @@ def test_qonnx_holds_every_grid(tmp_path, per, bits):
     assert operators(tmp_path / "model.onnx").count("Quant") == 4
 
 
-@pytest.mark.parametrize("name", ["edsr", "swinir"])
-def test_qonnx_of_a_network_after_gptq(tmp_path, name):
-    x = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(1))
-    model = quantize(networks.build(name), x)
+def test_qonnx_of_a_network_after_gptq(tmp_path):
+    model, x = edsr()
     with gptq_mode(model) as gptq:
         for _ in range(gptq.num_layers):
             gptq.model(x)
@@ -109,7 +108,19 @@ def test_qonnx_of_a_network_after_gptq(tmp_path, name):
     export_qonnx(model, x, tmp_path / "model.onnx")
     torch.testing.assert_close(infer(tmp_path / "model.onnx", x), expected, rtol=0, atol=1e-5)
     assert torch.equal(model(x), expected)
-    deepcopy(model)
+
+
+@pytest.mark.parametrize("function", [export_qonnx, export_qcdq])
+def test_attention_operands_of_quantize_sr(tmp_path, function):
+    x = algorithm_networks.items()[0]
+    model = quantize_sr(algorithm_networks.network("attention"), x, zero_on_grid=True)
+    function(model, x, tmp_path / "model.onnx", opset_version=19)
+    torch.testing.assert_close(infer(tmp_path / "model.onnx", x), model(x), rtol=0, atol=1e-5)
+    found = operators(tmp_path / "model.onnx")
+    if function is export_qonnx:
+        assert found.count("Quant") == 2 * 2 + 2 * 2  # two layers, two products
+    else:
+        assert (found.count("QuantizeLinear"), found.count("DequantizeLinear")) == (6, 8)
 
 
 def test_qonnx_of_another_size_than_the_traced_one(tmp_path):
