@@ -167,7 +167,8 @@ def _check_calibration(calibration: Tensor) -> None:
 def _check_is_float(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if isinstance(module, QuantLayerMixin | FakeQuantizer):
-            raise InputError(f"{name} is quantized already: give the float network")
+            place = name or type(module).__name__
+            raise InputError(f"{place} is quantized already: give the float network")
 
 
 def _rows(layer: Any) -> int:
