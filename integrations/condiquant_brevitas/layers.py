@@ -79,7 +79,8 @@ def find_layers(
     """Layers to quantize, in the order in which the network computes them.
 
     Layers whose input does not depend on the image (position-bias tables) are left alone, and so are
-    products with a parameter that are no module.
+    products with a parameter that are no module. Dependence is seen by gradients: gradient checkpointing
+    is to be off.
 
     Args:
         example: one image, ``(1, channels, height, width)``.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from copy import deepcopy
 from typing import Any, Literal, get_args
 
@@ -118,22 +118,26 @@ def quantize_sr(
     insert_stubs(model, [layer.product for layer in layers if layer.product])
     weights = {
         "bit_width": lambda _, name: bits(name, weight_bits),
-        "name": lambda _, name: f"{name}.weight",
+        "name": _label("weight"),
         "zero_on_grid": zero_on_grid,
     }
     if weight_granularity == "tensor":
         weights["row_blocks"] = lambda layer, name: fused_blocks(name, _rows(layer))
     inputs = {
         "bit_width": lambda _, name: bits(name, activation_bits),
-        "name": lambda _, name: f"{name}.input",
+        "name": _label("input"),
         "zero_on_grid": zero_on_grid,
         "side": activation_side,
     }
     model = _with_quantizers(model, layers, _WEIGHT_QUANTIZERS[weight_granularity], weights, inputs)
     settings = default_config(activation_bits) if reconditioning == "auto" else reconditioning
-    report = _reconditioned(model, calibration, settings, outside, bounds_crops, batch_size)
+    scoped = [layer.name for layer in layers if layer.in_scope and not layer.product]
+    if settings is None:
+        report = {name: _unchanged(model, name) for name in scoped}
+    else:
+        report = _recondition(model, calibration, settings, outside, bounds_crops, batch_size)
     search_bounds(model, calibration[:bounds_crops])
-    model.report = report  # type: ignore[assignment]
+    model.report = {name: report[name] for name in scoped}  # type: ignore[assignment]
     return model
 
 
@@ -163,11 +167,16 @@ def _check_calibration(calibration: Tensor) -> None:
 def _check_is_float(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if isinstance(module, QuantLayerMixin | FakeQuantizer):
-            raise InputError(f"{name} is quantized already: give the float network")
+            place = name or type(module).__name__
+            raise InputError(f"{place} is quantized already: give the float network")
 
 
 def _rows(layer: Any) -> int:
     return int(layer.weight.shape[get_output_channel_dim(layer)])
+
+
+def _label(suffix: str) -> Callable[[nn.Module, str], str]:
+    return lambda _, name: f"{name}.{suffix}"
 
 
 def _with_quantizers(
@@ -190,10 +199,10 @@ def _with_quantizers(
         qnn.QuantIdentity,
         {"act_quant": LearnedBoundsActPerTensor, **operand},
     )
-    fused = {}
+    fused: dict[str, Any] = {}
     for place in _SDPA_OPERANDS:
-        fused[f"{place}_quant"] = LearnedBoundsActPerTensor
-        fused |= {f"{place}_{key}": value for key, value in operand.items()}
+        own = {**operand, "name": _label(place), "quant": LearnedBoundsActPerTensor}
+        fused |= {f"{place}_{key}": value for key, value in own.items()}
     layer_map[ScaledDotProductAttention] = QuantScaledDotProductAttention, fused
     chosen = {layer.name for layer in layers}
     left = [
@@ -204,23 +213,20 @@ def _with_quantizers(
     return layerwise_quantize(model, layer_map, name_blacklist=left)
 
 
-def _reconditioned(
+def _unchanged(model: nn.Module, name: str) -> LayerReport:
+    layer: Any = model.get_submodule(name)
+    return unchanged(name, layer.weight, layer_geometry(layer), fused_blocks(name, _rows(layer)))
+
+
+def _recondition(
     model: nn.Module,
     calibration: Tensor,
-    settings: ReconditioningConfig | None,
+    settings: ReconditioningConfig,
     outside: Collection[str],
     bounds_crops: int,
     batch_size: int,
 ) -> dict[str, LayerReport]:
     """Exchange the weights of the quantized layers that are in scope."""
-    if settings is None:
-        return {
-            name: unchanged(
-                name, layer.weight, layer_geometry(layer), fused_blocks(name, _rows(layer))
-            )
-            for name, layer in model.named_modules()
-            if has_weight_quantizer(layer) and name not in outside
-        }
     if settings.objective == "least_squares":
         search_bounds(model, calibration[:bounds_crops])
     mode = condiquant_mode(
