@@ -1,29 +1,18 @@
 """The Brevitas example on a tiny network: its table, its JSON, its errors."""
 
-import importlib.util
 import json
-from pathlib import Path
 
 import pytest
 import torch
 from brevitas import nn as qnn
 
+import brevitas_sr_ptq as script
 import networks
 from condiquant_brevitas import quantize_sr
 
-_PATH = Path(__file__).parents[2] / "recipes/brevitas_sr_ptq.py"
 
-
-@pytest.fixture(scope="module")
-def script():
-    specification = importlib.util.spec_from_file_location(_PATH.stem, _PATH)
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module
-
-
-def test_table_and_json(script, make_job, capsys):
-    job = make_job("swinir")
+def test_table_and_json(make_job, capsys):
+    job = make_job("edsr")
     options = ["--recipe", job.write(), "--data", job.data, "--sets", "Tiny", "--crops", 2]
     options += ["--weight-bits", 4, "--activation-bits", 8, "--json", job.folder / "table.json"]
     options += ["--methods", "mse", "mse_gptq_bias", "condiquant"]
@@ -41,9 +30,12 @@ def test_table_and_json(script, make_job, capsys):
     assert len(set(scores)) == 4
 
 
-@pytest.mark.parametrize("scope", ["transformer", "all"])
-def test_all_methods_quantize_the_same(script, scope):
-    network = networks.build("swinir").eval()
+@pytest.mark.parametrize(
+    ("name", "scope", "operands"),
+    [("swinir", "transformer", 4 * 2 * 2), ("edsr", "all", 0)],  # blocks, products, factors
+)
+def test_all_methods_quantize_the_same(name, scope, operands):
+    network = networks.build(name).eval()
     crops = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(1))
     quantizers = script.UPSTREAM["mse"]["tensor"]
     theirs = script.quantize_upstream(network, crops, scope, (3, 4), quantizers, 1)
@@ -60,7 +52,7 @@ def test_all_methods_quantize_the_same(script, scope):
 
     assert widths(theirs) == widths(ours)
     stubs = [m for m in theirs.modules() if isinstance(m, qnn.QuantIdentity)]
-    assert len(stubs) == 4 * 4  # two products in each of four blocks
+    assert len(stubs) == operands
 
 
 @pytest.mark.parametrize(
@@ -75,7 +67,7 @@ def test_all_methods_quantize_the_same(script, scope):
         (["--json", "net.pth/table.json"], "cannot write to net.pth"),
     ],
 )
-def test_errors_are_one_line(script, make_job, capsys, options, message):
+def test_errors_are_one_line(make_job, capsys, options, message):
     job = make_job("swinir")
     defaults = ["--recipe", str(job.write()), "--data", str(job.data), "--sets", "Tiny"]
     with pytest.raises(SystemExit) as exit_info:
