@@ -20,7 +20,13 @@ from spandrel import MAIN_REGISTRY, ImageModelDescriptor, UnsupportedModelError
 from torch import Tensor, nn
 
 from condiquant_basicsr import ncnn
-from condiquant_basicsr.networks import build_network, network_scale, scale_argument
+from condiquant_basicsr.networks import (
+    build_network,
+    folded,
+    input_channels,
+    network_scale,
+    scale_argument,
+)
 from condiquant_plugin.errors import InputError
 from condiquant_plugin.files import write_atomic
 
@@ -64,7 +70,7 @@ def load_state_dict(path: Path, param_key: str | None = None) -> dict[str, Tenso
     Raises:
         InputError: unreadable, no weights in it, or a NaN or Inf in a tensor.
     """
-    content = _read(path)
+    content = read_checkpoint(path)
     if param_key is not None and param_key not in content:
         keys = ", ".join(str(key) for key in list(content)[:5])
         raise InputError(f"{path}: no entry {param_key!r}; it has {keys}")
@@ -105,7 +111,8 @@ def load_network(
     else:
         network = build_network(network_g)
         _load(network, state, network_g, path)
-        found = network_scale(network)
+        network = folded(network)
+        found = network_scale(network, input_channels(network_g))
     if scale not in (None, found):
         raise InputError(f"{path.name} is a x{found} network, but scale x{scale} is asked for")
     return network, found
@@ -170,7 +177,12 @@ def _check_digest(data: bytes, sha256: str, name: str) -> None:
         )
 
 
-def _read(path: Path) -> Mapping[str, Any]:
+def read_checkpoint(path: Path) -> Mapping[str, Any]:
+    """Content of a checkpoint file, on the CPU: ``.safetensors``, ncnn ``.bin``, else PyTorch's.
+
+    Raises:
+        InputError: not there or unreadable, or no mapping.
+    """
     suffix = path.suffix.lower()
     if suffix == ".bin":
         return ncnn.read_compact(path.with_suffix(".param"), path)
