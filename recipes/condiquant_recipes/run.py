@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -32,7 +32,7 @@ class Source:
     multiple: int
     crops: Tensor
     held_out: Tensor
-    test_sets: dict[str, list[basicsr_host.Pair]]
+    test_sets: Mapping[str, Sequence[basicsr_host.TestImage]]
 
 
 @dataclass(frozen=True)
