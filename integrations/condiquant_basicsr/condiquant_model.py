@@ -155,7 +155,7 @@ class CondiQuantModel(SRModel):
                 f"{source} is quantized already: give the float network as path.pretrain_network_g, and "
                 "resume with --auto_resume"
             )
-        key = path.get("param_key_teacher")
+        key = path.get("teacher_param_key")
         network, _ = load_network(
             self.opt["network_g"],
             source,
@@ -270,7 +270,8 @@ class CondiQuantModel(SRModel):
 
     def test(self) -> None:
         """Upscale ``lq`` of any size, padded to what the network needs."""
-        network = getattr(self, "net_g_ema", None) or self.get_bare_model(self.net_g)
+        ema = hasattr(self, "net_g_ema")
+        network = self.net_g_ema if ema else self.get_bare_model(self.net_g)
         self.output = upscale(network, self.lq, self.scale, self.multiple)
 
     def dist_validation(

@@ -1,0 +1,134 @@
+"""`condiquant train` and `condiquant test`: BasicSR's loop around NNCF's quantized network."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import condiquant_basicsr as basicsr_host
+import condiquant_nncf as nncf_host
+from condiquant_basicsr.condiquant_model import Quantized
+from condiquant_plugin import __version__
+from condiquant_plugin.errors import InputError
+from condiquant_recipes import settings
+from condiquant_recipes.recipe import Recipe
+from condiquant_recipes.run import rebuild
+
+_STRUCTURE = (
+    "weight_bits",
+    "activation_bits",
+    "scope",
+    "ignored_scope",
+    "other_bits",
+    "weight_granularity",
+)
+
+
+class NNCFQuantizer:
+    """What CondiQuantModel needs of a recipe (:class:`condiquant_basicsr.condiquant_model.Quantizer`)."""
+
+    def __init__(self, recipe: Recipe, *, autocast: bool = False) -> None:
+        self.recipe, self.autocast = recipe, autocast
+        self.distillation = settings.distillation(recipe)
+        self.calibration_images = recipe.datasets.calibration.count
+
+    def quantize(self, network: nn.Module, crops: Tensor) -> Quantized:
+        """Recondition, insert quantizers, search bounds."""
+        result = nncf_host.quantize_network(
+            network,
+            crops,
+            settings.quantization(self.recipe),
+            bounds_crops=self.recipe.condiquant.bounds.crops,
+        )
+        before, after = (
+            median(getattr(report, name) for report in result.reports)
+            for name in ("condition_before", "condition_after")
+        )
+        summary = f"{len(result.reports)} layers, median condition number {before:.4g} -> {after:.4g}"
+        return _quantized(result.model, result.layers, network, summary)
+
+    def rebuild(self, network: nn.Module, example: Tensor) -> Quantized:
+        """The structure alone."""
+        model, layers = rebuild(network, example, self.recipe)
+        return _quantized(model, layers, network)
+
+    def record(self) -> dict[str, Any]:
+        """The whole recipe."""
+        return {"version": __version__, "recipe": self.recipe.model_dump()}
+
+    def check(self, record: Mapping[str, Any], source: str) -> None:
+        """Raise InputError where the checkpoint's network or quantizers are not the options' ones."""
+        theirs, ours = record["recipe"], self.recipe.model_dump()
+        pairs = {key: (theirs[key], ours[key]) for key in ("network_g", "scale")}
+        for key in _STRUCTURE:
+            pairs[f"condiquant.{key}"] = theirs["condiquant"][key], ours["condiquant"][key]
+        for name, (trained, asked) in pairs.items():
+            if trained != asked:
+                raise InputError(
+                    f"{source} has {name}={trained}, the options have {asked}: change them, or train anew"
+                )
+
+
+def _quantized(
+    model: nn.Module, layers: list[nncf_host.Layer], network: nn.Module, summary: str = ""
+) -> Quantized:
+    weights = nncf_host.trainable_weights(model, layers)
+    return Quantized(model, weights, nncf_host.feature_blocks(network, layers), summary)
+
+
+def is_experiment(folder: Path) -> bool:
+    """Whether BasicSR keeps an experiment there."""
+    return (folder / "models").is_dir()
+
+
+def trained_network(
+    folder: Path, iteration: int | None = None, ema: bool | None = None
+) -> tuple[Recipe, nn.Module]:
+    """The quantized network of an experiment, and the recipe it was trained with.
+
+    Args:
+        folder: BasicSR's experiment.
+        iteration: of the checkpoint; None takes the newest file.
+        ema: the moving average of the weights; None takes it where there is one.
+
+    Raises:
+        InputError: no such checkpoint.
+    """
+    file = _checkpoint(folder / "models", iteration)
+    content = basicsr_host.read_checkpoint(file)
+    if "condiquant" not in content:
+        raise InputError(f"{file} holds a float network: train with model_type: CondiQuantModel")
+    if ema and "params_ema" not in content:
+        raise InputError(f"{file} has no moving average (train.ema_decay): leave out --ema")
+    record = content["condiquant"]
+    recipe = Recipe.model_validate(record["recipe"])
+    if recipe.network_g is None:
+        raise InputError(f"{file} does not say which network it holds: train anew")
+    network = basicsr_host.folded(basicsr_host.build_network(recipe.network_g))
+    model, _ = rebuild(
+        network.requires_grad_(False), torch.zeros(1, *record["example_shape"]), recipe
+    )
+    key = "params_ema" if ema is not False and "params_ema" in content else "params"
+    model.load_state_dict(content[key])
+    return recipe, model
+
+
+def _checkpoint(folder: Path, iteration: int | None) -> Path:
+    names = {path.stem.removeprefix("net_g_"): path for path in folder.glob("net_g_*.pth")}
+    numbers = sorted(int(name) for name in names if name.isdigit())
+    if iteration is not None and str(iteration) not in names:
+        raise InputError(
+            f"{folder} has no net_g_{iteration}.pth; iterations: {', '.join(map(str, numbers)) or 'none'}"
+        )
+    if not names:
+        raise InputError(
+            f"{folder} has no net_g_*.pth yet: wait for a checkpoint of `condiquant train`"
+        )
+    if iteration is None:
+        return max(names.values(), key=lambda path: path.stat().st_mtime_ns)
+    return names[str(iteration)]
