@@ -22,7 +22,13 @@ from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Subset
 
-from condiquant_basicsr.networks import build_network, folded, pad_multiple, upscale
+from condiquant_basicsr.networks import (
+    build_network,
+    folded,
+    input_channels,
+    pad_multiple,
+    upscale,
+)
 from condiquant_basicsr.training_data import training_crops
 from condiquant_basicsr.weights import load_network, read_checkpoint, resolve
 from condiquant_plugin.distillation import (
@@ -34,7 +40,8 @@ from condiquant_plugin.distillation import (
 from condiquant_plugin.errors import InputError
 from condiquant_plugin.files import replacing
 
-_ENTRY = "condiquant"
+ENTRY = "condiquant"
+"""Of a checkpoint: the settings of its quantizers."""
 _SAVE_TRIES = 3
 _NOT_USED = ("perceptual_opt", "gan_opt", "ldl_opt", "optim_d")
 
@@ -134,7 +141,7 @@ class CondiQuantModel(SRModel):
 
     def _load_for_test(self, quantizer: Quantizer) -> None:
         path = self.opt["path"]
-        file = resolve(_given(path, "pretrain_network_g", "the net_g_latest.pth of an experiment"))
+        file = Path(_given(path, "pretrain_network_g", "the net_g_latest.pth of an experiment"))
         network = folded(build_network(self.opt["network_g"]))
         self.multiple = pad_multiple(network)
         quantized, content = self._rebuild(quantizer, network, file)
@@ -150,7 +157,7 @@ class CondiQuantModel(SRModel):
         path = self.opt["path"]
         source = _given(path, "pretrain_network_teacher", "the float network to quantize")
         content = read_checkpoint(resolve(source))
-        if _ENTRY in content:
+        if ENTRY in content:
             raise InputError(
                 f"{source} is quantized already: give the float network as path.pretrain_network_g, and "
                 "resume with --auto_resume"
@@ -161,6 +168,7 @@ class CondiQuantModel(SRModel):
             source,
             param_key=key if key in content else None,
             scale=self.opt.get("scale"),
+            channels=input_channels(self.opt["network_g"]),
         )
         return network.requires_grad_(False)
 
@@ -182,13 +190,8 @@ class CondiQuantModel(SRModel):
         self, quantizer: Quantizer, network: nn.Module, file: Path
     ) -> tuple[Quantized, Mapping[str, Any]]:
         """The structure that a checkpoint of an earlier run has, and the checkpoint."""
-        content = read_checkpoint(resolve(str(file)))
-        record = content.get(_ENTRY)
-        if record is None:
-            raise InputError(
-                f"{file} holds a float network: quantize it with `condiquant train`, then give "
-                "experiments/<name>/models/net_g_latest.pth"
-            )
+        content = read_quantized(file)
+        record = content[ENTRY]
         quantizer.check(record, str(file))
         self.example_shape = record["example_shape"]
         return quantizer.rebuild(network, torch.zeros(1, *self.example_shape)), content
@@ -313,7 +316,7 @@ class CondiQuantModel(SRModel):
             key: {n: t.cpu() for n, t in self.get_bare_model(each).state_dict().items()}
             for each, key in zip(nets, keys, strict=True)
         }
-        content[_ENTRY] = {"example_shape": self.example_shape, **self.quantizer.record()}
+        content[ENTRY] = {"example_shape": self.example_shape, **self.quantizer.record()}
         name = "latest" if current_iter == -1 else current_iter
         _save(content, Path(self.opt["path"]["models"]) / f"{net_label}_{name}.pth")
 
@@ -343,6 +346,21 @@ class CondiQuantModel(SRModel):
                 f"{self.opt['path']['resume_state']} does not fit this network and its train section "
                 f"({' '.join(str(error).split())}): resume with the options it was made with"
             ) from error
+
+
+def read_quantized(file: Path) -> Mapping[str, Any]:
+    """Content of a checkpoint that CondiQuantModel saved.
+
+    Raises:
+        InputError: unreadable, or of a float network.
+    """
+    content = read_checkpoint(resolve(str(file)))
+    if ENTRY not in content:
+        raise InputError(
+            f"{file} holds a float network: quantize it with `condiquant train`, then give "
+            "experiments/<name>/models/net_g_latest.pth"
+        )
+    return content
 
 
 def _given(path: Mapping[str, Any], key: str, what: str) -> str:

@@ -34,7 +34,7 @@ _LOST = ("gloo", "nccl", "connection closed", "connection reset")
 def train(
     options: Mapping[str, Any],
     file: Path,
-    quantizer: Quantizer,
+    quantizer: Quantizer | None,
     *,
     launcher: str = "none",
     auto_resume: bool = False,
@@ -47,6 +47,7 @@ def train(
     Args:
         options: content of the option file, overrides applied.
         file: the option file itself, of which BasicSR keeps a copy.
+        quantizer: for CondiQuantModel; BasicSR's own models need none.
         launcher: ``none``, ``pytorch`` (torchrun) or ``slurm``.
         auto_resume: go on from the newest state of the experiment, if there is one.
         debug: BasicSR's, which validates and saves every 8 iterations.
@@ -73,7 +74,7 @@ def train(
 def test(
     options: Mapping[str, Any],
     file: Path,
-    quantizer: Quantizer,
+    quantizer: Quantizer | None,
     *,
     launcher: str = "none",
     debug: bool = False,
@@ -87,7 +88,7 @@ def test(
 def _host(
     options: Mapping[str, Any],
     file: Path,
-    quantizer: Quantizer,
+    quantizer: Quantizer | None,
     launcher: str,
     flags: Sequence[str],
     pipeline: Any,

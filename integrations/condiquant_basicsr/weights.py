@@ -23,7 +23,6 @@ from condiquant_basicsr import ncnn
 from condiquant_basicsr.networks import (
     build_network,
     folded,
-    input_channels,
     network_scale,
     scale_argument,
 )
@@ -93,6 +92,7 @@ def load_network(
     sha256: str | None = None,
     param_key: str | None = None,
     scale: int | None = None,
+    channels: int = 3,
 ) -> tuple[nn.Module, int]:
     """Network with its weights, in eval mode, and its scale.
 
@@ -100,6 +100,7 @@ def load_network(
         network_g: BasicSR's section; None lets spandrel recognise the checkpoint.
         source, sha256: see :func:`resolve`; ``param_key``: see :func:`load_state_dict`.
         scale: the scale asked for, if it must be a certain one.
+        channels: of the images that the network is to take.
 
     Raises:
         InputError: see those functions; a checkpoint of another architecture or scale.
@@ -112,7 +113,7 @@ def load_network(
         network = build_network(network_g)
         _load(network, state, network_g, path)
         network = folded(network)
-        found = network_scale(network, input_channels(network_g))
+        found = network_scale(network, channels)
     if scale not in (None, found):
         raise InputError(f"{path.name} is a x{found} network, but scale x{scale} is asked for")
     return network, found

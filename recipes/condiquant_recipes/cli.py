@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import shlex
 import sys
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,6 +17,8 @@ except ImportError:
 
 from condiquant_plugin.errors import InputError
 from condiquant_plugin.files import check_writable
+from condiquant_recipes import cli_training
+from condiquant_recipes.hosts import load as _hosts
 
 if TYPE_CHECKING:
     from condiquant_recipes.progress import Progress
@@ -49,18 +49,6 @@ DeviceOption = Annotated[str, typer.Option(help="OpenVINO device.")]
 LayersOption = Annotated[
     bool, typer.Option("--layers", help="Of an IR: also what each layer runs as, and why not int8.")
 ]
-
-
-def _hosts(name: str) -> Any:
-    """Import a module of the application late: the hosts take seconds to load."""
-    import logging
-
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    warnings.filterwarnings("ignore", category=DeprecationWarning)
-    import nncf
-
-    nncf.set_log_level(logging.ERROR)
-    return importlib.import_module(f"condiquant_recipes.{name}")
 
 
 def _progress(quiet: bool) -> Progress:
@@ -137,9 +125,18 @@ def evaluate(
 
 @app.command()
 def export(
-    folder: Annotated[Path, typer.Argument(help="Output folder of a run.")],
+    folder: Annotated[
+        Path, typer.Argument(help="Output folder of a run, or an experiment of `condiquant train`.")
+    ],
     out: Annotated[
         Path | None, typer.Option(help="Folder for model.xml (default: the run's).")
+    ] = None,
+    iteration: Annotated[
+        int | None, typer.Option(help="Of an experiment: this checkpoint (default: the newest).")
+    ] = None,
+    ema: Annotated[
+        bool | None,
+        typer.Option("--ema/--no-ema", help="Of an experiment: the moving average (default: if any)."),
     ] = None,
     static: Annotated[
         bool | None, typer.Option("--static/--dynamic", help="Fix height and width.")
@@ -159,7 +156,7 @@ def export(
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Export the network of a finished run once more, with other shapes or for another device."""
+    """Export a trained experiment, or a finished run once more with other shapes or for a device."""
     given = {
         "static": static,
         "tile": tile,
@@ -170,7 +167,9 @@ def export(
     changes = {key: value for key, value in given.items() if value is not None}
     target = out or folder
     check_writable(target)
-    figures = _hosts("ir").export_again(folder, target, changes, _progress(quiet))
+    figures = _hosts("ir").export_again(
+        folder, target, changes, _progress(quiet), iteration, ema
+    )
     file = str(target / "model.xml")
     if as_json:
         print(json.dumps({"file": file, **figures}, indent=1))
@@ -180,6 +179,10 @@ def export(
     for note in notes:
         print(f"note: {note}")
     print(f"IR: {file}")
+
+
+app.command()(cli_training.train)
+app.command()(cli_training.test)
 
 
 @app.command()
@@ -348,8 +351,9 @@ def main() -> None:
     except typer.Exit as error:
         code = error.exit_code
     except (typer.Abort, KeyboardInterrupt):
-        resumable = sys.argv[1:2] in (["run"], ["compare"])
-        code = _fail("interrupted" + ": add --resume to go on" * resumable, 1)
+        options = {"run": "--resume", "compare": "--resume", "train": "--auto_resume"}
+        option = options.get("".join(sys.argv[1:2]))
+        code = _fail(f"interrupted: add {option} to go on" if option else "interrupted", 1)
     except Exception as error:
         usage = getattr(error, "format_message", None)
         if len(sys.argv) == 1:

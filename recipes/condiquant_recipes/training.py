@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 import condiquant_basicsr as basicsr_host
 import condiquant_nncf as nncf_host
-from condiquant_basicsr.condiquant_model import Quantized
+from condiquant_basicsr import training as basicsr_training
+from condiquant_basicsr.condiquant_model import ENTRY, Quantized, read_quantized
 from condiquant_plugin import __version__
 from condiquant_plugin.errors import InputError
 from condiquant_recipes import settings
-from condiquant_recipes.recipe import Recipe
+from condiquant_recipes.recipe import Recipe, explain
 from condiquant_recipes.run import rebuild
+from condiquant_recipes.training_options import (
+    MODEL_TYPE,
+    TrainingSection,
+    check_training,
+    load_options,
+    recipe_from_options,
+    training_section,
+)
 
 _STRUCTURE = (
     "weight_bits",
@@ -29,13 +40,83 @@ _STRUCTURE = (
 )
 
 
-class NNCFQuantizer:
-    """What CondiQuantModel needs of a recipe (:class:`condiquant_basicsr.condiquant_model.Quantizer`)."""
+def train(
+    file: Path,
+    force_yml: Sequence[str] = (),
+    *,
+    launcher: str = "none",
+    auto_resume: bool = False,
+    debug: bool = False,
+) -> None:
+    """Run BasicSR's training; arguments and errors: :func:`condiquant_basicsr.training.train`.
 
-    def __init__(self, recipe: Recipe, *, autocast: bool = False) -> None:
+    Raises:
+        InputError: see there; unknown keys or values out of range.
+    """
+    options = load_options(file, force_yml)
+    for note in check_training(options):
+        _note(note)
+    quantizer = None
+    if options.get("model_type") == MODEL_TYPE:
+        autocast = training_section(options).autocast
+        quantizer = NNCFQuantizer(recipe_from_options(options), autocast=autocast)
+    basicsr_training.train(
+        options, file, quantizer, launcher=launcher, auto_resume=auto_resume, debug=debug
+    )
+
+
+def test(
+    file: Path, force_yml: Sequence[str] = (), *, launcher: str = "none", debug: bool = False
+) -> None:
+    """Run BasicSR's evaluation of a quantized checkpoint; the checkpoint knows its settings.
+
+    Raises:
+        InputError: see :func:`condiquant_basicsr.training.test`; a float checkpoint, or options that
+            contradict the checkpoint.
+    """
+    options = load_options(file, force_yml)
+    quantizer = None
+    if options.get("model_type") == MODEL_TYPE:
+        source = (options.get("path") or {}).get("pretrain_network_g")
+        if not source:
+            raise InputError(
+                "path.pretrain_network_g is missing: give the net_g_latest.pth of an experiment"
+            )
+        record = read_quantized(Path(source).expanduser())[ENTRY]
+        asked = {"network_g": options.get("network_g"), "scale": options.get("scale")}
+        if section := options.get("condiquant"):
+            asked["condiquant"] = _validated(section)
+        quantizer = NNCFQuantizer(Recipe.model_validate(record["recipe"]), asked=asked)
+    basicsr_training.test(options, file, quantizer, launcher=launcher, debug=debug)
+
+
+def _validated(section: Mapping[str, Any]) -> dict[str, Any]:
+    """The given keys of a ``condiquant`` section, in full."""
+    try:
+        return TrainingSection.model_validate(section).model_dump(include=set(section))
+    except ValidationError as error:
+        raise InputError(explain(error, TrainingSection, "condiquant")) from error
+
+
+def _note(text: str) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        print(f"note: {text}")
+
+
+class NNCFQuantizer:
+    """What CondiQuantModel needs of a recipe (:class:`condiquant_basicsr.condiquant_model.Quantizer`).
+
+    Args:
+        asked: what of a checkpoint's recipe must be so; all that its structure depends on by default.
+    """
+
+    def __init__(
+        self, recipe: Recipe, *, autocast: bool = False, asked: Mapping[str, Any] | None = None
+    ) -> None:
         self.recipe, self.autocast = recipe, autocast
         self.distillation = settings.distillation(recipe)
         self.calibration_images = recipe.datasets.calibration.count
+        self.asked = _structure(recipe.model_dump() if asked is None else asked)
 
     def quantize(self, network: nn.Module, crops: Tensor) -> Quantized:
         """Recondition, insert quantizers, search bounds."""
@@ -63,15 +144,19 @@ class NNCFQuantizer:
 
     def check(self, record: Mapping[str, Any], source: str) -> None:
         """Raise InputError where the checkpoint's network or quantizers are not the options' ones."""
-        theirs, ours = record["recipe"], self.recipe.model_dump()
-        pairs = {key: (theirs[key], ours[key]) for key in ("network_g", "scale")}
-        for key in _STRUCTURE:
-            pairs[f"condiquant.{key}"] = theirs["condiquant"][key], ours["condiquant"][key]
-        for name, (trained, asked) in pairs.items():
-            if trained != asked:
+        theirs = _structure(record["recipe"])
+        for name, asked in self.asked.items():
+            if theirs[name] != asked:
                 raise InputError(
-                    f"{source} has {name}={trained}, the options have {asked}: change them, or train anew"
+                    f"{source} has {name}={theirs[name]}, the options have {asked}: "
+                    "change them, or train anew"
                 )
+
+
+def _structure(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    section = recipe.get("condiquant", {})
+    shared = {key: recipe[key] for key in ("network_g", "scale")}
+    return shared | {f"condiquant.{key}": section[key] for key in _STRUCTURE if key in section}
 
 
 def _quantized(
@@ -100,12 +185,10 @@ def trained_network(
         InputError: no such checkpoint.
     """
     file = _checkpoint(folder / "models", iteration)
-    content = basicsr_host.read_checkpoint(file)
-    if "condiquant" not in content:
-        raise InputError(f"{file} holds a float network: train with model_type: CondiQuantModel")
+    content = read_quantized(file)
     if ema and "params_ema" not in content:
         raise InputError(f"{file} has no moving average (train.ema_decay): leave out --ema")
-    record = content["condiquant"]
+    record = content[ENTRY]
     recipe = Recipe.model_validate(record["recipe"])
     if recipe.network_g is None:
         raise InputError(f"{file} does not say which network it holds: train anew")
