@@ -22,6 +22,7 @@ from condiquant_recipes.hosts import load as _hosts
 
 if TYPE_CHECKING:
     from condiquant_recipes.progress import Progress
+    from condiquant_recipes.recipe import Recipe
 
 app = typer.Typer(
     name="condiquant",
@@ -32,10 +33,14 @@ app = typer.Typer(
 )
 _console = Console(stderr=True)
 
-RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe (YAML).")]
+RecipeArgument = Annotated[
+    Path, typer.Argument(metavar="RECIPE", help="A recipe or a BasicSR training YAML.")
+]
 DataOption = Annotated[
     Path | None,
-    typer.Option(help="Folder with calibration and test images.", envvar="CONDIQUANT_DATA"),
+    typer.Option(
+        help="Folder with a recipe's calibration and test images.", envvar="CONDIQUANT_DATA"
+    ),
 ]
 SetsOption = Annotated[
     str, typer.Option(help="Test sets, comma-separated (default: the recipe's).")
@@ -65,6 +70,10 @@ def _data_folder(data: Path | None) -> Path:
     return data
 
 
+def _recipe_data(recipe: Recipe, data: Path | None) -> Path:
+    return Path() if recipe.datasets.train is not None else _data_folder(data)
+
+
 def _split(names: str) -> list[str]:
     found = [name.strip() for name in names.split(",") if name.strip()]
     if names and not found:
@@ -87,11 +96,10 @@ def run(
     quiet: QuietOption = False,
 ) -> None:
     """Recondition, quantize, distil, evaluate and export the network of a recipe."""
-    from condiquant_recipes.recipe import load_recipe
-    from condiquant_recipes.recipe_files import recipe_path
+    from condiquant_recipes.recipe_files import find_recipe
 
-    loaded = load_recipe(recipe_path(recipe), overrides or [])
-    folder = _data_folder(data)
+    loaded = find_recipe(recipe, overrides or [])
+    folder = _recipe_data(loaded, data)
     section = loaded.condiquant
     out = out or Path("out") / f"{loaded.name}_w{section.weight_bits}a{section.activation_bits}"
     metrics = _hosts("run").run(
@@ -285,16 +293,15 @@ def compare(
     """NNCF's methods, 2DQuant and CondiQuant on the network of a recipe, side by side."""
     import rich
 
-    from condiquant_recipes.recipe import load_recipe
-    from condiquant_recipes.recipe_files import recipe_path
+    from condiquant_recipes.recipe_files import find_recipe
 
-    loaded = load_recipe(recipe_path(recipe), overrides or [])
+    loaded = find_recipe(recipe, overrides or [])
     comparison_table = _hosts("comparison_table")
     if methods == "help":
         known = _hosts("comparison_methods").all_methods(loaded)
         Console().print(comparison_table.method_table(known))
         return
-    folder = _data_folder(data)
+    folder = _recipe_data(loaded, data)
     out = out or Path("out") / f"{loaded.name}_compare"
     rich.reconfigure(stderr=True, quiet=quiet)  # NNCF's own progress bars
     report = _hosts("comparing").compare(

@@ -174,7 +174,6 @@ def _takes(ir: ov.Model, image: Tensor, scale: int) -> bool:
 def _metadata(recipe: Recipe, multiple: int, static: bool) -> dict[str, Any]:
     """What an IR says about itself; nothing about the machine it was made on."""
     section = recipe.condiquant
-    folders = (Path(folder) for folder in recipe.datasets.calibration.folders)
     return {
         "network": recipe.name,
         "scale": recipe.scale,
@@ -189,7 +188,7 @@ def _metadata(recipe: Recipe, multiple: int, static: bool) -> dict[str, Any]:
         "device": recipe.export.device,
         "tested_on_device": recipe.export.device == "CPU",
         "plugin_version": __version__,
-        "calibration": [f.name if f.is_absolute() else f.as_posix() for f in folders],
+        "calibration": recipe.datasets.calibration_names,
     }
 
 
