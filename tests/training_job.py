@@ -76,7 +76,7 @@ class TrainingJob:
                 source = Path(section[key])
                 section[key] += ".lmdb"
                 names = ["a.png", "b.png"]
-                make_lmdb_from_imgs(str(source), section[key], names, ["a", "b"])
+                make_lmdb_from_imgs(str(source), section[key], names, ["a", "b"], map_size=2**24)
         section["num_worker_per_gpu"] = 0
         self.set_weights("net.pth")
 
