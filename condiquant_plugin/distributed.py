@@ -174,7 +174,7 @@ def shard(
 def _gather(value: Any, doing: str) -> list[Any]:
     """A small picklable value of every process."""
     gathered: list[Any] = [None] * world_size()
-    with _noticing_the_end_of_others(doing):
+    with noticing_the_end_of_others(doing):
         dist.all_gather_object(gathered, value)
     return gathered
 
@@ -189,7 +189,7 @@ def _in_buckets(tensors: Sequence[Tensor], collective: Callable[[Tensor], Any], 
         buckets[-1].append(tensor)
     for bucket in filter(None, buckets):
         buffer = torch.cat([tensor.reshape(-1).double() for tensor in bucket])
-        with _noticing_the_end_of_others(doing):
+        with noticing_the_end_of_others(doing):
             collective(buffer)
         parts = buffer.split([tensor.numel() for tensor in bucket])
         for tensor, part in zip(bucket, parts, strict=True):
@@ -197,7 +197,8 @@ def _in_buckets(tensors: Sequence[Tensor], collective: Callable[[Tensor], Any], 
 
 
 @contextmanager
-def _noticing_the_end_of_others(doing: str) -> Iterator[None]:
+def noticing_the_end_of_others(doing: str) -> Iterator[None]:
+    """Around collectives: what a backend raises when another process is gone becomes a DistributedError."""
     try:
         yield
     except RuntimeError as error:

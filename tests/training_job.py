@@ -60,9 +60,13 @@ class TrainingJob:
         self.scale = self.options["scale"]
         photograph = torch.from_numpy(skimage.data.chelsea().copy()).permute(2, 0, 1) / 255
         side = self.options["datasets"]["train"]["gt_size"]
-        self.write_images("train", {n: photograph[:, k:, k:] for k, n in enumerate("ab")}, (side + 16, side + 16))
+        self.write_images(
+            "train", {n: photograph[:, k:, k:] for k, n in enumerate("ab")}, (side + 16, side + 16)
+        )
         # NIQE takes blocks of 96x96 pixels, at least two.
-        self.write_images("val", {n: photograph[:, k:, 90:] for k, n in enumerate("cde")}, (108, 208))
+        self.write_images(
+            "val", {n: photograph[:, k:, 90:] for k, n in enumerate("cde")}, (108, 208)
+        )
         for phase, section in self.options["datasets"].items():
             data = folder / phase.split("_")[0]
             section |= {"dataroot_gt": str(data / "HR"), "dataroot_lq": str(data / "LR")}

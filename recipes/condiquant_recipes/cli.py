@@ -7,7 +7,7 @@ import os
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 try:
     import typer
@@ -15,7 +15,7 @@ try:
 except ImportError:
     sys.exit('the command line needs its extra: pip install "condiquant-plugin[all]"')
 
-from condiquant_plugin.errors import InputError
+from condiquant_plugin.errors import DistributedError, InputError
 from condiquant_plugin.files import check_writable
 from condiquant_recipes import cli_training
 from condiquant_recipes.hosts import load as _hosts
@@ -31,6 +31,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="CondiQuant: 2-4 bit super-resolution networks as OpenVINO IR.",
 )
+_SIGINT = 130
+"""What newer versions of Typer make of a KeyboardInterrupt."""
 _console = Console(stderr=True)
 
 RecipeArgument = Annotated[
@@ -144,7 +146,9 @@ def export(
     ] = None,
     ema: Annotated[
         bool | None,
-        typer.Option("--ema/--no-ema", help="Of an experiment: the moving average (default: if any)."),
+        typer.Option(
+            "--ema/--no-ema", help="Of an experiment: the moving average (default: if any)."
+        ),
     ] = None,
     static: Annotated[
         bool | None, typer.Option("--static/--dynamic", help="Fix height and width.")
@@ -175,9 +179,7 @@ def export(
     changes = {key: value for key, value in given.items() if value is not None}
     target = out or folder
     check_writable(target)
-    figures = _hosts("ir").export_again(
-        folder, target, changes, _progress(quiet), iteration, ema
-    )
+    figures = _hosts("ir").export_again(folder, target, changes, _progress(quiet), iteration, ema)
     file = str(target / "model.xml")
     if as_json:
         print(json.dumps({"file": file, **figures}, indent=1))
@@ -190,7 +192,7 @@ def export(
 
 
 app.command()(cli_training.train)
-app.command()(cli_training.test)
+app.command("test")(cli_training.evaluate)
 
 
 @app.command()
@@ -353,14 +355,16 @@ def main() -> None:
     """Entry point."""
     try:
         code = app(standalone_mode=False)
+        if code == _SIGINT:
+            code = _interrupted()
     except InputError as error:
         code = _fail(str(error), 2)
+    except DistributedError as error:
+        code = _fail(str(error), 1)
     except typer.Exit as error:
         code = error.exit_code
     except (typer.Abort, KeyboardInterrupt):
-        options = {"run": "--resume", "compare": "--resume", "train": "--auto_resume"}
-        option = options.get("".join(sys.argv[1:2]))
-        code = _fail(f"interrupted: add {option} to go on" if option else "interrupted", 1)
+        code = _interrupted()
     except Exception as error:
         usage = getattr(error, "format_message", None)
         if len(sys.argv) == 1:
@@ -373,6 +377,12 @@ def main() -> None:
             message = " ".join(f"{type(error).__name__}: {error}".split())
             code = _fail(f"{message} (CONDIQUANT_TRACEBACK=1 shows where)", 1)
     sys.exit(code or 0)
+
+
+def _interrupted() -> int:
+    options = {"run": "--resume", "compare": "--resume", "train": "--auto_resume"}
+    option = options.get("".join(sys.argv[1:2]))
+    return _fail("interrupted" + (f": add {option} to go on" if option else ""), 1)
 
 
 def _fail(message: str, code: int) -> int:

@@ -31,7 +31,8 @@ ForceOption = Annotated[
 ]
 MoreArgument = Annotated[list[str] | None, typer.Argument(hidden=True)]
 DebugOption = Annotated[
-    bool, typer.Option("--debug", help="BasicSR's debug mode: validate and save every 8 iterations.")
+    bool,
+    typer.Option("--debug", help="BasicSR's debug mode: validate and save every 8 iterations."),
 ]
 LocalRankOption = Annotated[int, typer.Option("--local_rank", "--local-rank", hidden=True)]
 
@@ -47,14 +48,17 @@ def train(
     more: MoreArgument = None,
     local_rank: LocalRankOption = 0,
 ) -> None:
-    """BasicSR's train.py with CondiQuantModel, in the current folder."""
+    """BasicSR's train.py with CondiQuantModel, in the current folder.
+
+    In two processes: torchrun --nproc_per_node=2 -m condiquant_recipes train -opt FILE --launcher pytorch
+    """
     overrides = _forced(force_yml, more)
     load("training").train(
         opt, overrides, launcher=launcher.value, auto_resume=auto_resume, debug=debug
     )
 
 
-def test(
+def evaluate(
     opt: OptOption,
     launcher: LauncherOption = Launcher.none,
     debug: DebugOption = False,
@@ -63,7 +67,7 @@ def test(
     local_rank: LocalRankOption = 0,
 ) -> None:
     """BasicSR's test.py with CondiQuantModel: scores of a trained checkpoint."""
-    load("training").test(opt, _forced(force_yml, more), launcher=launcher.value, debug=debug)
+    load("training").evaluate(opt, _forced(force_yml, more), launcher=launcher.value, debug=debug)
 
 
 def _forced(force_yml: list[str] | None, more: list[str] | None) -> list[str]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import condiquant_basicsr as basicsr_host
 import condiquant_nncf as nncf_host
 from condiquant_basicsr import training as basicsr_training
-from condiquant_basicsr.condiquant_model import ENTRY, Quantized, read_quantized
+from condiquant_basicsr.quantizer import ENTRY, Quantized, read_quantized
 from condiquant_plugin import __version__
 from condiquant_plugin.errors import InputError
 from condiquant_recipes import settings
@@ -65,7 +65,7 @@ def train(
     )
 
 
-def test(
+def evaluate(
     file: Path, force_yml: Sequence[str] = (), *, launcher: str = "none", debug: bool = False
 ) -> None:
     """Run BasicSR's evaluation of a quantized checkpoint; the checkpoint knows its settings.
@@ -87,7 +87,7 @@ def test(
         if section := options.get("condiquant"):
             asked["condiquant"] = _validated(section)
         quantizer = NNCFQuantizer(Recipe.model_validate(record["recipe"]), asked=asked)
-    basicsr_training.test(options, file, quantizer, launcher=launcher, debug=debug)
+    basicsr_training.evaluate(options, file, quantizer, launcher=launcher, debug=debug)
 
 
 def _validated(section: Mapping[str, Any]) -> dict[str, Any]:
@@ -104,7 +104,7 @@ def _note(text: str) -> None:
 
 
 class NNCFQuantizer:
-    """What CondiQuantModel needs of a recipe (:class:`condiquant_basicsr.condiquant_model.Quantizer`).
+    """What CondiQuantModel needs of a recipe (:class:`condiquant_basicsr.quantizer.Quantizer`).
 
     Args:
         asked: what of a checkpoint's recipe must be so; all that its structure depends on by default.
@@ -130,7 +130,9 @@ class NNCFQuantizer:
             median(getattr(report, name) for report in result.reports)
             for name in ("condition_before", "condition_after")
         )
-        summary = f"{len(result.reports)} layers, median condition number {before:.4g} -> {after:.4g}"
+        summary = (
+            f"{len(result.reports)} layers, median condition number {before:.4g} -> {after:.4g}"
+        )
         return _quantized(result.model, result.layers, network, summary)
 
     def rebuild(self, network: nn.Module, example: Tensor) -> Quantized:
@@ -145,18 +147,23 @@ class NNCFQuantizer:
     def check(self, record: Mapping[str, Any], source: str) -> None:
         """Raise InputError where the checkpoint's network or quantizers are not the options' ones."""
         theirs = _structure(record["recipe"])
-        for name, asked in self.asked.items():
-            if theirs[name] != asked:
+        network = (name for name in theirs if name.startswith("network_g."))
+        for name in [*self.asked, *network]:
+            if theirs.get(name) != self.asked.get(name):
                 raise InputError(
-                    f"{source} has {name}={theirs[name]}, the options have {asked}: "
+                    f"{source} has {name}={theirs.get(name)}, the options have {self.asked.get(name)}: "
                     "change them, or train anew"
                 )
 
 
 def _structure(recipe: Mapping[str, Any]) -> dict[str, Any]:
     section = recipe.get("condiquant", {})
-    shared = {key: recipe[key] for key in ("network_g", "scale")}
-    return shared | {f"condiquant.{key}": section[key] for key in _STRUCTURE if key in section}
+    network = {f"network_g.{key}": value for key, value in (recipe["network_g"] or {}).items()}
+    return (
+        network
+        | {"scale": recipe["scale"]}
+        | {f"condiquant.{key}": section[key] for key in _STRUCTURE if key in section}
+    )
 
 
 def _quantized(
