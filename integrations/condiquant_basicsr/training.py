@@ -170,6 +170,12 @@ def _load_resume_state(opt: dict[str, Any]) -> dict[str, Any] | None:
         path = max(states, key=lambda state: int(state.stem), default=None)
     if path is None:
         opt["path"]["resume_state"] = None
+        source = Path(opt["path"].get("pretrain_network_g") or "")
+        if source.resolve().is_relative_to(Path(opt["path"]["experiments_root"]).resolve()):
+            raise InputError(
+                f"path.pretrain_network_g={source} is in the folder of the experiment {opt['name']}, which "
+                "BasicSR renames to start anew: change name, or resume with --auto_resume"
+            )
         return None
     state = dict(read_checkpoint(Path(path)))
     opt["path"]["resume_state"] = str(path)

@@ -215,7 +215,9 @@ def test_states_and_checkpoints_of_something_else_are_refused(make_training, con
     )
     quantized = job.experiment / "models" / "net_g_3.pth"
     job.options["path"]["pretrain_network_g"] = str(quantized)
-    assert "is quantized already" in condiquant("train", "-opt", job.write(), code=2)
+    anew = ("train", "-opt", job.write(), "--force_yml")
+    assert "is quantized already" in condiquant(*anew, "name=new", code=2)
+    assert "which BasicSR renames to start anew" in condiquant(*anew, "name=exp", code=2)
     assert "no net_g_7.pth; iterations: 3" in condiquant(
         "export", job.experiment, "--iteration", 7, code=2
     )
