@@ -183,6 +183,7 @@ def _spans(size: int, tile: int, overlap: int) -> list[tuple[int, int, int]]:
     >>> _spans(20, 10, 4)
     [(0, 0, 8), (6, 8, 13), (10, 13, 20)]
     """
-    starts = [*range(0, size - tile, tile - overlap), size - tile]
+    step = max(tile - overlap, 1)  # a tile that is the whole image may be as small as the overlap
+    starts = [*range(0, size - tile, step), size - tile]
     seams = [(after + before + tile) // 2 for before, after in pairwise(starts)]
     return list(zip(starts, [0, *seams], [*seams, size], strict=True))

@@ -160,7 +160,8 @@ def test_force_yml_sets_and_makes_keys(option_file):
     for text, value in (
         ("none", None), ("~", None), ("True", True), ("false", False), ("12", 12), ("1.5", 1.5),
         ("!!float 1e-4", 1e-4), ("!!float1e-4", 1e-4), ("[0.9, 0.99]", [0.9, 0.99]),
-        ("{}", "{}"), ("{}x4", "{}x4"), ("a=b", "a=b"), ("no", "no"), ("2020-01-01", "2020-01-01"), ("'4'", "4"),
+        ("{}", "{}"), ("{}x4", "{}x4"), ("a=b", "a=b"), ("no", "no"), ("'4'", "4"),
+        ("2020-01-01", "2020-01-01"),
         ("__import__('os')", "__import__('os')"),
     ):  # fmt: skip
         found = forced(f"path:key={text}")["path"]["key"]
