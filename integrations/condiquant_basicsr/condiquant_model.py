@@ -18,7 +18,7 @@ from basicsr.utils import get_root_logger
 from basicsr.utils.dist_util import master_only
 from basicsr.utils.registry import MODEL_REGISTRY
 from torch import Tensor, distributed, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.utils.data import DataLoader, Subset
 
 from condiquant_basicsr.networks import (
@@ -40,6 +40,19 @@ from condiquant_plugin.distributed import failing_together
 from condiquant_plugin.errors import InputError
 
 _NOT_USED = ("perceptual_opt", "gan_opt", "ldl_opt", "optim_d")
+
+
+class ReplicatedParameters(DataParallel):
+    """DataParallel whose replicas have parameters: without them NNCF leaves out the weights' quantizers."""
+
+    def replicate(self, module: nn.Module, device_ids: Any) -> list[nn.Module]:
+        """One replica for each device."""
+        replicas: list[nn.Module] = super().replicate(module, device_ids)
+        for part in (part for replica in replicas for part in replica.modules()):
+            for name, tensor in part._former_parameters.items():  # type: ignore[union-attr, operator]
+                tensor._is_param = True
+                part._parameters[name] = tensor
+        return replicas
 
 
 @MODEL_REGISTRY.register()
@@ -165,12 +178,13 @@ class CondiQuantModel(SRModel):
         return quantizer.rebuild(network, torch.zeros(1, *self.example_shape)), content
 
     def model_to_device(self, net: nn.Module) -> nn.Module:
-        """As BasicSR's, for processes without a GPU too."""
-        if not self.opt["dist"] or self.device.type != "cpu":
-            wrapped: nn.Module = super().model_to_device(net)
-            return wrapped
-        unused = self.opt.get("find_unused_parameters", False)
-        return DistributedDataParallel(net, find_unused_parameters=unused)
+        """As BasicSR's, for processes without a GPU and for hooks on parameters too."""
+        net = net.to(self.device)
+        if self.opt["dist"]:
+            devices = None if self.device.type == "cpu" else [torch.cuda.current_device()]
+            unused = self.opt.get("find_unused_parameters", False)
+            return DistributedDataParallel(net, devices, find_unused_parameters=unused)
+        return ReplicatedParameters(net) if self.opt["num_gpu"] > 1 else net
 
     def init_training_settings(self) -> None:
         """EMA, loss, optimiser and scheduler of ``train:``; losses against HR images are left out."""

@@ -222,6 +222,7 @@ class _Interruption:
             self._handle(signal.SIGTERM, self._signal)
         else:  # the first process saves, for which it needs the others to finish their iteration
             self._handle(signal.SIGINT, signal.SIG_IGN)
+            self._handle(signal.SIGTERM, signal.SIG_IGN)
         return model
 
     def _handle(self, number: int, handler: Any) -> None:
