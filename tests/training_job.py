@@ -48,8 +48,7 @@ def real_options(file: str) -> dict:
     folder = os.environ.get("CONDIQUANT_DATA")
     if not folder:
         pytest.skip("set CONDIQUANT_DATA to a folder with basicsr_options")
-    text = (Path(folder) / "basicsr_options" / "train" / file).read_text()
-    return yaml.safe_load(text.replace("!!float ", "!!float "))
+    return yaml.safe_load((Path(folder) / "basicsr_options" / "train" / file).read_text())
 
 
 class TrainingJob:

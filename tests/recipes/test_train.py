@@ -14,7 +14,7 @@ import torch
 
 from condiquant_basicsr.condiquant_model import CondiQuantModel
 from condiquant_recipes import cli
-from condiquant_recipes.training import trained_network
+from condiquant_recipes.experiment import trained_network
 from training_job import TrainingJob, real_options
 
 torch.set_num_threads(1)
