@@ -188,20 +188,17 @@ def _sample(
         sample = dataset[index]
     except KeyError as error:
         raise _error(dataset_opt, f"key {error} is missing: add it") from error
-    except ValueError as error:  # of BasicSR's paired_random_crop
-        text = _one_line(error)
-        if "smaller" in text:
-            text = f"gt_size={dataset_opt.get('gt_size')}: {text} Or set a smaller gt_size"
-        else:
-            text += f" Give folders that fit scale={scale}"
-        raise _error(dataset_opt, text) from error
     except Exception as error:
+        text, remedy = _one_line(error), "repair or remove it"
+        if text.startswith("LQ") and "smaller" in text:
+            remedy = f"or set gt_size={dataset_opt.get('gt_size')} smaller"
+        elif text.startswith("Scale mismatches"):
+            remedy = f"crop HR images to scale={scale} times the size of their LR images"
         paths = getattr(dataset, "paths", None)
-        where = f" of {paths[index]}" if paths else ""
+        where = paths[index] if paths else f"image {index}"
         raise _error(
             dataset_opt,
-            f"cannot read image {index}{where} ({type(error).__name__}: {_one_line(error)}):"
-            " repair or remove it",
+            f"cannot use {where}: {type(error).__name__}: {text} - {remedy}",
         ) from error
     lq = sample.get("lq")
     if not isinstance(lq, Tensor) or lq.ndim != 3:

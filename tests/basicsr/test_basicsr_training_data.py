@@ -175,16 +175,19 @@ def test_bad_sections_end_in_one_line(train, lmdb, tmp_path):
     refused(r"ax4\.png is not in lq_paths.*filename_tmpl", {"filename_tmpl": "{}x4"})
     refused("meta_info_file=absent.txt does not exist: give", {"meta_info_file": "absent.txt"})
     refused("gt_size=33 is no multiple of scale=2", {"gt_size": 33})
-    refused("gt_size=80: LQ .* smaller than patch size .* smaller gt_size", {"gt_size": 80})
-    refused("Give folders that fit scale=2", {"dataroot_lq": train["dataroot_gt"]})
+    refused("LQ .* smaller than patch size .*remove .* or set gt_size=80 smaller", {"gt_size": 80})
+    refused(
+        r"[abc]\.png.*Scale mismatches.*crop HR images to scale=2",
+        {"dataroot_lq": train["dataroot_gt"]},
+    )
     refused("unknown type 'PairedDataset': use Paired", {"type": "PairedDataset"})
     refused("RealESRGANDataset has no LR images", {"type": "RealESRGANDataset"})
     refused("no .lmdb folder .*create_lmdb", {"io_backend": {"type": "lmdb"}})
-    refused("cannot read image .*mdb.*repair", lmdb | {"dataroot_lq": broken_lmdb(lmdb)})
+    refused("cannot use .*mdb.*repair", lmdb | {"dataroot_lq": broken_lmdb(lmdb)})
     (tmp_path / "meta.txt").write_text("d.png (64,64,3)\n")
     refused(r"No such file.*d\.png", {"meta_info_file": str(tmp_path / "meta.txt")})
     (tmp_path / "lr" / "a.png").write_bytes(b"no image")
-    refused(r"cannot read image 0 of .*a\.png.*repair", {})
+    refused(r"cannot use .*a\.png.*repair", {})
 
 
 def broken_lmdb(section):
