@@ -67,7 +67,12 @@ def failing_together(doing: str) -> Iterator[None]:
         yield
     except Exception as raised:
         error = raised
-    failures = _gather(None if error is None else _failure(error), doing)
+    try:
+        failures = _gather(None if error is None else _failure(error), doing)
+    except DistributedError as lost:
+        if error is not None:
+            raise error from lost
+        raise
     messages = [failure[1] for failure in failures if failure and failure[0]]
     if error is not None and (not isinstance(error, InputError) or str(error) == messages[0]):
         raise error

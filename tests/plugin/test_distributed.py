@@ -117,11 +117,17 @@ def work(rank, folder):
     started = time.monotonic()
     if rank == 2:
         os.kill(os.getpid(), signal.SIGKILL)
+    outcome = {}
     try:
         distributed.recondition(problems(moments), config("least_squares"))
     except DistributedError as error:
         outcome = {"message": str(error), "seconds": time.monotonic() - started}
-        torch.save(outcome, folder / f"killed{rank}.pt")
+    try:
+        with distributed.failing_together("testing"):
+            raise KeyError("of its own")
+    except KeyError as error:
+        outcome["own"] = str(error)
+    torch.save(outcome, folder / f"killed{rank}.pt")
 
 
 @pytest.fixture(scope="module")
@@ -224,6 +230,7 @@ def test_a_killed_process_ends_the_others(folder, rank):
         "another process ended reconditioning weights: look at its log, "
         "then run again with --auto_resume"
     )
+    assert outcome["own"] == "'of its own'"
 
 
 def test_shards_are_balanced_and_keep_equal_shapes_together():
