@@ -3,3 +3,7 @@
 
 class InputError(ValueError):
     """Something the user gave cannot be used; the message is one line: the value and the remedy."""
+
+
+class DistributedError(RuntimeError):
+    """Another process ended or failed; the message is one line: what was being done and the remedy."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -32,7 +32,7 @@ class Source:
     multiple: int
     crops: Tensor
     held_out: Tensor
-    test_sets: dict[str, list[basicsr_host.Pair]]
+    test_sets: Mapping[str, Sequence[basicsr_host.TestImage]]
 
 
 @dataclass(frozen=True)
@@ -52,23 +52,37 @@ def load_source(recipe: Recipe, data: Path, sets: Sequence[str]) -> Source:
     """
     network = load_network(recipe)
     calibration = recipe.datasets.calibration
-    crops = basicsr_host.calibration_crops(
-        [data / folder for folder in calibration.folders],
-        recipe.scale,
-        calibration.crop,
-        calibration.count + calibration.held_out,
-        recipe.seed,
-    )
+    count = calibration.count + calibration.held_out
+    if (training := recipe.datasets.train) is not None:
+        section = {**training, "gt_size": calibration.crop * recipe.scale}
+        crops = basicsr_host.training_crops(section, recipe.scale, count, recipe.seed)
+    else:
+        folders = [data / folder for folder in calibration.folders]
+        crops = basicsr_host.calibration_crops(
+            folders, recipe.scale, calibration.crop, count, recipe.seed
+        )
     multiple = basicsr_host.pad_multiple(network, recipe.pad_multiple)
     if calibration.crop % multiple:
         raise InputError(
             f"datasets.calibration.crop={calibration.crop} is not a multiple of {multiple}, "
             f"which {type(network).__name__} needs: use {-(-calibration.crop // multiple) * multiple}"
+            + f" (x{recipe.scale}: datasets.train.gt_size)"
+            * (training is not None)
         )
-    test_sets = {name: basicsr_host.test_pairs(data, name, recipe.scale) for name in sets}
+    test_sets = {name: _test_set(recipe, data, name) for name in sets}
     return Source(
         network, multiple, crops[: calibration.count], crops[calibration.count :], test_sets
     )
+
+
+def _test_set(recipe: Recipe, data: Path, name: str) -> Sequence[basicsr_host.TestImage]:
+    section = recipe.datasets
+    if section.train is None:
+        return basicsr_host.test_pairs(data, name, recipe.scale)
+    if name not in section.val:
+        known = ", ".join(section.val) or "none"
+        raise InputError(f"no validation set is named {name!r}; there are: {known}")
+    return basicsr_host.validation_pairs(section.val[name])
 
 
 def load_network(recipe: Recipe) -> nn.Module:
