@@ -8,6 +8,7 @@ except ImportError as error:
     ) from error
 
 from condiquant_brevitas.condiquant import condiquant_mode
+from condiquant_brevitas.fake_quantizers import to_fake_quantizers
 from condiquant_brevitas.layer import CondiQuant
 from condiquant_brevitas.quantizers import (
     LearnedBoundsActPerTensor,
@@ -15,6 +16,7 @@ from condiquant_brevitas.quantizers import (
     LearnedBoundsWeightPerChannel,
     LearnedBoundsWeightPerTensor,
 )
+from condiquant_brevitas.super_resolution import feature_blocks, quantize_sr, trainable_weights
 from condiquant_brevitas.tensor_quant import LearnedBoundsQuant
 
 __all__ = [
@@ -25,4 +27,8 @@ __all__ = [
     "LearnedBoundsWeightPerChannel",
     "LearnedBoundsWeightPerTensor",
     "condiquant_mode",
+    "feature_blocks",
+    "quantize_sr",
+    "to_fake_quantizers",
+    "trainable_weights",
 ]
