@@ -9,8 +9,9 @@ INSTALLED := $(VENV)/.installed
 demo: $(INSTALLED)
 	$(BIN)/condiquant demo
 
+# CI: or OpenVINO forks the process to report every conversion over the network.
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses=auto
+	CI=true OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses=auto
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

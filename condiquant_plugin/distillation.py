@@ -95,7 +95,7 @@ class _Run:
         self.student, self.teacher, self.config = student, teacher, config
         self.crops, self.held_out, self.checkpoint = crops, held_out, checkpoint
         self.blocks = list(blocks) if config.feature_weight else []
-        self.groups = _parameter_groups(student, config, trainable_weights)
+        self.groups = parameter_groups(student, config, trainable_weights)
         self.parameters = [p for group in self.groups for p in group["params"]]
         self.optimizer = torch.optim.Adam(self.groups, betas=(0.9, 0.99))
         self.scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(
@@ -152,10 +152,10 @@ class _Run:
     def step(self) -> float:
         index = torch.randint(len(self.crops), (self.config.batch_size,), generator=self.generator)
         inputs = self.crops[index]
-        with _captured(self.student, self.blocks) as student_features:
+        with captured(self.student, self.blocks) as student_features:
             loss = (self.student(inputs) - self.targets[index]).abs().mean()
         if self.blocks:
-            with torch.no_grad(), _captured(self.teacher, self.blocks) as teacher_features:
+            with torch.no_grad(), captured(self.teacher, self.blocks) as teacher_features:
                 self.teacher(inputs)
             loss = loss + self.config.feature_weight * feature_loss(
                 [student_features[b] for b in self.blocks],
@@ -238,14 +238,24 @@ def feature_loss(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor
     return torch.stack(distances).mean()
 
 
-def _parameter_groups(
+def parameter_groups(
     student: nn.Module, config: DistillationConfig, weights: Sequence[nn.Parameter]
 ) -> list[dict[str, Any]]:
+    """Adam's groups: the bounds of each fake quantizer at a rate relative to their range, then the weights.
+
+    Args:
+        student: network with fake quantizers.
+        weights: trained at ``config.weights_rate`` if ``config.weights``.
+    """
     groups: list[dict[str, Any]] = []
     for quantizer in fake_quantizers(student).values():
         width = float((quantizer.upper - quantizer.lower).detach().abs().mean())
         groups.append(
-            {"params": [quantizer.lower, quantizer.upper], "lr": config.bounds_rate * width}
+            {
+                "params": [quantizer.lower, quantizer.upper],
+                "lr": config.bounds_rate * width,
+                "weight_decay": 0.0,
+            }
         )
     if config.weights and weights:
         groups.append({"params": list(weights), "lr": config.weights_rate})
@@ -258,7 +268,7 @@ def _outputs(network: nn.Module, inputs: Tensor, batch_size: int = 4) -> Tensor:
 
 
 @contextmanager
-def _captured(network: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+def captured(network: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
     """Outputs of the named modules during the forward passes inside the block."""
     features: dict[str, Tensor] = {}
 

@@ -7,6 +7,10 @@ class InputError(ValueError):
     """Something the user gave cannot be used; the message is one line: the value and the remedy."""
 
 
+class DistributedError(RuntimeError):
+    """Another process ended or failed; the message is one line: what was being done and the remedy."""
+
+
 def check_choice(name: str, value: object, allowed: Sequence[object]) -> None:
     """Accept one of ``allowed``.
 

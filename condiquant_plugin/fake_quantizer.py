@@ -161,8 +161,10 @@ class FakeQuantizer(nn.Module):
                 refinement,
             )
         lower, step = self.spread(lower, x), self.spread(step, x)
-        result: Tensor = _FakeQuantize.apply(x, lower, step, 2**self.bits - 1, refinement)
-        return result
+        # Half precision, of autocast or of the model, cannot tell 8-bit levels apart.
+        precise = x.to(torch.promote_types(x.dtype, lower.dtype))
+        result: Tensor = _FakeQuantize.apply(precise, lower, step, 2**self.bits - 1, refinement)
+        return result.to(x.dtype)
 
     def _block_rows(self, x: Tensor) -> Tensor:
         """``x`` as ``(row_blocks, entries per block)``."""

@@ -8,6 +8,7 @@ depend on the number of calibration images, and those of several batches or proc
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -137,18 +138,18 @@ class Moments:
         return Moments(**added)
 
 
-def all_reduce(local: Moments) -> Moments:
-    """Moments of all processes together, the same on each; needs an initialised process group."""
-    samples = torch.tensor(local.samples, device=local.gram.device)
-    torch.distributed.all_reduce(samples)
-    reduced: dict[str, Any] = {"samples": int(samples)}
-    for field in fields(local)[1:]:
-        value = getattr(local, field.name)
-        if value is not None:
-            value = value.clone()
-            torch.distributed.all_reduce(value)
-        reduced[field.name] = value
-    return Moments(**reduced)
+def no_moments(weight: Tensor, geometry: LayerGeometry, *, quantized: bool) -> Moments:
+    """Moments of a layer that has seen no samples.
+
+    Args:
+        quantized: whether those of quantized inputs belong to them.
+    """
+    groups, _, features = weight_matrix(weight, geometry).shape
+    zeros = partial(weight.new_zeros, dtype=torch.float64)
+    square, line = (groups, features, features), (groups, features)
+    if not quantized:
+        return Moments(0, zeros(square), zeros(line))
+    return Moments(0, zeros(square), zeros(line), zeros(square), zeros(square), zeros(line))
 
 
 def moments(

@@ -11,26 +11,41 @@ except ImportError as error:
         'condiquant_basicsr needs BasicSR: pip install "condiquant-plugin[basicsr]"'
     ) from error
 
-from condiquant_basicsr.datasets import Pair, calibration_crops, test_pairs
+from condiquant_basicsr.datasets import Pair, TestImage, calibration_crops, test_pairs
 from condiquant_basicsr.images import matlab_downscale, read_image, write_image
 from condiquant_basicsr.metrics import evaluate, evaluate_pair
-from condiquant_basicsr.networks import build_network, network_scale, pad_multiple, upscale
-from condiquant_basicsr.weights import load_network, load_state_dict, resolve
+from condiquant_basicsr.networks import (
+    build_network,
+    folded,
+    input_channels,
+    network_scale,
+    pad_multiple,
+    upscale,
+)
+from condiquant_basicsr.training_data import check_dataset, training_crops, validation_pairs
+from condiquant_basicsr.weights import load_network, load_state_dict, read_checkpoint, resolve
 
 __all__ = [
     "Pair",
+    "TestImage",
     "build_network",
     "calibration_crops",
+    "check_dataset",
     "evaluate",
     "evaluate_pair",
+    "folded",
+    "input_channels",
     "load_network",
     "load_state_dict",
     "matlab_downscale",
     "network_scale",
     "pad_multiple",
+    "read_checkpoint",
     "read_image",
     "resolve",
     "test_pairs",
+    "training_crops",
     "upscale",
+    "validation_pairs",
     "write_image",
 ]

@@ -6,6 +6,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -16,9 +17,19 @@ from condiquant_plugin.errors import InputError
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff"}
 
 
+class TestImage(Protocol):
+    """One image of a test set, whatever it is read from."""
+
+    @property
+    def name(self) -> str: ...
+
+    def load(self, scale: int) -> tuple[Tensor, Tensor]:
+        """LR image ``(3, h, w)`` and HR image cropped to ``(3, h * scale, w * scale)``, 0 to 1."""
+
+
 @dataclass(frozen=True)
 class Pair:
-    """One image of a test set."""
+    """One image of a test set in files."""
 
     name: str
     lr: Path | None

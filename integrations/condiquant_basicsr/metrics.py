@@ -9,7 +9,7 @@ import numpy as np
 from basicsr.metrics import calculate_psnr, calculate_ssim
 from torch import Tensor
 
-from condiquant_basicsr.datasets import Pair
+from condiquant_basicsr.datasets import TestImage
 from condiquant_basicsr.images import to_uint8
 from condiquant_plugin.errors import InputError
 
@@ -26,7 +26,7 @@ def evaluate_pair(sr: Tensor, hr: Tensor, crop_border: int) -> dict[str, float]:
 
 def evaluate(
     network_fn: Callable[[Tensor], Tensor],
-    pairs: Sequence[Pair],
+    pairs: Sequence[TestImage],
     scale: int,
     progress: Callable[[str], object] | None = None,
     *,

@@ -6,10 +6,11 @@ import difflib
 import inspect
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+from basicsr.archs.ecbsr_arch import ECB
 from basicsr.archs.rrdbnet_arch import RRDBNet
 from basicsr.utils.registry import ARCH_REGISTRY
 from spandrel import MAIN_REGISTRY
@@ -18,6 +19,8 @@ from torch import Tensor, nn
 from condiquant_plugin.errors import InputError
 
 _BASICSR_SUFFIX = "_basicsr"  # BasicSR's own suffix for names that Real-ESRGAN registers, too
+_CHANNEL_ARGUMENTS = ("num_in_ch", "in_chans", "in_nc")
+_IMAGES = {1: "a grey", 3: "an RGB"}
 _SMALLEST_PROBE = 16  # several networks refuse smaller inputs
 
 
@@ -54,28 +57,49 @@ def scale_argument(network_g: dict[str, Any]) -> str | None:
     return next((name for name in ("upscale", "scale") if name in known), None)
 
 
-def network_scale(network: nn.Module) -> int:
+def input_channels(network_g: Mapping[str, Any] | None) -> int:
+    """Channels of the images that the network of a ``network_g`` section takes: 3, or 1 for Y alone."""
+    section = network_g or {}
+    return next((int(section[name]) for name in _CHANNEL_ARGUMENTS if name in section), 3)
+
+
+@torch.no_grad()
+def folded(network: nn.Module) -> nn.Module:
+    """Puts one convolution in place of each block that is several in training only (ECBSR's)."""
+    for name, block in list(network.named_modules()):
+        if isinstance(block, ECB):
+            convolution = nn.Conv2d(block.in_channels, block.out_channels, 3, padding=1)
+            weight, bias = block.rep_params()
+            convolution.weight.copy_(weight)
+            convolution.bias.copy_(bias)  # type: ignore[union-attr]
+            activation = () if block.act_type == "linear" else (block.act,)
+            network.set_submodule(name, nn.Sequential(convolution, *activation))
+    return network.eval()
+
+
+def network_scale(network: nn.Module, channels: int = 3) -> int:
     """Upscaling factor, found by running the network once on a small black image.
 
     Raises:
-        InputError: the network does not turn (1, 3, H, W) into (1, 3, s*H, s*W).
+        InputError: the network does not turn (1, C, H, W) into (1, C, s*H, s*W).
     """
     multiple = pad_multiple(network)
     size = math.ceil(_SMALLEST_PROBE / multiple) * multiple
     parameter = next(network.parameters())
     try:
         with torch.no_grad():
-            shape = tuple(network(parameter.new_zeros(1, 3, size, size)).shape)
+            shape = tuple(network(parameter.new_zeros(1, channels, size, size)).shape)
     except Exception as error:
         message = " ".join(str(error).split())
         raise InputError(
-            f"{type(network).__name__} does not take an RGB image (1, 3, {size}, {size}): {message}"
+            f"{type(network).__name__} does not take {_IMAGES.get(channels, 'an')} image"
+            f" (1, {channels}, {size}, {size}): {message}"
         ) from error
     scale = shape[-1] // size
-    if shape != (1, 3, scale * size, scale * size):
+    if shape != (1, channels, scale * size, scale * size):
         raise InputError(
-            f"{type(network).__name__} turns (1, 3, {size}, {size}) into {shape}:"
-            " only RGB super-resolution with a whole scale is supported"
+            f"{type(network).__name__} turns (1, {channels}, {size}, {size}) into {shape}:"
+            " only super-resolution with a whole scale is supported"
         )
     return scale
 
@@ -96,13 +120,13 @@ def upscale(network: nn.Module, image: Tensor, scale: int, multiple: int) -> Ten
     """Runs the network on an image of any size.
 
     Args:
-        image: shape ``(1, 3, H, W)``, range 0 to 1.
+        image: shape ``(1, C, H, W)``, range 0 to 1.
         multiple: H and W are padded to multiples of it, right and bottom, by mirroring with the
             edge repeated, as SwinIR's official test does: on Set5 x3 DAT-light gets 34.75 dB, 34.74
             without the edge repeated, and 34.76 unpadded.
 
     Returns:
-        Shape ``(1, 3, scale * H, scale * W)``, not clamped.
+        Shape ``(1, C, scale * H, scale * W)``, not clamped.
     """
     height, width = image.shape[-2:]
     rows, columns = _mirrored(height, multiple), _mirrored(width, multiple)

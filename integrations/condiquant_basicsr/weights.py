@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import time
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
@@ -20,14 +21,20 @@ from spandrel import MAIN_REGISTRY, ImageModelDescriptor, UnsupportedModelError
 from torch import Tensor, nn
 
 from condiquant_basicsr import ncnn
-from condiquant_basicsr.networks import build_network, network_scale, scale_argument
+from condiquant_basicsr.networks import (
+    build_network,
+    folded,
+    network_scale,
+    scale_argument,
+)
 from condiquant_plugin.errors import InputError
-from condiquant_plugin.files import write_atomic
+from condiquant_plugin.files import replacing, write_atomic
 
 _PYPI_SOURCE = re.compile(r"pypi:([A-Za-z0-9._-]+)==([A-Za-z0-9._+!-]+)/(.+)")
 _STATE_KEYS = ("params_ema", "params", "state_dict")
 _SCALES = (1, 2, 3, 4, 8)
 _SHOWN_MISMATCHES = 3
+_SAVE_TRIES = 3
 _logger = logging.getLogger(__name__)
 
 
@@ -64,7 +71,7 @@ def load_state_dict(path: Path, param_key: str | None = None) -> dict[str, Tenso
     Raises:
         InputError: unreadable, no weights in it, or a NaN or Inf in a tensor.
     """
-    content = _read(path)
+    content = read_checkpoint(path)
     if param_key is not None and param_key not in content:
         keys = ", ".join(str(key) for key in list(content)[:5])
         raise InputError(f"{path}: no entry {param_key!r}; it has {keys}")
@@ -87,6 +94,7 @@ def load_network(
     sha256: str | None = None,
     param_key: str | None = None,
     scale: int | None = None,
+    channels: int = 3,
 ) -> tuple[nn.Module, int]:
     """Network with its weights, in eval mode, and its scale.
 
@@ -94,6 +102,7 @@ def load_network(
         network_g: BasicSR's section; None lets spandrel recognise the checkpoint.
         source, sha256: see :func:`resolve`; ``param_key``: see :func:`load_state_dict`.
         scale: the scale asked for, if it must be a certain one.
+        channels: of the images that the network is to take.
 
     Raises:
         InputError: see those functions; a checkpoint of another architecture or scale.
@@ -105,7 +114,8 @@ def load_network(
     else:
         network = build_network(network_g)
         _load(network, state, network_g, path)
-        found = network_scale(network)
+        network = folded(network)
+        found = network_scale(network, channels)
     if scale not in (None, found):
         raise InputError(f"{path.name} is a x{found} network, but scale x{scale} is asked for")
     return network, found
@@ -170,7 +180,12 @@ def _check_digest(data: bytes, sha256: str, name: str) -> None:
         )
 
 
-def _read(path: Path) -> Mapping[str, Any]:
+def read_checkpoint(path: Path) -> Mapping[str, Any]:
+    """Content of a checkpoint file, on the CPU: ``.safetensors``, ncnn ``.bin``, else PyTorch's.
+
+    Raises:
+        InputError: not there or unreadable, or no mapping.
+    """
     suffix = path.suffix.lower()
     if suffix == ".bin":
         return ncnn.read_compact(path.with_suffix(".param"), path)
@@ -184,6 +199,19 @@ def _read(path: Path) -> Mapping[str, Any]:
     if not isinstance(content, Mapping):
         raise InputError(f"{path}: holds a {type(content).__name__}, not a state dict")
     return content
+
+
+def save_checkpoint(content: Mapping[str, Any], path: Path) -> None:
+    """Write a checkpoint, whole or not at all; as in BasicSR an error of the disk gets further tries."""
+    for remaining in reversed(range(_SAVE_TRIES)):
+        try:
+            with replacing(path) as temporary:
+                torch.save(dict(content), temporary)
+            return
+        except (OSError, RuntimeError):  # torch's writer raises the latter
+            if not remaining:
+                raise
+            time.sleep(1)
 
 
 def _recognise(state: dict[str, Tensor], path: Path) -> tuple[nn.Module, int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -26,7 +27,7 @@ from condiquant_nncf.configuration import QuantizationConfig
 from condiquant_nncf.layers import Layer
 from condiquant_nncf.learned_bounds import InputBounds
 from condiquant_nncf.statistics import collected, moments_branch, statistic_points
-from condiquant_plugin import gram, reconditioning
+from condiquant_plugin import distributed, gram, reconditioning
 from condiquant_plugin.errors import InputError
 from condiquant_plugin.reconditioning import (
     LayerProblem,
@@ -131,20 +132,27 @@ def recondition(
     layers: Sequence[Layer],
     moments: Mapping[str, gram.Moments],
     settings: ReconditioningConfig,
+    *,
+    shared: bool = False,
 ) -> tuple[Any, list[LayerReport]]:
-    """Solve all layers with a weight, equal shapes in one batch, and put the weights into the model."""
+    """Solve all layers with a weight, equal shapes in one batch, and put the weights into the model.
+
+    Args:
+        shared: split the layers among the processes of ``torch.distributed``, where all must call this
+            with equal moments.
+    """
     uses: dict[str, list[Layer]] = defaultdict(list)
     for layer in layers:
         if layer.weight_name is not None:
             uses[layer.weight_name].append(layer)
     problems = [_problem(backend, same, moments) for same in uses.values()]
-    solutions = _solve(problems, settings)
-    solved = []
-    for same, problem in zip(uses.values(), problems, strict=True):
-        solution = solutions[problem.name]
-        solved.append((same, same[0].rows_first(solution.weight), solution.bias))
-    model = backend.update(solved)
-    return model, [solutions[problem.name].report for problem in problems]
+    solve = partial(distributed.recondition, solve=_solve) if shared else _solve
+    solutions = solve(problems, settings)
+    solved = [
+        (same, same[0].rows_first(solution.weight), solution.bias)
+        for same, solution in zip(uses.values(), solutions, strict=True)
+    ]
+    return backend.update(solved), [solution.report for solution in solutions]
 
 
 def _problem(
@@ -165,9 +173,7 @@ def _problem(
     )
 
 
-def _solve(
-    problems: Sequence[LayerProblem], settings: ReconditioningConfig
-) -> dict[str, LayerSolution]:
+def _solve(problems: Sequence[LayerProblem], settings: ReconditioningConfig) -> list[LayerSolution]:
     batches: dict[tuple[int, int], list[LayerProblem]] = defaultdict(list)
     for problem in problems:
         _, rows, features = gram.weight_matrix(problem.weight, problem.geometry).shape
@@ -176,7 +182,7 @@ def _solve(
     for batch in track(list(batches.values()), description="Reconditioning weights"):
         solved = reconditioning.recondition(batch, settings)
         solutions.update(zip((p.name for p in batch), solved, strict=True))
-    return solutions
+    return [solutions[problem.name] for problem in problems]
 
 
 def _summary(reports: Sequence[LayerReport]) -> str:

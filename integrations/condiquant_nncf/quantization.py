@@ -16,7 +16,7 @@ from condiquant_nncf.layers import Layer
 from condiquant_nncf.learned_bounds import create_quantizers
 from condiquant_nncf.statistics import collect_moments
 from condiquant_nncf.torch_backend import wrap
-from condiquant_plugin import reconditioning
+from condiquant_plugin import distributed, reconditioning
 from condiquant_plugin.errors import InputError
 from condiquant_plugin.fake_quantizer import FakeQuantizer, fake_quantizers, search_bounds
 from condiquant_plugin.reconditioning import LayerReport, ReconditioningConfig
@@ -50,6 +50,9 @@ def quantize_network(
 ) -> QuantizedNetwork:
     """CondiQuant before distillation: recondition the weights, then search bounds.
 
+    Under ``torch.distributed`` all processes call this with the same network, crops and config. They
+    share the work, and each returns the same model, bit for bit.
+
     Args:
         network: float network, left untouched.
         crops: calibration inputs, ``(count, channels, height, width)``.
@@ -57,35 +60,49 @@ def quantize_network(
         batch_size: crops in one forward pass while moments are collected.
 
     Raises:
-        InputError: no crops; bits outside 2-8; a scope without layers; NaN or Inf anywhere.
+        InputError: no crops; bits outside 2-8; a scope without layers; NaN or Inf anywhere; raised in
+            all processes if in one.
+        DistributedError: another process ended or failed.
     """
-    if not len(crops):
-        raise InputError("no calibration images: give at least one")
     seconds = {"gram": 0.0, "recondition": 0.0, "bounds": 0.0}
-    wrapped = wrap(network, crops[:1])
-    layers = config.find_layers(wrapped)
+    with distributed.failing_together("reading the network"):
+        if not len(crops):
+            raise InputError("no calibration images: give at least one")
+        wrapped = wrap(network, crops[:1])
+        layers = config.find_layers(wrapped)
     scoped = [layer for layer in layers if layer.in_scope]
     settings = config.reconditioning()
-    from_quantized = config.bounds_inputs == "quantized"
     if settings is None:
-        reports = _condition_numbers(get_algo_backend(wrapped), scoped)
+        with distributed.failing_together("reading the weights"):
+            reports = _condition_numbers(get_algo_backend(wrapped), scoped)
     else:
-        started = time.perf_counter()
         quantizers: Mapping[str, FakeQuantizer] | None = None
         if settings.objective == "least_squares":
             as_trained = wrap(wrapped.model, wrapped.example_input)
-            quantized = insert_quantizers(as_trained, scoped, config)
-            search_bounds(quantized, crops[:bounds_crops], quantized_inputs=from_quantized)
+            quantized = _with_bounds(as_trained, scoped, config, crops[:bounds_crops], seconds)
             quantizers = input_quantizers(quantized)
-        seconds["bounds"] += time.perf_counter() - started
         reports = _recondition(
             wrapped, scoped, crops.split(batch_size), settings, quantizers, seconds
         )
-    started = time.perf_counter()
-    model = insert_quantizers(wrapped, layers, config)
-    search_bounds(model, crops[:bounds_crops], quantized_inputs=from_quantized)
-    seconds["bounds"] += time.perf_counter() - started
+    model = _with_bounds(wrapped, layers, config, crops[:bounds_crops], seconds)
     return QuantizedNetwork(model, layers, reports, seconds)
+
+
+def _with_bounds(
+    wrapped: GraphModelWrapper,
+    layers: Sequence[Layer],
+    config: QuantizationConfig,
+    crops: Tensor,
+    seconds: dict[str, float],
+) -> nn.Module:
+    """Put quantizers into ``wrapped``, with bounds that are the same in all processes."""
+    started = time.perf_counter()
+    with distributed.failing_together("searching bounds"):
+        model = insert_quantizers(wrapped, layers, config)
+        search_bounds(model, crops, quantized_inputs=config.bounds_inputs == "quantized")
+    distributed.broadcast_bounds(model)
+    seconds["bounds"] += time.perf_counter() - started
+    return model
 
 
 def _recondition(
@@ -101,7 +118,7 @@ def _recondition(
     moments = collect_moments(wrapped, layers, batches, quantizers)
     seconds["gram"] += time.perf_counter() - started
     started = time.perf_counter()
-    _, reports = recondition(get_algo_backend(wrapped), layers, moments, settings)
+    _, reports = recondition(get_algo_backend(wrapped), layers, moments, settings, shared=True)
     seconds["recondition"] += time.perf_counter() - started
     return reports
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from condiquant_nncf.backend import CondiQuantAlgoBackend, get_algo_backend
 from condiquant_nncf.layers import Layer
-from condiquant_plugin import gram
+from condiquant_plugin import distributed, gram
 from condiquant_plugin.fake_quantizer import FakeQuantizer
 from condiquant_plugin.sampling import Sample
 
@@ -181,16 +181,35 @@ def collect_moments(
 ) -> dict[str, gram.Moments]:
     """Moments of the input of every layer with a weight, over all batches.
 
+    Under ``torch.distributed`` all processes call this with the same batches; each runs its part of
+    them and gets the moments of all.
+
     Args:
         wrapped: the float network; a torch model in :func:`condiquant_nncf.wrap`, or an ``ov.Model``.
         batches: images, ``(batch, channels, height, width)``.
         quantizers: input quantizer by layer name, for the quantized moments.
+
+    Raises:
+        InputError: NaN or Inf in the input of a layer.
+        DistributedError: another process ended or failed.
     """
-    backend = get_algo_backend(wrapped)
-    points = statistic_points(backend, layers, moments_branch(quantizers), "condiquant")
-    collect_statistics(points, wrapped, backend.graph, nncf.Dataset(list(batches)))
-    return {
-        layer.name: collected(points, backend, layer, layer.activation_ports[0], "condiquant")
-        for layer in layers
-        if layer.weight_node is not None
-    }
+    backend, batches = get_algo_backend(wrapped), list(batches)
+    layers = [layer for layer in layers if layer.weight_node is not None]
+    mine = distributed.share(batches)
+    with distributed.failing_together("collecting moments"):
+        if batches and not mine:
+            moments = {n.name: _no_moments(backend, n, quantizers is not None) for n in layers}
+        else:
+            points = statistic_points(backend, layers, moments_branch(quantizers), "condiquant")
+            collect_statistics(points, wrapped, backend.graph, nncf.Dataset(mine))
+            moments = {
+                n.name: collected(points, backend, n, n.activation_ports[0], "condiquant")
+                for n in layers
+            }
+    distributed.all_reduce(moments.values())
+    return moments
+
+
+def _no_moments(backend: CondiQuantAlgoBackend, layer: Layer, quantized: bool) -> gram.Moments:
+    weight = layer.rows_first(backend.weight(layer))
+    return gram.no_moments(weight, layer.geometry, quantized=quantized)

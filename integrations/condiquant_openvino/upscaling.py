@@ -88,6 +88,7 @@ class Upscaler:
             shape = ov.PartialShape([shape[0], shape[3], shape[1], shape[2]])
         if shape.rank.is_dynamic or shape.rank.get_length() != 4:
             raise InputError(f"{path} takes no image: its input has shape {shape}")
+        self._channels = shape[1].get_length() if shape[1].is_static else 3
         self._static = shape[2].is_static and shape[3].is_static
         if self._static:
             self._tile = (shape[2].get_length(), shape[3].get_length())
@@ -120,8 +121,10 @@ class Upscaler:
             InputError: if the image has another shape.
         """
         pixels = np.asarray(image, dtype=np.float32)
-        if pixels.ndim != 3 or pixels.shape[0] != 3 or 0 in pixels.shape:
-            raise InputError(f"image has shape {pixels.shape}: expected (3, height, width)")
+        if pixels.ndim != 3 or pixels.shape[0] != self._channels or 0 in pixels.shape:
+            raise InputError(
+                f"image has shape {pixels.shape}: expected ({self._channels}, height, width)"
+            )
         upscaled = self._upscale(pixels, progress or (lambda done, total: None))
         return torch.from_numpy(upscaled) if isinstance(image, Tensor) else upscaled
 
@@ -180,6 +183,7 @@ def _spans(size: int, tile: int, overlap: int) -> list[tuple[int, int, int]]:
     >>> _spans(20, 10, 4)
     [(0, 0, 8), (6, 8, 13), (10, 13, 20)]
     """
-    starts = [*range(0, size - tile, tile - overlap), size - tile]
+    step = max(tile - overlap, 1)  # a tile that is the whole image may be as small as the overlap
+    starts = [*range(0, size - tile, step), size - tile]
     seams = [(after + before + tile) // 2 for before, after in pairwise(starts)]
     return list(zip(starts, [0, *seams], [*seams, size], strict=True))

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import shlex
 import sys
-import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 try:
     import typer
@@ -17,11 +15,14 @@ try:
 except ImportError:
     sys.exit('the command line needs its extra: pip install "condiquant-plugin[all]"')
 
-from condiquant_plugin.errors import InputError
+from condiquant_plugin.errors import DistributedError, InputError
 from condiquant_plugin.files import check_writable
+from condiquant_recipes import cli_training
+from condiquant_recipes.hosts import load as _hosts
 
 if TYPE_CHECKING:
     from condiquant_recipes.progress import Progress
+    from condiquant_recipes.recipe import Recipe
 
 app = typer.Typer(
     name="condiquant",
@@ -30,12 +31,18 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="CondiQuant: 2-4 bit super-resolution networks as OpenVINO IR.",
 )
+_SIGINT = 130
+"""What newer versions of Typer make of a KeyboardInterrupt."""
 _console = Console(stderr=True)
 
-RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe (YAML).")]
+RecipeArgument = Annotated[
+    Path, typer.Argument(metavar="RECIPE", help="A recipe or a BasicSR training YAML.")
+]
 DataOption = Annotated[
     Path | None,
-    typer.Option(help="Folder with calibration and test images.", envvar="CONDIQUANT_DATA"),
+    typer.Option(
+        help="Folder with a recipe's calibration and test images.", envvar="CONDIQUANT_DATA"
+    ),
 ]
 SetsOption = Annotated[
     str, typer.Option(help="Test sets, comma-separated (default: the recipe's).")
@@ -51,18 +58,6 @@ LayersOption = Annotated[
 ]
 
 
-def _hosts(name: str) -> Any:
-    """Import a module of the application late: the hosts take seconds to load."""
-    import logging
-
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    warnings.filterwarnings("ignore", category=DeprecationWarning)
-    import nncf
-
-    nncf.set_log_level(logging.ERROR)
-    return importlib.import_module(f"condiquant_recipes.{name}")
-
-
 def _progress(quiet: bool) -> Progress:
     from condiquant_recipes.progress import Progress
 
@@ -75,6 +70,10 @@ def _data_folder(data: Path | None) -> Path:
     if not data.is_dir():
         raise InputError(f"data folder {data} does not exist: give --data DIR")
     return data
+
+
+def _recipe_data(recipe: Recipe, data: Path | None) -> Path:
+    return Path() if recipe.datasets.train is not None else _data_folder(data)
 
 
 def _split(names: str) -> list[str]:
@@ -99,11 +98,10 @@ def run(
     quiet: QuietOption = False,
 ) -> None:
     """Recondition, quantize, distil, evaluate and export the network of a recipe."""
-    from condiquant_recipes.recipe import load_recipe
-    from condiquant_recipes.recipe_files import recipe_path
+    from condiquant_recipes.recipe_files import find_recipe
 
-    loaded = load_recipe(recipe_path(recipe), overrides or [])
-    folder = _data_folder(data)
+    loaded = find_recipe(recipe, overrides or [])
+    folder = _recipe_data(loaded, data)
     section = loaded.condiquant
     out = out or Path("out") / f"{loaded.name}_w{section.weight_bits}a{section.activation_bits}"
     metrics = _hosts("run").run(
@@ -137,9 +135,20 @@ def evaluate(
 
 @app.command()
 def export(
-    folder: Annotated[Path, typer.Argument(help="Output folder of a run.")],
+    folder: Annotated[
+        Path, typer.Argument(help="Output folder of a run, or an experiment of `condiquant train`.")
+    ],
     out: Annotated[
         Path | None, typer.Option(help="Folder for model.xml (default: the run's).")
+    ] = None,
+    iteration: Annotated[
+        int | None, typer.Option(help="Of an experiment: this checkpoint (default: the newest).")
+    ] = None,
+    ema: Annotated[
+        bool | None,
+        typer.Option(
+            "--ema/--no-ema", help="Of an experiment: the moving average (default: if any)."
+        ),
     ] = None,
     static: Annotated[
         bool | None, typer.Option("--static/--dynamic", help="Fix height and width.")
@@ -159,7 +168,7 @@ def export(
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Export the network of a finished run once more, with other shapes or for another device."""
+    """Export a trained experiment, or a finished run once more with other shapes or for a device."""
     given = {
         "static": static,
         "tile": tile,
@@ -170,7 +179,7 @@ def export(
     changes = {key: value for key, value in given.items() if value is not None}
     target = out or folder
     check_writable(target)
-    figures = _hosts("ir").export_again(folder, target, changes, _progress(quiet))
+    figures = _hosts("ir").export_again(folder, target, changes, _progress(quiet), iteration, ema)
     file = str(target / "model.xml")
     if as_json:
         print(json.dumps({"file": file, **figures}, indent=1))
@@ -180,6 +189,10 @@ def export(
     for note in notes:
         print(f"note: {note}")
     print(f"IR: {file}")
+
+
+app.command()(cli_training.train)
+app.command("test")(cli_training.evaluate)
 
 
 @app.command()
@@ -282,16 +295,15 @@ def compare(
     """NNCF's methods, 2DQuant and CondiQuant on the network of a recipe, side by side."""
     import rich
 
-    from condiquant_recipes.recipe import load_recipe
-    from condiquant_recipes.recipe_files import recipe_path
+    from condiquant_recipes.recipe_files import find_recipe
 
-    loaded = load_recipe(recipe_path(recipe), overrides or [])
+    loaded = find_recipe(recipe, overrides or [])
     comparison_table = _hosts("comparison_table")
     if methods == "help":
         known = _hosts("comparison_methods").all_methods(loaded)
         Console().print(comparison_table.method_table(known))
         return
-    folder = _data_folder(data)
+    folder = _recipe_data(loaded, data)
     out = out or Path("out") / f"{loaded.name}_compare"
     rich.reconfigure(stderr=True, quiet=quiet)  # NNCF's own progress bars
     report = _hosts("comparing").compare(
@@ -343,13 +355,16 @@ def main() -> None:
     """Entry point."""
     try:
         code = app(standalone_mode=False)
+        if code == _SIGINT:
+            code = _interrupted()
     except InputError as error:
         code = _fail(str(error), 2)
+    except DistributedError as error:
+        code = _fail(str(error), 1)
     except typer.Exit as error:
         code = error.exit_code
     except (typer.Abort, KeyboardInterrupt):
-        resumable = sys.argv[1:2] in (["run"], ["compare"])
-        code = _fail("interrupted" + ": add --resume to go on" * resumable, 1)
+        code = _interrupted()
     except Exception as error:
         usage = getattr(error, "format_message", None)
         if len(sys.argv) == 1:
@@ -362,6 +377,12 @@ def main() -> None:
             message = " ".join(f"{type(error).__name__}: {error}".split())
             code = _fail(f"{message} (CONDIQUANT_TRACEBACK=1 shows where)", 1)
     sys.exit(code or 0)
+
+
+def _interrupted() -> int:
+    options = {"run": "--resume", "compare": "--resume", "train": "--auto_resume"}
+    option = options.get("".join(sys.argv[1:2]))
+    return _fail("interrupted" + (f": add {option} to go on" if option else ""), 1)
 
 
 def _fail(message: str, code: int) -> int:

@@ -58,7 +58,8 @@ def compare(
     crops of that size, of which there are fewer, with as many pixels in all; else all IRs are dynamic.
 
     Args:
-        data: folder that holds the calibration folders and the test sets.
+        data: folder that holds the calibration folders and the test sets, where the recipe names no
+            training set.
         sets: test sets instead of the recipe's.
         methods: ids of :func:`condiquant_recipes.comparison_methods.all_methods`; by default all.
         resume: keep the methods that an earlier call with the same recipe, folder and versions finished.
@@ -75,7 +76,9 @@ def compare(
     _check_export(recipe)
     names = list(dict.fromkeys(sets or recipe.datasets.test))
     if not names:
-        raise InputError("there is no test set: name one in datasets.test or with --sets")
+        raise InputError(
+            "there is no test set: name one in datasets.test or with --sets, or add datasets.val"
+        )
     source = load_source(recipe, data, names)
     folders = {method.id: out / "methods" / method.id for method in all_methods(recipe)}
     versions = {
@@ -127,7 +130,7 @@ def compare(
         "versions": versions,
         "seed": recipe.seed,
         "calibration": {
-            "name": ", ".join(_folder_name(folder) for folder in section.calibration.folders),
+            "name": ", ".join(section.calibration_names),
             "count": section.calibration.count,
             "crop": section.calibration.crop,
         },
@@ -300,9 +303,3 @@ def _layers(row: Row) -> list[Row]:
     return [
         {key: layer[key] for key in keys} | {"bits": row["weight_bits"]} for layer in row["layers"]
     ]
-
-
-def _folder_name(folder: str) -> str:
-    """Nothing about the machine."""
-    path = Path(folder)
-    return path.name if path.is_absolute() else path.as_posix()

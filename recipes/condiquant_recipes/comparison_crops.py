@@ -40,7 +40,7 @@ def output_file(folder: Path, test_set: str, image: str) -> Path:
 
 
 def worst_places(
-    subject: Path, reference: Path, test_sets: Mapping[str, Sequence[basicsr_host.Pair]]
+    subject: Path, reference: Path, test_sets: Mapping[str, Sequence[basicsr_host.TestImage]]
 ) -> list[Place]:
     """Where the outputs in two methods' folders differ most in squares, worst first, no two overlapping."""
     found: list[tuple[float, Place]] = []
@@ -71,7 +71,7 @@ def _windows(error: Tensor) -> Iterator[tuple[float, tuple[int, int, int, int]]]
 def write_crops(
     places: Sequence[Place],
     folders: Mapping[str, Path],
-    test_sets: Mapping[str, Sequence[basicsr_host.Pair]],
+    test_sets: Mapping[str, Sequence[basicsr_host.TestImage]],
     scale: int,
     out: Path,
     reference: str | None = None,

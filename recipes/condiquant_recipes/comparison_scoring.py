@@ -39,7 +39,7 @@ def score_set(
     folder: Path,
     float_folder: Path,
     name: str,
-    pairs: Sequence[basicsr_host.Pair],
+    pairs: Sequence[basicsr_host.TestImage],
     recipe: Recipe,
     advance: Advance,
 ) -> dict[str, float | None]:

@@ -11,6 +11,7 @@ import openvino as ov
 import torch
 from torch import Tensor, nn
 
+import condiquant_basicsr as basicsr_host
 import condiquant_openvino as openvino_host
 from condiquant_openvino.execution import int8_share, layer_executions
 from condiquant_openvino.parity import check_parities
@@ -107,9 +108,10 @@ def _convert(
 ) -> tuple[ov.Model, list[Tensor], dict[str, openvino_host.Parity]]:
     """The IR, the images it was checked on (one for a static IR) and its parities."""
     size = tile_size(recipe, multiple)
-    image = example_image(size)
+    channels = basicsr_host.input_channels(recipe.network_g)
+    image = example_image(size, channels=channels)
     if not recipe.export.static and recipe.export.device != "NPU":
-        images = images_of_two_sizes(size, multiple)
+        images = images_of_two_sizes(size, multiple, channels)
         for traced in images:
             try:
                 ir = openvino_host.convert(model, traced)
@@ -165,14 +167,13 @@ def _takes(ir: ov.Model, image: Tensor, scale: int) -> bool:
         trial.reshape(list(image.shape))
     except RuntimeError:
         return False
-    height, width = image.shape[2:]
-    return list(trial.output().get_shape()) == [1, 3, scale * height, scale * width]
+    _, channels, height, width = image.shape
+    return list(trial.output().get_shape()) == [1, channels, scale * height, scale * width]
 
 
 def _metadata(recipe: Recipe, multiple: int, static: bool) -> dict[str, Any]:
     """What an IR says about itself; nothing about the machine it was made on."""
     section = recipe.condiquant
-    folders = (Path(folder) for folder in recipe.datasets.calibration.folders)
     return {
         "network": recipe.name,
         "scale": recipe.scale,
@@ -187,7 +188,7 @@ def _metadata(recipe: Recipe, multiple: int, static: bool) -> dict[str, Any]:
         "device": recipe.export.device,
         "tested_on_device": recipe.export.device == "CPU",
         "plugin_version": __version__,
-        "calibration": [f.name if f.is_absolute() else f.as_posix() for f in folders],
+        "calibration": recipe.datasets.calibration_names,
     }
 
 
@@ -196,19 +197,24 @@ def tile_size(recipe: Recipe, multiple: int) -> int:
     return next_multiple(recipe.export.tile, multiple)
 
 
-def images_of_two_sizes(size: int, multiple: int) -> list[Tensor]:
+def images_of_two_sizes(size: int, multiple: int, channels: int = 3) -> list[Tensor]:
     """Images to trace a dynamic IR with, one after the other, and to check it on.
 
     What a trace takes for a constant shows at another size, and what for a square at this one. At its
     ``img_size`` a network may have its masks as constants.
     """
-    return [example_image(size), example_image(size - multiple or 3 * size, size + multiple)]
+    sizes = ((size, size), (size - multiple or 3 * size, size + multiple))
+    return [example_image(*each, channels=channels) for each in sizes]
 
 
-def example_image(height: int, width: int | None = None) -> Tensor:
-    """A reproducible noisy gradient, ``(1, 3, height, width)`` in [0, 1], to trace and compare on."""
+def example_image(height: int, width: int | None = None, *, channels: int = 3) -> Tensor:
+    """A reproducible noisy gradient, ``(1, channels, height, width)`` in [0, 1], to trace and compare on.
+
+    Args:
+        channels: 3, or 1 for a grey one.
+    """
     size = (height, height if width is None else width)
     down, right = torch.linspace(0, 1, size[0])[:, None], torch.linspace(0, 1, size[1])
     image = torch.stack([right.expand(size), down.expand(size), right.flip(0).expand(size)])
     noise = torch.rand(image.shape, generator=torch.Generator().manual_seed(0))
-    return (0.8 * image + 0.2 * noise)[None]
+    return (0.8 * image + 0.2 * noise)[None, :channels]

@@ -15,8 +15,7 @@ import condiquant_openvino as openvino_host
 from condiquant_plugin.errors import InputError
 from condiquant_plugin.reconditioning import layer_condition
 from condiquant_recipes.exporting import example_image
-from condiquant_recipes.recipe import load_recipe
-from condiquant_recipes.recipe_files import recipe_path
+from condiquant_recipes.recipe_files import find_recipe
 from condiquant_recipes.run import load_network
 from condiquant_recipes.settings import quantization
 
@@ -31,7 +30,7 @@ def describe(file: Path, *, layers: bool = False) -> dict[str, Any]:
         InputError: missing or unreadable file.
     """
     if file.suffix in {".yml", ".yaml"}:
-        recipe = load_recipe(recipe_path(file))
+        recipe = find_recipe(file)
         described = _describe_network(
             load_network(recipe), recipe.scale, recipe.pad_multiple, quantization(recipe)
         )

@@ -13,9 +13,10 @@ import condiquant_basicsr as basicsr_host
 import condiquant_openvino as openvino_host
 from condiquant_plugin import fake_quantizers
 from condiquant_plugin.errors import InputError
+from condiquant_recipes.experiment import is_experiment, trained_network
 from condiquant_recipes.exporting import example_image, export, tile_size
 from condiquant_recipes.progress import Progress
-from condiquant_recipes.recipe import with_export
+from condiquant_recipes.recipe import Recipe, with_export
 from condiquant_recipes.run import load_network, rebuild
 from condiquant_recipes.workspace import Workspace, load_parameters
 
@@ -41,12 +42,22 @@ def evaluate(
 
 
 def export_again(
-    folder: Path, target: Path, changes: Mapping[str, Any], progress: Progress
+    folder: Path,
+    target: Path,
+    changes: Mapping[str, Any],
+    progress: Progress,
+    iteration: int | None = None,
+    ema: bool | None = None,
 ) -> dict[str, Any]:
-    """Export a finished run with some keys of the recipe's ``export`` section changed.
+    """Export a finished run, or an experiment of BasicSR, with some keys of ``export`` changed.
 
     A run that was calibrated for an NPU keeps its grids on the CPU, which can run them. One that was
     calibrated for the CPU gets other grids on an NPU; what that costs is reported.
+
+    Args:
+        changes: of the recipe's ``export`` section.
+        iteration, ema: which network of an experiment; see
+            :func:`condiquant_recipes.experiment.trained_network`.
 
     Returns:
         As :func:`condiquant_recipes.exporting.export`.
@@ -54,20 +65,37 @@ def export_again(
     Raises:
         InputError: no finished run, or values out of range.
     """
-    workspace, calibrated = Workspace.open(folder)
+    if is_experiment(folder):
+        calibrated, model = trained_network(folder, iteration, ema)
+    elif iteration is None and ema is None:
+        calibrated, model = _finished_run(folder)
+    else:
+        raise InputError(
+            f"{folder} is no experiment of `condiquant train`: leave out --iteration and --ema"
+        )
     if changes.get("device") == "NPU":
         changes = {"static": None, **changes}
     recipe = with_export(calibrated, changes)
-    network = load_network(recipe)
-    multiple = basicsr_host.pad_multiple(network, recipe.pad_multiple)
-    size = recipe.datasets.calibration.crop
-    model, _ = rebuild(network, torch.zeros(1, 3, size, size), calibrated)
-    load_parameters(model, workspace.network_path)
+    multiple = basicsr_host.pad_multiple(model, recipe.pad_multiple)
     moved = None
     if recipe.export.device == "NPU" and calibrated.export.device != "NPU":
         with progress.status("moving the grids"):
-            moved = _move_zero_onto_grids(model, example_image(tile_size(recipe, multiple)))
+            moved = _move_zero_onto_grids(
+                model,
+                example_image(
+                    tile_size(recipe, multiple),
+                    channels=basicsr_host.input_channels(recipe.network_g),
+                ),
+            )
     return export(model, recipe, multiple, target, progress, moved)
+
+
+def _finished_run(folder: Path) -> tuple[Recipe, nn.Module]:
+    workspace, recipe = Workspace.open(folder)
+    size = recipe.datasets.calibration.crop
+    model, _ = rebuild(load_network(recipe), torch.zeros(1, 3, size, size), recipe)
+    load_parameters(model, workspace.network_path)
+    return recipe, model
 
 
 @torch.no_grad()

@@ -46,6 +46,18 @@ class DatasetsSection(_Section):
     test: list[str] = ["Set5"]
     reference: Literal["hr", "float"] = "hr"
     """What quantized outputs are scored against: the HR images, or the float network's output."""
+    train: dict[str, Any] | None = None
+    """BasicSR's section, whose training set gives the calibration crops instead of any folders."""
+    val: dict[str, dict[str, Any]] = {}
+    """With ``train``: BasicSR's sections of the validation sets that ``test`` names, by name."""
+
+    @property
+    def calibration_names(self) -> list[str]:
+        """What the calibration crops come from; nothing about the machine."""
+        if self.train is not None:
+            return [str(self.train.get("name"))]
+        folders = map(Path, self.calibration.folders)
+        return [f.name if f.is_absolute() else f.as_posix() for f in folders]
 
 
 class IgnoredScopeSection(_Section):
@@ -138,6 +150,8 @@ class Recipe(_Section):
     def digest(self) -> str:
         """sha256 of what the quantized network depends on: of ``export``, the device's grids only."""
         values = self.model_dump(exclude={"export"}) | {"device": self.export.device}
+        if self.datasets.train is None:
+            del values["datasets"]["train"], values["datasets"]["val"]
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
     def to_yaml(self) -> str:
@@ -151,20 +165,42 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         InputError: unreadable file, unknown key (suggests the nearest), value out of range.
     """
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read recipe {path}: {_one_line(error)}") from error
-    except yaml.YAMLError as error:
-        raise InputError(f"{path} is not valid YAML: {_one_line(error)}") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path} holds no recipe: expected keys such as name, scale and path")
+    content = read_yaml(path)
     for override in overrides:
         _apply(content, override)
     try:
         return Recipe.model_validate(content)
     except ValidationError as error:
-        raise InputError(f"{path}: {_explain(error)}") from error
+        raise InputError(f"{path}: {explain(error, Recipe)}") from error
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The sections of a YAML file.
+
+    Raises:
+        InputError: unreadable file, or anything else in it.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read {path}: {_one_line(error)}") from error
+    except yaml.YAMLError as error:
+        raise InputError(f"{path} is not valid YAML: {_one_line(error)}") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path} holds no recipe: expected keys such as name, scale and path")
+    return content
+
+
+def with_overrides(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
+    """The recipe with ``key.sub=value`` overrides applied.
+
+    Raises:
+        InputError: unknown key, or a value out of range.
+    """
+    values = recipe.model_dump()
+    for override in overrides:
+        _apply(values, override)
+    return _validated(values)
 
 
 def with_export(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
@@ -175,10 +211,14 @@ def with_export(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
     """
     values = recipe.model_dump()
     values["export"] |= changes
+    return _validated(values)
+
+
+def _validated(values: dict[str, Any]) -> Recipe:
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        raise InputError(_explain(error)) from error
+        raise InputError(explain(error, Recipe)) from error
 
 
 def _apply(content: dict[str, Any], override: str) -> None:
@@ -197,12 +237,19 @@ def _apply(content: dict[str, Any], override: str) -> None:
         raise InputError(f"--set {override!r}: the value is not valid YAML") from error
 
 
-def _explain(error: ValidationError) -> str:
+def explain(error: ValidationError, model: type[BaseModel], *prefix: str) -> str:
+    """The first of the errors in one line, with the remedy.
+
+    Args:
+        model: what was validated.
+        prefix: the sections around it.
+    """
     first = error.errors()[0]
-    location = [str(part) for part in first["loc"]]
+    inner = [str(part) for part in first["loc"]]
+    location = [*prefix, *inner]
     key = ".".join(location)
     if first["type"] == "extra_forbidden":
-        known = _known_keys(location[:-1])
+        known = _known_keys(model, inner[:-1])
         near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
         hint = (
             f"did you mean {'.'.join([*location[:-1], near[0]])}?"
@@ -217,13 +264,12 @@ def _explain(error: ValidationError) -> str:
     return f"{key}={first['input']!r}: {first['msg']}"
 
 
-def _known_keys(parents: list[str]) -> list[str]:
-    section: type[BaseModel] = Recipe
+def _known_keys(model: type[BaseModel], parents: list[str]) -> list[str]:
     for parent in parents:
-        annotation = section.model_fields[parent].annotation
+        annotation = model.model_fields[parent].annotation
         assert isinstance(annotation, type)
-        section = annotation
-    return list(section.model_fields)
+        model = annotation
+    return list(model.model_fields)
 
 
 def _one_line(error: Exception) -> str:

@@ -1,12 +1,16 @@
-"""Where the ready recipes are: beside this package in a checkout, inside it once installed."""
+"""Recipes by path or name, ready ones included, and BasicSR's training YAMLs in their place."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from condiquant_plugin.errors import InputError
+from condiquant_recipes.recipe import Recipe, load_recipe, read_yaml, with_overrides
+from condiquant_recipes.training_options import is_training, recipe_from_options
 
 _INSTALLED = Path(__file__).parent / "recipes"
+# Beside this package in a checkout, inside it once installed.
 _FOLDER = _INSTALLED if _INSTALLED.is_dir() else Path(__file__).parent.parent
 
 
@@ -23,3 +27,16 @@ def recipe_path(name: str | Path) -> Path:
         return _FOLDER / path
     ready = sorted(str(file.relative_to(_FOLDER)) for file in _FOLDER.glob("*/*.yml"))
     raise InputError(f"recipe {path} does not exist; ready ones: {', '.join(ready)}")
+
+
+def find_recipe(name: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """A recipe by path or name, or what a BasicSR training YAML amounts to, with overrides applied.
+
+    Raises:
+        InputError: no such file, or something wrong in it.
+    """
+    path = recipe_path(name)
+    options = read_yaml(path)
+    if is_training(options):
+        return with_overrides(recipe_from_options(options), overrides)
+    return load_recipe(path, overrides)

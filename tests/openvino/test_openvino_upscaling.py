@@ -51,9 +51,10 @@ def grey_levels(first, second):
     return float((first - second).abs().max() * 255)
 
 
-def test_whole_image(exported):
+@pytest.mark.parametrize("size", [(37, 50), (32, 31), (300, 32)])  # 32: of the overlap too
+def test_whole_image(exported, size):
     model, path = exported()
-    image = torch.rand(3, 37, 50)
+    image = torch.rand(3, *size)
     torch.testing.assert_close(Upscaler(path)(image), expected_of(model, image), rtol=0, atol=1e-5)
 
 

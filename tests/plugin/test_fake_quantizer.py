@@ -109,6 +109,19 @@ def test_traced_graph_calls_the_operator():
     torch.testing.assert_close(traced(x), quantizer(x))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_gets_the_levels_of_float32(dtype):
+    quantizer = FakeQuantizer(8, "activation")
+    quantizer.set_bounds(-0.3, 1.7)
+    x = torch.linspace(-1, 2, 999).to(dtype).requires_grad_()
+    result = quantizer(x)
+    assert result.dtype == dtype
+    torch.testing.assert_close(result, quantizer(x.detach().float()).to(dtype), rtol=0, atol=0)
+    result.float().square().sum().backward()
+    assert x.grad.dtype == dtype
+    assert quantizer.lower.grad.dtype == torch.float32
+
+
 @pytest.mark.parametrize("quantized_inputs", [False, True])
 def test_bounds_of_all_quantizers_in_one_forward_pass(quantized_inputs):
     model = torch.nn.Sequential(FakeQuantizer(2, "activation"), FakeQuantizer(8, "activation"))

@@ -111,32 +111,6 @@ def test_moments_of_many_samples_keep_float64_accuracy():
     torch.testing.assert_close(gram.moments(x, LayerGeometry()).gram[0], exact, rtol=1e-6, atol=0)
 
 
-def reduce_in_a_process(rank: int, rendezvous: str, result: str) -> None:
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2
-    )
-    x = inputs_of_process(rank)
-    reduced = gram.all_reduce(gram.moments(x, LayerGeometry(), x.round()))
-    if rank == 1:
-        torch.save(vars(reduced), result)
-    torch.distributed.destroy_process_group()
-
-
-def inputs_of_process(rank: int) -> torch.Tensor:
-    return torch.randn(100 + rank, 5, generator=torch.Generator().manual_seed(rank))
-
-
-def test_moments_add_up_over_processes(tmp_path):
-    result = str(tmp_path / "moments.pt")
-    torch.multiprocessing.spawn(
-        reduce_in_a_process, (str(tmp_path / "rendezvous"), result), nprocs=2
-    )
-    x = torch.cat([inputs_of_process(0), inputs_of_process(1)])
-    whole = gram.moments(x, LayerGeometry(), x.round())
-    for name, value in torch.load(result, weights_only=True).items():
-        torch.testing.assert_close(value, getattr(whole, name), rtol=1e-5, atol=1e-5)
-
-
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_bad_activations_name_the_layer(value):
     x = torch.ones(3, 4)

@@ -1,0 +1,260 @@
+"""BasicSR's ``train.py`` and ``test.py`` with CondiQuantModel, also without a GPU."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, nullcontext
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import basicsr.test as basicsr_test
+import basicsr.train as basicsr_train
+import torch
+import yaml
+from basicsr.models import build_model
+from basicsr.utils import check_resume, dist_util
+from basicsr.utils import logger as basicsr_logger
+from basicsr.utils import options as basicsr_options
+from torch import distributed
+
+from condiquant_basicsr.condiquant_model import CondiQuantModel
+from condiquant_basicsr.quantizer import Quantizer
+from condiquant_basicsr.weights import read_checkpoint
+from condiquant_plugin.distributed import noticing_the_end_of_others
+from condiquant_plugin.errors import InputError
+
+_LOGGER = "basicsr"
+_RANKS = {"pytorch": "RANK", "slurm": "SLURM_PROCID"}
+
+
+def train(
+    options: Mapping[str, Any],
+    file: Path,
+    quantizer: Quantizer | None,
+    *,
+    launcher: str = "none",
+    auto_resume: bool = False,
+    debug: bool = False,
+) -> None:
+    """``basicsr.train`` in the current folder.
+
+    The first SIGINT or SIGTERM saves a checkpoint after the iteration and raises KeyboardInterrupt.
+
+    Args:
+        options: content of the option file, overrides applied.
+        file: the option file itself, of which BasicSR keeps a copy.
+        quantizer: for CondiQuantModel; BasicSR's own models need none.
+        launcher: ``none``, ``pytorch`` (torchrun) or ``slurm``.
+        auto_resume: go on from the newest state of the experiment, if there is one.
+        debug: BasicSR's, which validates and saves every 8 iterations.
+
+    Raises:
+        InputError: options, checkpoints or images that cannot be used.
+        DistributedError: another process of the run ended.
+    """
+    flags = ["--auto_resume"] * auto_resume + ["--debug"] * debug
+    interruption = _Interruption()
+    parts = {
+        "load_resume_state": _load_resume_state,
+        "create_train_val_dataloader": interruption.create_loaders,
+        "build_model": interruption.build_model,
+    }
+    with (
+        _host(options, file, quantizer, launcher, flags, basicsr_train),
+        _replaced(basicsr_train, **parts),
+        closing(interruption),
+    ):
+        basicsr_train.train_pipeline(os.getcwd())
+
+
+def evaluate(
+    options: Mapping[str, Any],
+    file: Path,
+    quantizer: Quantizer | None,
+    *,
+    launcher: str = "none",
+    debug: bool = False,
+) -> None:
+    """``basicsr.test`` in the current folder; arguments and errors are those of :func:`train`."""
+    with _host(options, file, quantizer, launcher, ["--debug"] * debug, basicsr_test):
+        basicsr_test.test_pipeline(os.getcwd())
+
+
+@contextmanager
+def _host(
+    options: Mapping[str, Any],
+    file: Path,
+    quantizer: Quantizer | None,
+    launcher: str,
+    flags: Sequence[str],
+    pipeline: Any,
+) -> Iterator[None]:
+    """BasicSR with our options, model and processes, for one run."""
+
+    def parse(root_path: str, is_train: bool) -> tuple[dict[str, Any], Any]:
+        return _parse(options, file, [*flags, "--launcher", launcher], root_path, is_train)
+
+    _close_log()
+    try:
+        with (
+            _replaced(pipeline, parse_options=parse),
+            _replaced(CondiQuantModel, quantizer=quantizer),
+            noticing_the_end_of_others("training") if launcher != "none" else nullcontext(),
+        ):
+            yield
+        if distributed.is_initialized():
+            distributed.destroy_process_group()
+    finally:
+        _close_log()
+
+
+def _parse(
+    options: Mapping[str, Any], file: Path, flags: Sequence[str], root_path: str, is_train: bool
+) -> tuple[dict[str, Any], Any]:
+    """BasicSR's own parser, on the options as they were read safely."""
+    content = deepcopy(dict(options))
+    if not torch.cuda.is_available():
+        content["num_gpu"] = 0
+        for dataset in content["datasets"].values():
+            if dataset.get("prefetch_mode") == "cuda":
+                dataset["prefetch_mode"] = None
+
+    def init_dist(launcher: str, backend: str = "nccl", **arguments: Any) -> None:
+        _init_dist(
+            launcher, (options.get("dist_params") or {}).get("backend", backend), **arguments
+        )
+
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / file.name
+        copy.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
+        arguments = [sys.argv[0], "-opt", str(copy), *flags]
+        with _replaced(sys, argv=arguments), _replaced(basicsr_options, init_dist=init_dist):
+            opt, parsed = basicsr_options.parse_options(root_path, is_train=is_train)
+    parsed.opt = str(file)
+    # Resuming puts the quantized checkpoint in their place; BasicSR makes folders of keys it does not know.
+    opt["path"]["pretrain_network_teacher"] = opt["path"].get("pretrain_network_g")
+    opt["path"]["teacher_param_key"] = opt["path"].get("param_key_g")
+    return opt, parsed
+
+
+def _init_dist(launcher: str, backend: str, **arguments: Any) -> None:
+    """BasicSR's, which counts on a GPU."""
+    if (variable := _RANKS[launcher]) not in os.environ:
+        raise InputError(
+            f"--launcher {launcher} finds no {variable}: start with "
+            + (
+                "srun"
+                if launcher == "slurm"
+                else "torchrun --nproc_per_node=2 -m condiquant_recipes"
+            )
+        )
+    if torch.cuda.is_available():
+        dist_util.init_dist(launcher, backend, **arguments)
+        return
+    with _replaced(torch.cuda, device_count=lambda: 1, set_device=lambda _: None):
+        dist_util.init_dist(launcher, "gloo", **arguments)
+
+
+def _load_resume_state(opt: dict[str, Any]) -> dict[str, Any] | None:
+    """BasicSR's, without a GPU and without unpickling what others wrote."""
+    path = opt["path"].get("resume_state")
+    if opt["auto_resume"]:
+        folder = Path(opt["path"]["training_states"])
+        states = [state for state in folder.glob("*.state") if state.stem.isdigit()]
+        path = max(states, key=lambda state: int(state.stem), default=None)
+    if path is None:
+        opt["path"]["resume_state"] = None
+        source = Path(opt["path"].get("pretrain_network_g") or "")
+        if source.resolve().is_relative_to(Path(opt["path"]["experiments_root"]).resolve()):
+            raise InputError(
+                f"path.pretrain_network_g={source} is in the folder of the experiment {opt['name']}, which "
+                "BasicSR renames to start anew: change name, or resume with --auto_resume"
+            )
+        return None
+    state = dict(read_checkpoint(Path(path)))
+    opt["path"]["resume_state"] = str(path)
+    check_resume(opt, state["iter"])
+    network = Path(opt["path"]["pretrain_network_g"])
+    if not network.is_file():
+        raise InputError(
+            f"{path} needs the network saved with it, but there is no {network}: "
+            "resume with the name of its experiment"
+        )
+    return state
+
+
+class _Interruption:
+    """Turns the first signal into a checkpoint of whole iterations, once training has begun."""
+
+    def __init__(self) -> None:
+        self.signalled = False
+        self.sampler: Any = None
+        self.before: dict[int, Any] = {}
+
+    def close(self) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def create_loaders(self, opt: dict[str, Any], logger: logging.Logger) -> tuple[Any, ...]:
+        loaders: tuple[Any, ...] = _create_loaders(opt, logger)
+        self.sampler = loaders[1]
+        return loaders
+
+    def build_model(self, opt: dict[str, Any]) -> Any:
+        model = build_model(opt)
+        step: Callable[[int], None] = model.optimize_parameters
+
+        def optimize_parameters(current_iter: int) -> None:
+            step(current_iter)
+            if self.signalled:
+                model.save(self.sampler.epoch, current_iter)
+                raise KeyboardInterrupt
+
+        if opt["rank"] == 0:
+            model.optimize_parameters = optimize_parameters
+            self._handle(signal.SIGINT, self._signal)
+            self._handle(signal.SIGTERM, self._signal)
+        else:  # the first process saves, for which it needs the others to finish their iteration
+            self._handle(signal.SIGINT, signal.SIG_IGN)
+            self._handle(signal.SIGTERM, signal.SIG_IGN)
+        return model
+
+    def _handle(self, number: int, handler: Any) -> None:
+        self.before[number] = signal.signal(number, handler)
+
+    def _signal(self, *_: object) -> None:
+        if self.signalled and not distributed.is_initialized():  # launchers signal twice
+            raise KeyboardInterrupt
+        self.signalled = True
+        print("saving after this iteration, then stopping", file=sys.stderr, flush=True)
+
+
+_create_loaders = basicsr_train.create_train_val_dataloader
+
+
+@contextmanager
+def _replaced(owner: Any, **values: Any) -> Iterator[None]:
+    """Other attributes of a module or class for a while."""
+    before = {name: getattr(owner, name) for name in values}
+    for name, value in values.items():
+        setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(owner, name, value)
+
+
+def _close_log() -> None:
+    """BasicSR keeps the log file of the first run for all further ones of a process."""
+    logger = logging.getLogger(_LOGGER)
+    for handler in list(logger.handlers):
+        logger.removeHandler(handler)
+        handler.close()
+    basicsr_logger.initialized_logger.pop(_LOGGER, None)

@@ -1,0 +1,295 @@
+import gc
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import cv2
+import psutil
+import pytest
+import torch
+
+from condiquant_basicsr.condiquant_model import CondiQuantModel
+from condiquant_recipes import cli
+from condiquant_recipes.experiment import trained_network
+from training_job import TrainingJob, real_options
+
+torch.set_num_threads(1)
+
+CONFIGS = {
+    "SwinIR/train_SwinIR_SRx4_scratch.yml": {
+        "img_size": 16, "depths": [2], "num_heads": [2], "embed_dim": 24,
+    },
+    "EDSR/train_EDSR_Mx4.yml": {"num_feat": 8, "num_block": 2},
+    "RCAN/train_RCAN_x2.yml": {
+        "num_feat": 8, "num_group": 1, "num_block": 2, "squeeze_factor": 4,
+    },
+    "SRResNet_SRGAN/train_MSRResNet_x4.yml": {"num_feat": 8, "num_block": 2},
+    "ESRGAN/train_RRDBNet_PSNR_x4.yml": {"num_feat": 8, "num_block": 1, "num_grow_ch": 4},
+    "ECBSR/train_ECBSR_x4_m4c16_prelu.yml": {},
+    "ECBSR/train_ECBSR_x4_m4c16_prelu_RGB.yml": {},
+}  # fmt: skip
+
+
+@pytest.fixture
+def make_training(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return lambda options=None: TrainingJob(tmp_path, options)
+
+
+@pytest.fixture
+def condiquant(monkeypatch, capsys):
+    """``condiquant(ARGUMENTS)``: its output; with ``code=2`` its one error line."""
+
+    def call(*arguments, code=0):
+        monkeypatch.setattr(sys, "argv", ["condiquant", *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit_info:
+            cli.main()
+        captured = capsys.readouterr()
+        lines = captured.err.splitlines()
+        errors = [line for line in lines if line.startswith("condiquant: error: ")]
+        assert exit_info.value.code == code, errors
+        if code == 0:
+            return captured.out
+        assert errors == lines[-1:]
+        return errors[0].removeprefix("condiquant: error: ")
+
+    return call
+
+
+def psnrs(log: str) -> list[float]:
+    return [float(value) for value in re.findall(r"# psnr: ([\d.]+)", log)]
+
+
+@pytest.mark.parametrize("file", CONFIGS)
+def test_a_real_config_trains_resumes_and_exports(file, make_training, condiquant, capsys):
+    options = real_options(file)
+    options["model_type"] = "CondiQuantModel"
+    options["network_g"] |= CONFIGS[file]
+    options["datasets"]["train"] |= {"gt_size": 16 * options["scale"], "batch_size_per_gpu": 2}
+    options["train"]["total_iter"] = 3
+    options["val"]["val_freq"] = options["logger"]["save_checkpoint_freq"] = 3
+    options["logger"]["print_freq"] = 1
+    options["condiquant"] = {"calibration_images": 4, "bounds": {"crops": 2}}
+    if "SwinIR" in file:
+        options["condiquant"] |= {"autocast": True, "distillation": {"feature_weight": 0.1}}
+    else:
+        options["condiquant"] |= {"scope": "all"}
+    job = make_training(options)
+    condiquant("train", "-opt", job.write())
+    assert (job.experiment / "training_states" / "3.state").is_file()
+    assert len(psnrs(job.log())) >= len(options["datasets"]) - 1
+
+    gc.collect()  # a process opens an LMDB once
+    condiquant("train", "-opt", job.write(), "--auto_resume", "--force_yml", "train:total_iter=4")
+    assert "Resuming training from epoch" in job.log()
+    assert "iter:       4" in job.log()
+
+    report = json.loads(condiquant("export", job.experiment, "--tile", 16, "--static", "--json"))
+    assert report["parity_mean_abs"] < 1e-5
+    assert Path(report["file"]) == job.experiment / "model.xml"
+
+
+def test_training_needs_no_optimizer_scheduler_nor_validation(make_training, condiquant):
+    job = make_training()
+    for section, key in (("train", "optim_g"), ("train", "scheduler"), ("datasets", "val")):
+        del job.options[section][key]
+    del job.options["val"]
+    job.options["condiquant"] |= {"autocast": True, "distillation": {"feature_weight": 0.5}}
+    job.options["train"]["gan_opt"] = {"type": "GANLoss"}
+    out = condiquant("train", "-opt", job.write(), "--debug")
+    job.options["name"] = "debug_exp"
+    log = job.log()
+    assert "note: the generator alone is distilled: train.gan_opt" in out
+    assert "the float network is the target: gan_opt" in log
+    rates = [float(rate) for rate in re.findall(r"lr:\((.*?),\)", log)]
+    assert rates == pytest.approx([5e-4, 3.75e-4, 1.25e-4])
+    assert len(re.findall("l_feat: [0-9]", log)) == 3
+
+
+def test_other_models_are_basicsrs_own(make_training, condiquant):
+    job = make_training()
+    job.options["model_type"] = "SRModel"
+    del job.options["condiquant"]
+    job.options["num_gpu"] = 1
+    condiquant("train", "-opt", job.write())
+    assert job.checkpoint("latest").keys() == {"params", "params_ema"}
+    condiquant("train", "-opt", job.write(), "--auto_resume")
+    assert "iter: 3." in job.log()
+
+
+def test_a_launcher_is_needed_for_several_processes(make_training, condiquant):
+    error = condiquant("train", "-opt", make_training().write(), "--launcher", "pytorch", code=2)
+    assert "start with torchrun --nproc_per_node=2" in error
+
+
+def test_resuming_continues_bit_for_bit(make_training, condiquant):
+    job = make_training()
+    section = job.options["datasets"]["train"] | {"use_hflip": False, "use_rot": False}
+    job.options["datasets"]["train"] = section | {"dataset_enlarge_ratio": 2}
+    for kind in (
+        "HR",
+        "LR",
+    ):  # one image of the crop's size: whatever the sampler draws is the same
+        (job.folder / "train" / kind / "b.png").unlink()
+        path = job.folder / "train" / kind / "a.png"
+        size = section["gt_size"] // (job.scale if kind == "LR" else 1)
+        cv2.imwrite(str(path), cv2.imread(str(path))[:size, :size])
+    condiquant("train", "-opt", job.write(), "--force_yml", "train:total_iter=6", "name=whole")
+    condiquant("train", "-opt", job.write())
+    first = job.checkpoint(3)
+    condiquant("train", "-opt", job.write(), "--auto_resume", "--force_yml", "train:total_iter=6")
+    job.options["name"] = "whole"
+    whole = job.checkpoint("latest")
+    job.options["name"] = "exp"
+    resumed = job.checkpoint("latest")
+    assert whole.keys() == resumed.keys() == {"params", "params_ema", "condiquant"}
+    for key in ("params", "params_ema"):
+        assert all(torch.equal(resumed[key][n], t) for n, t in whole[key].items())
+    assert any(not torch.equal(first["params"][n], t) for n, t in whole["params"].items())
+    moved = [n for n, t in first["params"].items() if not torch.equal(t, whole["params"][n])]
+    assert any(name.endswith(".lower") for name in moved)
+    assert "body.0.conv1.weight" in moved
+    assert "conv_first.weight" not in moved
+
+
+def test_a_checkpoint_is_evaluated_as_it_was_validated(make_training, condiquant):
+    job = make_training()
+    condiquant("train", "-opt", job.write())
+    latest = job.experiment / "models" / "net_g_latest.pth"
+    for ema, key in ((None, "params_ema"), (False, "params")):
+        state = trained_network(job.experiment, 3, ema)[1].state_dict()
+        assert all(torch.equal(t, state[n]) for n, t in job.checkpoint(3)[key].items())
+    write_test_options(job, latest)
+    condiquant("test", "-opt", job.write())
+    assert psnrs(evaluation_log(job)) == psnrs(job.log())[-1:]
+
+    assert "condiquant.weight_bits=4, the options have 3" in condiquant(
+        "test", "-opt", job.write(), "--force_yml", "condiquant:weight_bits=3", "num_gpu=0", code=2
+    )
+    write_test_options(job, job.folder / "net.pth")
+    error = condiquant("test", "-opt", job.write(), code=2)
+    assert "holds a float network: quantize it with `condiquant train`" in error
+
+
+def write_test_options(job: TrainingJob, checkpoint: Path) -> None:
+    validation = job.options["datasets"].get("val") or job.options["datasets"]["test_1"]
+    job.options["datasets"] = {"test_1": validation}
+    job.options["path"]["pretrain_network_g"] = str(checkpoint)
+    job.options.pop("condiquant", None)
+    job.options.pop("train", None)
+
+
+def evaluation_log(job: TrainingJob) -> str:
+    (log,) = (job.folder / "results" / job.options["name"]).glob("test_*.log")
+    return log.read_text()
+
+
+def test_states_and_checkpoints_of_something_else_are_refused(make_training, condiquant):
+    job = make_training()
+    condiquant("train", "-opt", job.write())
+    resume = ("train", "-opt", job.write(), "--auto_resume", "--force_yml")
+    assert "has condiquant.activation_bits=4, the options have 2: change them" in condiquant(
+        *resume, "condiquant:activation_bits=2", code=2
+    )
+    assert "does not fit this network and its train section" in condiquant(
+        *resume, "condiquant:distillation:weights=false", code=2
+    )
+    job.options["network_g"]["num_block"] = 1
+    job.set_weights("other.pth")
+    assert "has network_g.num_block=2, the options have 1" in condiquant(
+        "train", "-opt", job.write(), "--auto_resume", code=2
+    )
+    state = job.experiment / "training_states" / "3.state"
+    assert "resume with the name of its experiment" in condiquant(
+        "train",
+        "-opt",
+        job.write(),
+        "--force_yml",
+        f"path:resume_state={state}",
+        "name=new",
+        code=2,
+    )
+    quantized = job.experiment / "models" / "net_g_3.pth"
+    job.options["path"]["pretrain_network_g"] = str(quantized)
+    anew = ("train", "-opt", job.write(), "--force_yml")
+    assert "is quantized already" in condiquant(*anew, "name=new", code=2)
+    assert "which BasicSR renames to start anew" in condiquant(*anew, "name=exp", code=2)
+    assert "no net_g_7.pth; iterations: 3" in condiquant(
+        "export", job.experiment, "--iteration", 7, code=2
+    )
+
+
+def test_an_interrupt_leaves_a_state_to_resume_from(make_training, condiquant, monkeypatch):
+    job = make_training()
+    steps = []
+
+    def interrupted(model):
+        steps.append(None)
+        if len(steps) == 1:
+            signal.raise_signal(signal.SIGINT)
+        return type(model).__bases__[0].get_current_log(model)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CondiQuantModel, "get_current_log", interrupted)
+        before = signal.getsignal(signal.SIGINT)
+        error = condiquant("train", "-opt", job.write(), code=1)
+        assert signal.getsignal(signal.SIGINT) is before
+    assert error == "interrupted: add --auto_resume to go on"
+    assert [state.name for state in job.experiment.glob("training_states/*")] == ["2.state"]
+    condiquant("train", "-opt", job.write(), "--auto_resume")
+    assert "iter: 2." in job.log()
+    assert job.checkpoint("latest")
+
+
+def test_two_processes_train_as_one_and_survive_the_end_of_one(make_training, condiquant):
+    job = make_training()
+    job.options["train"]["total_iter"] = 10**6
+    job.options["val"] |= {"val_freq": 2, "save_img": True}
+    job.options["logger"]["save_checkpoint_freq"] = 2
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command += ["-m", "condiquant_recipes", "train", "-opt", job.write(), "--launcher", "pytorch"]
+    with subprocess.Popen(
+        [sys.executable, *map(str, command)], stderr=subprocess.PIPE, text=True
+    ) as launched:
+        states = job.experiment / "training_states"
+        wait_for(lambda: (states / "4.state").is_file(), launched)
+        ranks = {c.environ().get("RANK"): c for c in psutil.Process(launched.pid).children(True)}
+        ranks["1"].kill()
+        errors = launched.communicate(timeout=60)[1]
+    assert launched.returncode != 0
+    (line,) = [line for line in errors.splitlines() if "condiquant: error" in line]
+    assert line.endswith(
+        "another process ended training: look at its log, then run again with --auto_resume"
+    )
+
+    validated = psnrs(job.log())[0]
+    shown = {name: cv2.imread(str(path)) for name, path in images(job, "visualization", 2).items()}
+    last = max(int(state.stem) for state in states.glob("*.state"))
+    overrides = (f"train:total_iter={last + 1}", "val:val_freq=1000")
+    condiquant("train", "-opt", job.write(), "--auto_resume", "--force_yml", *overrides)
+    assert f"iter: {last}." in job.log()
+
+    write_test_options(job, job.experiment / "models" / "net_g_2.pth")
+    condiquant("test", "-opt", job.write())
+    assert psnrs(evaluation_log(job)) == [validated]
+    assert shown.keys() == {"c", "d", "e"}
+    for name, image in shown.items():  # of both processes' networks
+        path = job.folder / "results" / "exp" / "visualization" / "Tiny" / f"{name}_exp.png"
+        assert (cv2.imread(str(path)) == image).all()
+
+
+def images(job: TrainingJob, folder: str, iteration: int) -> dict[str, Path]:
+    found = (job.experiment / folder).glob(f"*/*_{iteration}.png")
+    return {path.parent.name: path for path in found}
+
+
+def wait_for(condition, process, seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < end
+        time.sleep(0.05)
