@@ -108,7 +108,6 @@ ROWS = {
     "`bias_correction_mode`": [quantize, correct_biases],
     "`condition`, `bias_correction_mode`": [condition, quantize, correct_biases],
     "`least_squares`, `bias_correction_mode`": [quantize, least_squares, correct_biases],
-    "`gpfq_mode`, `bias_correction_mode`": [quantize, gpfq, correct_biases],
     "`activation_equalization_mode`": [equalize, quantize],
     "`activation_equalization_mode`, `condition`": [equalize, condition, quantize],
     "`activation_equalization_mode`, `least_squares`": [equalize, quantize, least_squares],
