@@ -186,7 +186,8 @@ class CondiQuantModel(SRModel):
         """BasicSR's, for all groups; without one the rates fall to zero along a cosine."""
         options = self.opt["train"]
         if not options.get("scheduler"):
-            cosine = {"periods": [int(options["total_iter"])], "restart_weights": [1]}
+            iterations = max(int(options["total_iter"]), 1)
+            cosine = {"periods": [iterations], "restart_weights": [1]}
             options["scheduler"] = {"type": "CosineAnnealingRestartLR", **cosine}
         super().setup_schedulers()
 
