@@ -214,7 +214,7 @@ class _Interruption:
             loaders: tuple[Any, ...] = _create_loaders(opt, logger)
         except (AssertionError, KeyError, OSError, ValueError) as error:
             raise InputError(
-                f"datasets: {one_line(error)}: correct the datasets section"
+                f"cannot use the data ({one_line(error)}): correct the datasets section"
             ) from error
         train_loader, self.sampler = loaders[:2]
         train_loader.worker_init_fn = partial(_start_worker, train_loader.worker_init_fn)
