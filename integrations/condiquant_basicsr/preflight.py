@@ -19,6 +19,8 @@ from condiquant_basicsr.training_data import one_line
 from condiquant_basicsr.weights import load_network, read_checkpoint, resolve
 from condiquant_plugin.errors import InputError
 
+_LOGGER = ("print_freq", "save_checkpoint_freq", "use_tb_logger")
+"""Keys that BasicSR does not do without."""
 LOSS = {"type": "L1Loss"}
 """Where ``train.pixel_opt`` is left out."""
 
@@ -31,10 +33,16 @@ def check_start(opt: Mapping[str, Any]) -> None:
             optimiser, scheduler or metric that BasicSR does not have.
     """
     _check_train(opt["train"])
-    for name, metric in ((opt.get("val") or {}).get("metrics") or {}).items():
-        if metric.get("type") not in METRIC_REGISTRY:
+    validation = opt.get("val")
+    for section, keys in (("logger", _LOGGER), ("val", ("save_img",) if validation else ())):
+        for key in keys:
+            if key not in (opt.get(section) or {}):
+                raise InputError(f"key {section}.{key} is missing: add it")
+    for name, metric in ((validation or {}).get("metrics") or {}).items():
+        kind = metric.get("type") if isinstance(metric, Mapping) else metric
+        if not isinstance(metric, Mapping) or kind not in METRIC_REGISTRY:
             known = ", ".join(name for name, _ in METRIC_REGISTRY)
-            raise InputError(f"val.metrics.{name}.type={metric.get('type')}: there are {known}")
+            raise InputError(f"val.metrics.{name} needs a type, not {kind}; there are: {known}")
     check_crops(opt, float_network(opt))
 
 
@@ -71,9 +79,7 @@ def check_crops(opt: Mapping[str, Any], network: nn.Module) -> None:
     Raises:
         InputError: if not; names one.
     """
-    size, scale, multiple = opt["datasets"]["train"].get("gt_size"), opt["scale"], 0
-    if size is None:
-        return
+    size, scale = opt["datasets"]["train"]["gt_size"], opt["scale"]
     multiple = pad_multiple(network)
     crop = size // scale
     if crop % multiple:

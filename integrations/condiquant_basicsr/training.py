@@ -214,9 +214,15 @@ class _Interruption:
             loaders: tuple[Any, ...] = _create_loaders(opt, logger)
         except (AssertionError, KeyError, OSError, ValueError) as error:
             raise InputError(
-                f"cannot use the data ({one_line(error)}): correct the datasets section"
+                f"cannot use the data ({type(error).__name__}: {one_line(error)}):"
+                " correct the datasets section"
             ) from error
         train_loader, self.sampler = loaders[:2]
+        if not len(train_loader):  # BasicSR would train on nothing, without a word
+            raise InputError(
+                "datasets.train has fewer images than a batch: lower batch_size_per_gpu, or raise"
+                " dataset_enlarge_ratio"
+            )
         train_loader.worker_init_fn = partial(_start_worker, train_loader.worker_init_fn)
         return loaders
 

@@ -36,7 +36,11 @@ def job(tmp_path, monkeypatch):
         ("train:pixel_opt:weight=1", r"train\.pixel_opt .*weight"),
         (
             "val:metrics:psnr:type=psnr",
-            r"val\.metrics\.psnr\.type=psnr: there are .*calculate_psnr",
+            r"val\.metrics\.psnr needs a type, not psnr; .*calculate_psnr",
+        ),
+        (
+            "val:metrics:psnr=calculate_psnr",
+            r"val\.metrics\.psnr needs a type, not calculate_psnr;",
         ),
         ("network_g:num_feat=8", r"net\.pth does not fit network_g EDSR"),
     ],
@@ -53,6 +57,19 @@ def test_crops_must_fit_the_windows(job):
     job.set_weights("swinir.pth")
     with pytest.raises(InputError, match=r"gt_size=36 gives LR crops of 18x18, but SwinIR needs"):
         training.train(job.write(), ["datasets:train:gt_size=36"])
+
+
+@pytest.mark.parametrize("key", ["val.save_img", "logger.print_freq"])
+def test_keys_that_basicsr_would_miss_later(job, key):
+    section, name = key.split(".")
+    del job.options[section][name]
+    with pytest.raises(InputError, match=rf"key {key} is missing: add it"):
+        training.train(job.write())
+
+
+def test_batches_larger_than_the_training_set(job):
+    with pytest.raises(InputError, match="fewer images than a batch: lower batch_size_per_gpu"):
+        training.train(job.write(), ["datasets:train:batch_size_per_gpu=64"])
 
 
 def test_folders_that_do_not_fit_each_other(job):
