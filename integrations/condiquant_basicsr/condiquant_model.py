@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -84,11 +85,17 @@ class CondiQuantModel(SRModel):
     def _start_training(self, quantizer: Quantizer) -> None:
         path = self.opt["path"]
         self.teacher = float_network(self.opt)
+        self.teacher_digest = _digest(self.teacher)
         self.multiple = pad_multiple(self.teacher)
         self.trained_ema: Mapping[str, Tensor] | None = None
         if path.get("resume_state"):
             file = Path(path["pretrain_network_g"])
             quantized, content = self._rebuild(quantizer, self.teacher, file)
+            if content[ENTRY].get("float_sha256", self.teacher_digest) != self.teacher_digest:
+                raise InputError(
+                    f"{file} follows another float network than {path['pretrain_network_teacher']}: give "
+                    "that as path.pretrain_network_g, or train anew"
+                )
             _load_state(quantized.model, content["params"], file)
             self.trained_ema = content.get("params_ema")
         else:
@@ -272,7 +279,11 @@ class CondiQuantModel(SRModel):
             key: {n: t.cpu() for n, t in self.get_bare_model(each).state_dict().items()}
             for each, key in zip(nets, keys, strict=True)
         }
-        content[ENTRY] = {"example_shape": self.example_shape, **self.quantizer.record()}
+        content[ENTRY] = {
+            "example_shape": self.example_shape,
+            "float_sha256": self.teacher_digest,
+            **self.quantizer.record(),
+        }
         name = "latest" if current_iter == -1 else current_iter
         save_checkpoint(content, Path(self.opt["path"]["models"]) / f"{net_label}_{name}.pth")
 
@@ -302,6 +313,14 @@ class CondiQuantModel(SRModel):
                 f"{self.opt['path']['resume_state']} does not fit this network and its train section "
                 f"({' '.join(str(error).split())}): resume with the options it was made with"
             ) from error
+
+
+def _digest(network: nn.Module) -> str:
+    """sha256 of all weights."""
+    digest = hashlib.sha256()
+    for tensor in network.state_dict().values():
+        digest.update(tensor.cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _load_state(model: nn.Module, state: Mapping[str, Tensor], file: Path) -> None:

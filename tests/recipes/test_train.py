@@ -1,6 +1,7 @@
 import gc
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -198,6 +199,11 @@ def test_states_and_checkpoints_of_something_else_are_refused(make_training, con
     assert "does not fit this network and its train section" in condiquant(
         *resume, "condiquant:distillation:weights=false", code=2
     )
+    other = torch.load(job.folder / "net.pth", weights_only=True)["params"]
+    torch.save({name: 1.01 * tensor for name, tensor in other.items()}, job.folder / "other.pth")
+    assert "net_g_3.pth follows another float network than" in condiquant(
+        *resume, f"path:pretrain_network_g={job.folder / 'other.pth'}", code=2
+    )
     job.options["network_g"]["num_block"] = 1
     job.set_weights("other.pth")
     assert "has network_g.num_block=2, the options have 1" in condiquant(
@@ -217,7 +223,10 @@ def test_states_and_checkpoints_of_something_else_are_refused(make_training, con
     job.options["path"]["pretrain_network_g"] = str(quantized)
     anew = ("train", "-opt", job.write(), "--force_yml")
     assert "is quantized already" in condiquant(*anew, "name=new", code=2)
-    assert "which BasicSR renames to start anew" in condiquant(*anew, "name=exp", code=2)
+    in_the_way = shutil.copy(job.folder / "other.pth", job.experiment / "models")
+    assert "which BasicSR renames to start anew" in condiquant(
+        *anew, "name=exp", f"path:pretrain_network_g={in_the_way}", code=2
+    )
     assert "no net_g_7.pth; iterations: 3" in condiquant(
         "export", job.experiment, "--iteration", 7, code=2
     )
