@@ -78,7 +78,6 @@ class CondiQuantModel(SRModel):
             self._start_training(self.quantizer)
         else:
             self._load_for_test(self.quantizer)
-        self.print_network(self.net_g)
         if self.is_train:
             self.init_training_settings()
 
@@ -86,6 +85,7 @@ class CondiQuantModel(SRModel):
         path = self.opt["path"]
         self.teacher = float_network(self.opt)
         self.teacher_digest = _digest(self.teacher)
+        self.print_network(self.teacher)
         self.multiple = pad_multiple(self.teacher)
         self.trained_ema: Mapping[str, Tensor] | None = None
         if path.get("resume_state"):
@@ -125,6 +125,7 @@ class CondiQuantModel(SRModel):
         path = self.opt["path"]
         file = Path(path["pretrain_network_g"])
         network = folded(build_network(self.opt["network_g"]))
+        self.print_network(network)
         self.multiple = pad_multiple(network)
         quantized, content = self._rebuild(quantizer, network, file)
         key = path.get("param_key_g") or ("params_ema" if "params_ema" in content else "params")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import multiprocessing
 import os
 import signal
 import sys
@@ -12,6 +13,7 @@ from contextlib import closing, contextmanager, nullcontext
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import basicsr.test as basicsr_test
@@ -34,6 +36,7 @@ from condiquant_plugin.errors import InputError
 from condiquant_plugin.files import check_writable
 
 _LOGGER = "basicsr"
+_DATA_SERVER = "condiquant_basicsr.data_server"
 _RANKS = {"pytorch": "RANK", "slurm": "SLURM_PROCID"}
 
 
@@ -162,6 +165,10 @@ def _init_dist(launcher: str, backend: str, **arguments: Any) -> None:
                 else "torchrun --nproc_per_node=2 -m condiquant_recipes"
             )
         )
+    # BasicSR's choice, spawn, has each worker import everything anew in every epoch, and unhealed.
+    if "forkserver" in multiprocessing.get_all_start_methods():
+        multiprocessing.set_forkserver_preload([_DATA_SERVER])
+        multiprocessing.set_start_method("forkserver", force=True)
     if torch.cuda.is_available():
         dist_util.init_dist(launcher, backend, **arguments)
         return
@@ -259,8 +266,16 @@ def _start_worker(start: Callable[[int], None] | None, number: int) -> None:
     """A signal to the whole job must leave workers to the process that saves."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    Thread(target=_end_with_parent, daemon=True).start()
     if start is not None:
         start(number)
+
+
+def _end_with_parent() -> None:
+    """If a process is killed its fork server waits for the workers, and PyTorch has them wait for it."""
+    if (parent := multiprocessing.parent_process()) is not None:
+        parent.join()
+        os._exit(1)
 
 
 _create_loaders = basicsr_train.create_train_val_dataloader

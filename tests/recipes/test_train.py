@@ -257,6 +257,7 @@ def test_an_interrupt_leaves_a_state_to_resume_from(make_training, condiquant, m
 def test_two_processes_train_as_one_and_survive_the_end_of_one(make_training, condiquant):
     job = make_training()
     job.options["train"]["total_iter"] = 10**6
+    job.options["datasets"]["train"] |= {"num_worker_per_gpu": 1, "dataset_enlarge_ratio": 100}
     job.options["val"] |= {"val_freq": 2, "save_img": True}
     job.options["logger"]["save_checkpoint_freq"] = 2
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
@@ -266,10 +267,14 @@ def test_two_processes_train_as_one_and_survive_the_end_of_one(make_training, co
     ) as launched:
         states = job.experiment / "training_states"
         wait_for(lambda: (states / "4.state").is_file(), launched)
-        ranks = {c.environ().get("RANK"): c for c in psutil.Process(launched.pid).children(True)}
+        ranks = {c.environ().get("RANK"): c for c in psutil.Process(launched.pid).children()}
+        (server,) = (c for c in ranks["1"].children() if "forkserver" in " ".join(c.cmdline()))
+        orphans = [server, *server.children()]
         ranks["1"].kill()
         errors = launched.communicate(timeout=60)[1]
     assert launched.returncode != 0
+    assert len(orphans) == 2
+    assert not psutil.wait_procs(orphans, timeout=20)[1]
     (line,) = [line for line in errors.splitlines() if "condiquant: error" in line]
     assert line.endswith(
         "another process ended training: look at its log, then run again with --auto_resume"
