@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -21,16 +22,11 @@ from torch import Tensor, distributed, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.utils.data import DataLoader, Subset
 
-from condiquant_basicsr.networks import (
-    build_network,
-    folded,
-    input_channels,
-    pad_multiple,
-    upscale,
-)
+from condiquant_basicsr.networks import build_network, folded, pad_multiple, upscale
+from condiquant_basicsr.preflight import LOSS, float_network
 from condiquant_basicsr.quantizer import ENTRY, Quantized, Quantizer, read_quantized
 from condiquant_basicsr.training_data import training_crops
-from condiquant_basicsr.weights import load_network, read_checkpoint, resolve, save_checkpoint
+from condiquant_basicsr.weights import save_checkpoint
 from condiquant_plugin.distillation import (
     captured,
     feature_loss,
@@ -82,18 +78,24 @@ class CondiQuantModel(SRModel):
             self._start_training(self.quantizer)
         else:
             self._load_for_test(self.quantizer)
-        self.print_network(self.net_g)
         if self.is_train:
             self.init_training_settings()
 
     def _start_training(self, quantizer: Quantizer) -> None:
         path = self.opt["path"]
-        self.teacher = self._load_float()
+        self.teacher = float_network(self.opt)
+        self.teacher_digest = _digest(self.teacher)
+        self.print_network(self.teacher)
         self.multiple = pad_multiple(self.teacher)
         self.trained_ema: Mapping[str, Tensor] | None = None
         if path.get("resume_state"):
             file = Path(path["pretrain_network_g"])
             quantized, content = self._rebuild(quantizer, self.teacher, file)
+            if content[ENTRY].get("float_sha256", self.teacher_digest) != self.teacher_digest:
+                raise InputError(
+                    f"{file} follows another float network than {path['pretrain_network_teacher']}: give "
+                    "that as path.pretrain_network_g, or train anew"
+                )
             _load_state(quantized.model, content["params"], file)
             self.trained_ema = content.get("params_ema")
         else:
@@ -121,8 +123,9 @@ class CondiQuantModel(SRModel):
 
     def _load_for_test(self, quantizer: Quantizer) -> None:
         path = self.opt["path"]
-        file = Path(_given(path, "pretrain_network_g", "the net_g_latest.pth of an experiment"))
+        file = Path(path["pretrain_network_g"])
         network = folded(build_network(self.opt["network_g"]))
+        self.print_network(network)
         self.multiple = pad_multiple(network)
         quantized, content = self._rebuild(quantizer, network, file)
         key = path.get("param_key_g") or ("params_ema" if "params_ema" in content else "params")
@@ -132,37 +135,10 @@ class CondiQuantModel(SRModel):
         _load_state(quantized.model, content[key], file)
         self.net_g = quantized.model.to(self.device).requires_grad_(False)
 
-    def _load_float(self) -> nn.Module:
-        """The trained network; BasicSR puts the checkpoint of a resumed run where its path was."""
-        path = self.opt["path"]
-        source = _given(path, "pretrain_network_teacher", "the float network to quantize")
-        content = read_checkpoint(resolve(source))
-        if ENTRY in content:
-            raise InputError(
-                f"{source} is quantized already: give the float network as path.pretrain_network_g, and "
-                "resume with --auto_resume"
-            )
-        key = path.get("teacher_param_key")
-        network, _ = load_network(
-            self.opt["network_g"],
-            source,
-            param_key=key if key in content else None,
-            scale=self.opt.get("scale"),
-            channels=input_channels(self.opt["network_g"]),
-        )
-        return network.requires_grad_(False)
-
     def _calibration_crops(self, count: int) -> Tensor:
         opt = self.opt["datasets"]["train"]
         with failing_together("reading calibration images"):
             crops = training_crops(opt, self.scale, count, self.opt["manual_seed"]).to(self.device)
-        height, width = crops.shape[2:]
-        if height % self.multiple or width % self.multiple:
-            raise InputError(
-                f"datasets.train.gt_size={opt.get('gt_size')} gives LR crops of {width}x{height}, but "
-                f"{type(self.teacher).__name__} needs multiples of {self.multiple}: use gt_size "
-                f"{-(-height // self.multiple) * self.multiple * self.scale}"
-            )
         if self.opt["dist"]:  # without manual_seed every process draws its own
             distributed.broadcast(crops, 0)
         return crops
@@ -199,7 +175,7 @@ class CondiQuantModel(SRModel):
             self.net_g_ema = deepcopy(self.get_bare_model(self.net_g)).requires_grad_(False)
             if self.trained_ema is not None:
                 self.net_g_ema.load_state_dict(self.trained_ema)
-        self.cri_pix = build_loss(options.get("pixel_opt") or {"type": "L1Loss"}).to(self.device)
+        self.cri_pix = build_loss(options.get("pixel_opt") or LOSS).to(self.device)
         self.setup_optimizers()
         self.setup_schedulers()
 
@@ -218,7 +194,8 @@ class CondiQuantModel(SRModel):
         """BasicSR's, for all groups; without one the rates fall to zero along a cosine."""
         options = self.opt["train"]
         if not options.get("scheduler"):
-            cosine = {"periods": [int(options["total_iter"])], "restart_weights": [1]}
+            iterations = max(int(options["total_iter"]), 1)
+            cosine = {"periods": [iterations], "restart_weights": [1]}
             options["scheduler"] = {"type": "CosineAnnealingRestartLR", **cosine}
         super().setup_schedulers()
 
@@ -303,7 +280,11 @@ class CondiQuantModel(SRModel):
             key: {n: t.cpu() for n, t in self.get_bare_model(each).state_dict().items()}
             for each, key in zip(nets, keys, strict=True)
         }
-        content[ENTRY] = {"example_shape": self.example_shape, **self.quantizer.record()}
+        content[ENTRY] = {
+            "example_shape": self.example_shape,
+            "float_sha256": self.teacher_digest,
+            **self.quantizer.record(),
+        }
         name = "latest" if current_iter == -1 else current_iter
         save_checkpoint(content, Path(self.opt["path"]["models"]) / f"{net_label}_{name}.pth")
 
@@ -335,10 +316,12 @@ class CondiQuantModel(SRModel):
             ) from error
 
 
-def _given(path: Mapping[str, Any], key: str, what: str) -> str:
-    if not path.get(key):
-        raise InputError(f"path.pretrain_network_g is missing: give {what}")
-    return str(path[key])
+def _digest(network: nn.Module) -> str:
+    """sha256 of all weights."""
+    digest = hashlib.sha256()
+    for tensor in network.state_dict().values():
+        digest.update(tensor.cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _load_state(model: nn.Module, state: Mapping[str, Tensor], file: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import multiprocessing
 import os
 import signal
 import sys
@@ -10,7 +11,9 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import basicsr.test as basicsr_test
@@ -24,12 +27,16 @@ from basicsr.utils import options as basicsr_options
 from torch import distributed
 
 from condiquant_basicsr.condiquant_model import CondiQuantModel
+from condiquant_basicsr.preflight import check_start
 from condiquant_basicsr.quantizer import Quantizer
+from condiquant_basicsr.training_data import one_line
 from condiquant_basicsr.weights import read_checkpoint
 from condiquant_plugin.distributed import noticing_the_end_of_others
 from condiquant_plugin.errors import InputError
+from condiquant_plugin.files import check_writable
 
 _LOGGER = "basicsr"
+_DATA_SERVER = "condiquant_basicsr.data_server"
 _RANKS = {"pytorch": "RANK", "slurm": "SLURM_PROCID"}
 
 
@@ -59,6 +66,8 @@ def train(
         DistributedError: another process of the run ended.
     """
     flags = ["--auto_resume"] * auto_resume + ["--debug"] * debug
+    if quantizer is not None:
+        check_start(options)
     interruption = _Interruption()
     parts = {
         "load_resume_state": _load_resume_state,
@@ -100,6 +109,8 @@ def _host(
     def parse(root_path: str, is_train: bool) -> tuple[dict[str, Any], Any]:
         return _parse(options, file, [*flags, "--launcher", launcher], root_path, is_train)
 
+    for folder in ("experiments", "tb_logger") if pipeline is basicsr_train else ("results",):
+        check_writable(Path.cwd() / folder)
     _close_log()
     try:
         with (
@@ -154,6 +165,10 @@ def _init_dist(launcher: str, backend: str, **arguments: Any) -> None:
                 else "torchrun --nproc_per_node=2 -m condiquant_recipes"
             )
         )
+    # BasicSR's choice, spawn, has each worker import everything anew in every epoch, and unhealed.
+    if "forkserver" in multiprocessing.get_all_start_methods():
+        multiprocessing.set_forkserver_preload([_DATA_SERVER])
+        multiprocessing.set_start_method("forkserver", force=True)
     if torch.cuda.is_available():
         dist_util.init_dist(launcher, backend, **arguments)
         return
@@ -202,8 +217,20 @@ class _Interruption:
             signal.signal(number, handler)
 
     def create_loaders(self, opt: dict[str, Any], logger: logging.Logger) -> tuple[Any, ...]:
-        loaders: tuple[Any, ...] = _create_loaders(opt, logger)
-        self.sampler = loaders[1]
+        try:
+            loaders: tuple[Any, ...] = _create_loaders(opt, logger)
+        except (AssertionError, KeyError, OSError, ValueError) as error:
+            raise InputError(
+                f"cannot use the data ({type(error).__name__}: {one_line(error)}):"
+                " correct the datasets section"
+            ) from error
+        train_loader, self.sampler = loaders[:2]
+        if not len(train_loader):  # BasicSR would train on nothing, without a word
+            raise InputError(
+                "datasets.train has fewer images than a batch: lower batch_size_per_gpu, or raise"
+                " dataset_enlarge_ratio"
+            )
+        train_loader.worker_init_fn = partial(_start_worker, train_loader.worker_init_fn)
         return loaders
 
     def build_model(self, opt: dict[str, Any]) -> Any:
@@ -233,6 +260,22 @@ class _Interruption:
             raise KeyboardInterrupt
         self.signalled = True
         print("saving after this iteration, then stopping", file=sys.stderr, flush=True)
+
+
+def _start_worker(start: Callable[[int], None] | None, number: int) -> None:
+    """A signal to the whole job must leave workers to the process that saves."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    Thread(target=_end_with_parent, daemon=True).start()
+    if start is not None:
+        start(number)
+
+
+def _end_with_parent() -> None:
+    """If a process is killed its fork server waits for the workers, and PyTorch has them wait for it."""
+    if (parent := multiprocessing.parent_process()) is not None:
+        parent.join()
+        os._exit(1)
 
 
 _create_loaders = basicsr_train.create_train_val_dataloader

@@ -160,7 +160,7 @@ def _opened(dataset_opt: Mapping[str, Any], scale: int, phase: str) -> Iterator[
     except (AssertionError, ValueError, TypeError, OSError) as error:
         raise _error(
             dataset_opt,
-            f"{_one_line(error)} (dataroot_gt={options.get('dataroot_gt')},"
+            f"{one_line(error)} (dataroot_gt={options.get('dataroot_gt')},"
             f" dataroot_lq={options.get('dataroot_lq')}): every HR image needs the LR image that"
             " filename_tmpl names",
         ) from error
@@ -189,7 +189,7 @@ def _sample(
     except KeyError as error:
         raise _error(dataset_opt, f"key {error} is missing: add it") from error
     except Exception as error:
-        text, remedy = _one_line(error), "repair or remove it"
+        text, remedy = one_line(error), "repair or remove it"
         if text.startswith("LQ") and "smaller" in text:
             remedy = f"or set gt_size={dataset_opt.get('gt_size')} smaller"
         elif text.startswith("Scale mismatches"):
@@ -225,6 +225,7 @@ def _error(dataset_opt: Mapping[str, Any], text: str) -> InputError:
     return InputError(f"dataset {dataset_opt.get('name', 'without a name')}: {text}")
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
+    """What an exception says, without the quotes of KeyError."""
     text = str(error) if isinstance(error, OSError) else " ".join(map(str, error.args))
     return " ".join(text.split())

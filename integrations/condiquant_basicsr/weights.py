@@ -202,15 +202,22 @@ def read_checkpoint(path: Path) -> Mapping[str, Any]:
 
 
 def save_checkpoint(content: Mapping[str, Any], path: Path) -> None:
-    """Write a checkpoint, whole or not at all; as in BasicSR an error of the disk gets further tries."""
+    """Write a checkpoint, whole or not at all; as in BasicSR an error of the disk gets further tries.
+
+    Raises:
+        InputError: none of them succeeded.
+    """
     for remaining in reversed(range(_SAVE_TRIES)):
         try:
             with replacing(path) as temporary:
                 torch.save(dict(content), temporary)
             return
-        except (OSError, RuntimeError):  # torch's writer raises the latter
+        except (OSError, RuntimeError) as error:  # torch's writer raises the latter
             if not remaining:
-                raise
+                raise InputError(
+                    f"cannot write {path} ({' '.join(str(error).split())}): make room on the disk, then"
+                    " run again with --auto_resume"
+                ) from error
             time.sleep(1)
 
 

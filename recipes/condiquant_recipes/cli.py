@@ -185,6 +185,7 @@ def export(
         print(json.dumps({"file": file, **figures}, indent=1))
         return
     notes = figures.pop("notes")
+    del figures["layer_executions"]  # `condiquant inspect --layers` shows them
     Console().print(_hosts("inspection").property_table(figures))
     for note in notes:
         print(f"note: {note}")

@@ -21,8 +21,8 @@ def is_experiment(folder: Path) -> bool:
 
 def trained_network(
     folder: Path, iteration: int | None = None, ema: bool | None = None
-) -> tuple[Recipe, nn.Module]:
-    """The quantized network of an experiment, and the recipe it was trained with.
+) -> tuple[Recipe, nn.Module, str]:
+    """The recipe of an experiment, its quantized network, and the file and entry this is from.
 
     Args:
         folder: BasicSR's experiment.
@@ -46,7 +46,7 @@ def trained_network(
     )
     key = "params_ema" if ema is not False and "params_ema" in content else "params"
     model.load_state_dict(content[key])
-    return recipe, model
+    return recipe, model, f"{key} of {file}"
 
 
 def _checkpoint(folder: Path, iteration: int | None) -> Path:

@@ -66,9 +66,11 @@ def export_again(
         InputError: no finished run, or values out of range.
     """
     if is_experiment(folder):
-        calibrated, model = trained_network(folder, iteration, ema)
+        calibrated, model, origin = trained_network(folder, iteration, ema)
+        notes = [f"exported are {origin}"]
     elif iteration is None and ema is None:
         calibrated, model = _finished_run(folder)
+        notes = []
     else:
         raise InputError(
             f"{folder} is no experiment of `condiquant train`: leave out --iteration and --ema"
@@ -87,7 +89,8 @@ def export_again(
                     channels=basicsr_host.input_channels(recipe.network_g),
                 ),
             )
-    return export(model, recipe, multiple, target, progress, moved)
+    figures = export(model, recipe, multiple, target, progress, moved)
+    return figures | {"notes": notes + figures["notes"]}
 
 
 def _finished_run(folder: Path) -> tuple[Recipe, nn.Module]:

@@ -68,11 +68,15 @@ def evaluate(
 ) -> None:
     """Run BasicSR's evaluation of a quantized checkpoint; the checkpoint knows its settings.
 
+    The training set of a training YAML is left out.
+
     Raises:
         InputError: see :func:`condiquant_basicsr.training.test`; a float checkpoint, or options that
             contradict the checkpoint.
     """
     options = load_options(file, force_yml)
+    if isinstance(datasets := options.get("datasets"), dict):
+        datasets.pop("train", None)
     quantizer = None
     if options.get("model_type") == MODEL_TYPE:
         source = (options.get("path") or {}).get("pretrain_network_g")

@@ -97,7 +97,8 @@ class Workspace:
         workspace = cls(folder)
         if not workspace.network_path.exists():
             raise InputError(
-                f"{folder} holds no finished run: run `condiquant run` with --out {folder}"
+                f"{folder} holds no finished run: give the folder of one (`condiquant run` with --out"
+                " makes it), or an experiment of `condiquant train`"
             )
         return workspace, load_recipe(workspace.recipe_path)
 

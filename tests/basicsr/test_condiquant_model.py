@@ -48,6 +48,8 @@ def test_checkpoints_are_whole_or_not_there(tmp_path, monkeypatch):
     monkeypatch.setattr("time.sleep", lambda _: None)
     with pytest.raises(AttributeError):
         save_checkpoint({"params": lambda: None}, path)  # breaks off half-way
+    with pytest.raises(InputError, match=r"cannot write .*net_g_1\.pth .*: make room on the disk"):
+        save_checkpoint({"params": {}}, tmp_path / "absent" / "net_g_1.pth")
     assert [file.name for file in tmp_path.iterdir()] == ["net_g_1.pth"]
     with pytest.raises(InputError, match="holds a float network: quantize it with"):
         read_quantized(path)

@@ -1,6 +1,7 @@
 import gc
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -198,6 +199,11 @@ def test_states_and_checkpoints_of_something_else_are_refused(make_training, con
     assert "does not fit this network and its train section" in condiquant(
         *resume, "condiquant:distillation:weights=false", code=2
     )
+    other = torch.load(job.folder / "net.pth", weights_only=True)["params"]
+    torch.save({name: 1.01 * tensor for name, tensor in other.items()}, job.folder / "other.pth")
+    assert "net_g_3.pth follows another float network than" in condiquant(
+        *resume, f"path:pretrain_network_g={job.folder / 'other.pth'}", code=2
+    )
     job.options["network_g"]["num_block"] = 1
     job.set_weights("other.pth")
     assert "has network_g.num_block=2, the options have 1" in condiquant(
@@ -217,7 +223,10 @@ def test_states_and_checkpoints_of_something_else_are_refused(make_training, con
     job.options["path"]["pretrain_network_g"] = str(quantized)
     anew = ("train", "-opt", job.write(), "--force_yml")
     assert "is quantized already" in condiquant(*anew, "name=new", code=2)
-    assert "which BasicSR renames to start anew" in condiquant(*anew, "name=exp", code=2)
+    in_the_way = shutil.copy(job.folder / "other.pth", job.experiment / "models")
+    assert "which BasicSR renames to start anew" in condiquant(
+        *anew, "name=exp", f"path:pretrain_network_g={in_the_way}", code=2
+    )
     assert "no net_g_7.pth; iterations: 3" in condiquant(
         "export", job.experiment, "--iteration", 7, code=2
     )
@@ -248,6 +257,7 @@ def test_an_interrupt_leaves_a_state_to_resume_from(make_training, condiquant, m
 def test_two_processes_train_as_one_and_survive_the_end_of_one(make_training, condiquant):
     job = make_training()
     job.options["train"]["total_iter"] = 10**6
+    job.options["datasets"]["train"] |= {"num_worker_per_gpu": 1, "dataset_enlarge_ratio": 100}
     job.options["val"] |= {"val_freq": 2, "save_img": True}
     job.options["logger"]["save_checkpoint_freq"] = 2
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
@@ -257,10 +267,14 @@ def test_two_processes_train_as_one_and_survive_the_end_of_one(make_training, co
     ) as launched:
         states = job.experiment / "training_states"
         wait_for(lambda: (states / "4.state").is_file(), launched)
-        ranks = {c.environ().get("RANK"): c for c in psutil.Process(launched.pid).children(True)}
+        ranks = {c.environ().get("RANK"): c for c in psutil.Process(launched.pid).children()}
+        (server,) = (c for c in ranks["1"].children() if "forkserver" in " ".join(c.cmdline()))
+        orphans = [server, *server.children()]
         ranks["1"].kill()
         errors = launched.communicate(timeout=60)[1]
     assert launched.returncode != 0
+    assert len(orphans) == 2
+    assert not psutil.wait_procs(orphans, timeout=20)[1]
     (line,) = [line for line in errors.splitlines() if "condiquant: error" in line]
     assert line.endswith(
         "another process ended training: look at its log, then run again with --auto_resume"

@@ -1,0 +1,111 @@
+"""What is wrong with a training, found before BasicSR makes its folders and anything is computed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from copy import deepcopy
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from basicsr.losses import LOSS_REGISTRY
+from basicsr.metrics import METRIC_REGISTRY
+from basicsr.models.base_model import BaseModel
+from torch import nn
+
+from condiquant_basicsr.networks import input_channels, pad_multiple
+from condiquant_basicsr.quantizer import ENTRY
+from condiquant_basicsr.training_data import one_line
+from condiquant_basicsr.weights import load_network, read_checkpoint, resolve
+from condiquant_plugin.errors import InputError
+
+_LOGGER = ("print_freq", "save_checkpoint_freq", "use_tb_logger")
+"""Keys that BasicSR does not do without."""
+LOSS = {"type": "L1Loss"}
+"""Where ``train.pixel_opt`` is left out."""
+
+
+def check_start(opt: Mapping[str, Any]) -> None:
+    """Check the options of a training with CondiQuantModel as far as they need no images.
+
+    Raises:
+        InputError: a checkpoint that does not fit, crops that the network does not take, or a loss,
+            optimiser, scheduler or metric that BasicSR does not have.
+    """
+    _check_train(opt["train"])
+    validation = opt.get("val")
+    for section, keys in (("logger", _LOGGER), ("val", ("save_img",) if validation else ())):
+        for key in keys:
+            if key not in (opt.get(section) or {}):
+                raise InputError(f"key {section}.{key} is missing: add it")
+    for name, metric in ((validation or {}).get("metrics") or {}).items():
+        kind = metric.get("type") if isinstance(metric, Mapping) else metric
+        if not isinstance(metric, Mapping) or kind not in METRIC_REGISTRY:
+            known = ", ".join(name for name, _ in METRIC_REGISTRY)
+            raise InputError(f"val.metrics.{name} needs a type, not {kind}; there are: {known}")
+    check_crops(opt, float_network(opt))
+
+
+def float_network(opt: Mapping[str, Any]) -> nn.Module:
+    """The trained network of an option file; BasicSR puts the checkpoint of a resumed run in its place.
+
+    Raises:
+        InputError: a checkpoint that cannot be read, is quantized, or does not fit ``network_g``.
+    """
+    path = opt["path"]
+    source = path.get("pretrain_network_teacher", path.get("pretrain_network_g"))
+    if not source:
+        raise InputError("path.pretrain_network_g is missing: give the float network to quantize")
+    content = read_checkpoint(resolve(source))
+    if ENTRY in content:
+        raise InputError(
+            f"{source} is quantized already: give the float network as path.pretrain_network_g, and "
+            "resume with --auto_resume"
+        )
+    key = path.get("teacher_param_key", path.get("param_key_g"))
+    network, _ = load_network(
+        opt["network_g"],
+        source,
+        param_key=key if key in content else None,
+        scale=opt.get("scale"),
+        channels=input_channels(opt["network_g"]),
+    )
+    return network.requires_grad_(False)
+
+
+def check_crops(opt: Mapping[str, Any], network: nn.Module) -> None:
+    """Check that the training crops have a size that the network takes.
+
+    Raises:
+        InputError: if not; names one.
+    """
+    size, scale = opt["datasets"]["train"]["gt_size"], opt["scale"]
+    multiple = pad_multiple(network)
+    crop = size // scale
+    if crop % multiple:
+        raise InputError(
+            f"datasets.train.gt_size={size} gives LR crops of {crop}x{crop}, but"
+            f" {type(network).__name__} needs multiples of {multiple}: use gt_size"
+            f" {-(-crop // multiple) * multiple * scale}"
+        )
+
+
+def _check_train(options: Mapping[str, Any]) -> None:
+    """Make loss, optimiser and scheduler once, of a single parameter."""
+    options = deepcopy(dict(options))
+    key = "pixel_opt"
+    try:
+        loss = options.get(key) or dict(LOSS)
+        LOSS_REGISTRY.get(loss.pop("type"))(**loss)
+        key = "optim_g"
+        optimizer = dict(options.get(key) or {"type": "Adam", "lr": 1e-3})
+        parameters = [nn.Parameter(torch.zeros(1))]
+        made = BaseModel.get_optimizer(None, optimizer.pop("type"), parameters, **optimizer)
+        key = "scheduler"
+        if options.get(key):
+            stand_in = SimpleNamespace(opt={"train": options}, optimizers=[made], schedulers=[])
+            BaseModel.setup_schedulers(stand_in)
+    except (AssertionError, KeyError, NotImplementedError, TypeError, ValueError) as error:
+        raise InputError(
+            f"train.{key} does not suit BasicSR ({one_line(error)}): correct its type and keys"
+        ) from error

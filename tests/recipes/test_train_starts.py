@@ -1,0 +1,129 @@
+"""What a training refuses before it makes folders, and signals to all processes of a job."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+import torch
+
+from condiquant_plugin.errors import InputError
+from condiquant_recipes import training
+from networks import SECTIONS
+from training_job import TrainingJob
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture
+def job(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return TrainingJob(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ("train:optim_g:type=Adams", r"train\.optim_g .*Adams.* correct its type and keys"),
+        ("train:optim_g:momentum=0.9", r"train\.optim_g .*momentum"),
+        ("train:scheduler:type=StepLR", r"train\.scheduler .*StepLR"),
+        ("train:scheduler:gama=0.5", r"train\.scheduler .*gama"),
+        ("train:pixel_opt:type=L3Loss", r"train\.pixel_opt .*L3Loss"),
+        ("train:pixel_opt:weight=1", r"train\.pixel_opt .*weight"),
+        (
+            "val:metrics:psnr:type=psnr",
+            r"val\.metrics\.psnr needs a type, not psnr; .*calculate_psnr",
+        ),
+        (
+            "val:metrics:psnr=calculate_psnr",
+            r"val\.metrics\.psnr needs a type, not calculate_psnr;",
+        ),
+        ("network_g:num_feat=8", r"net\.pth does not fit network_g EDSR"),
+    ],
+)
+def test_refused_before_folders_are_made(job, entry, message):
+    with pytest.raises(InputError, match=message):
+        training.train(job.write(), [entry])
+    assert not (job.folder / "experiments").exists()
+
+
+def test_crops_must_fit_the_windows(job):
+    job.options["network_g"] = SECTIONS["swinir"]
+    job.options["condiquant"]["scope"] = "transformer"
+    job.set_weights("swinir.pth")
+    with pytest.raises(InputError, match=r"gt_size=36 gives LR crops of 18x18, but SwinIR needs"):
+        training.train(job.write(), ["datasets:train:gt_size=36"])
+
+
+@pytest.mark.parametrize("key", ["val.save_img", "logger.print_freq"])
+def test_keys_that_basicsr_would_miss_later(job, key):
+    section, name = key.split(".")
+    del job.options[section][name]
+    with pytest.raises(InputError, match=rf"key {key} is missing: add it"):
+        training.train(job.write())
+
+
+def test_batches_larger_than_the_training_set(job):
+    with pytest.raises(InputError, match="fewer images than a batch: lower batch_size_per_gpu"):
+        training.train(job.write(), ["datasets:train:batch_size_per_gpu=64"])
+
+
+def test_folders_that_do_not_fit_each_other(job):
+    other = job.options["datasets"]["val"]["dataroot_lq"]
+    with pytest.raises(InputError, match=r"images: 3, 2\.\): correct the datasets"):
+        training.train(job.write(), [f"datasets:train:dataroot_lq={other}"])
+
+
+@pytest.mark.parametrize("folder", ["experiments", "tb_logger"])
+def test_places_that_cannot_be_written(job, folder):
+    (job.folder / folder).touch()
+    with pytest.raises(InputError, match=f"cannot write to .*{folder} .*: choose another"):
+        training.train(job.write())
+    assert not (job.folder / "experiments").is_dir()
+
+
+def test_the_training_set_of_a_training_yaml_is_not_tested(job):
+    training.train(job.write())
+    checkpoint = job.experiment / "models" / "net_g_latest.pth"
+    training.evaluate(job.write(), [f"path:pretrain_network_g={checkpoint}"])
+    (log,) = (job.folder / "results" / "exp").glob("test_*.log")
+    assert len(re.findall("# psnr", log.read_text())) == 1
+
+
+def test_no_iterations_quantize_alone(job):
+    del job.options["train"]["scheduler"]
+    training.train(job.write(), ["train:total_iter=0"])
+    assert len(re.findall("# psnr", job.log())) == 1
+    assert job.checkpoint("latest").keys() == {"params", "params_ema", "condiquant"}
+
+
+@pytest.mark.skipif(os.name == "nt", reason="process groups")
+def test_a_signal_to_the_whole_job_saves_once(job):
+    job.options["datasets"]["train"]["num_worker_per_gpu"] = 2
+    job.options["train"]["total_iter"] = 10**6
+    command = [sys.executable, "-m", "condiquant_recipes", "train", "-opt", str(job.write())]
+    with subprocess.Popen(
+        command,
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        end = time.monotonic() + 120
+        while not (job.experiment / "training_states" / "3.state").is_file():
+            assert process.poll() is None, process.stderr.read()
+            assert time.monotonic() < end
+            time.sleep(0.05)
+        workers = psutil.Process(process.pid).children(recursive=True)
+        os.killpg(process.pid, signal.SIGTERM)
+        errors = process.communicate(timeout=60)[1]
+    assert process.returncode == 1
+    assert errors.count("saving after this iteration") == 1
+    assert errors.splitlines()[-1].endswith("interrupted: add --auto_resume to go on")
+    last = max(int(state.stem) for state in job.experiment.glob("training_states/*"))
+    assert f"net_g_{last}.pth" in {path.name for path in job.experiment.glob("models/*")}
+    assert not any(worker.is_running() for worker in workers)
