@@ -10,8 +10,7 @@ from brevitas import nn as qnn
 from brevitas.graph.quantize import layerwise_quantize
 from brevitas.graph.utils import get_output_channel_dim
 from brevitas.nn.mixin.base import QuantLayerMixin
-from brevitas.nn.quant_sdpa import QuantScaledDotProductAttention, ScaledDotProductAttention
-from torch import Tensor, nn
+from torch import Tensor, inference_mode, nn
 
 from condiquant_brevitas.condiquant import condiquant_mode
 from condiquant_brevitas.layer import has_weight_quantizer, layer_geometry
@@ -40,9 +39,9 @@ _WEIGHT_QUANTIZERS = {
     "tensor": LearnedBoundsWeightPerTensor,
     "channel": LearnedBoundsWeightPerChannel,
 }
-_SDPA_OPERANDS = ("q_scaled", "k_transposed", "attn_output_weights", "v")
 
 
+@inference_mode(False)
 def quantize_sr(
     model: nn.Module,
     calibration: Tensor,
@@ -199,11 +198,6 @@ def _with_quantizers(
         qnn.QuantIdentity,
         {"act_quant": LearnedBoundsActPerTensor, **operand},
     )
-    fused: dict[str, Any] = {}
-    for place in _SDPA_OPERANDS:
-        own = {**operand, "name": _label(place), "quant": LearnedBoundsActPerTensor}
-        fused |= {f"{place}_{key}": value for key, value in own.items()}
-    layer_map[ScaledDotProductAttention] = QuantScaledDotProductAttention, fused
     chosen = {layer.name for layer in layers}
     left = [
         name
