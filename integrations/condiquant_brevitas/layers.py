@@ -121,7 +121,7 @@ def find_layers(
 
     Raises:
         InputError: if nothing is left to quantize; a name that is not there; a layer that runs twice; a
-            linear layer or convolution that is none of ``QUANT_LAYERS``.
+            linear layer or 2-d convolution that is none of ``QUANT_LAYERS``.
     """
     recorder = _record(model, example)
     found, kind = recorder.layers, type(model).__name__
@@ -173,10 +173,13 @@ def _is_in(name: str, blacklist: Collection[str]) -> bool:
 def _check_quantizable(model: nn.Module, layers: Sequence[Layer]) -> None:
     for layer in layers:
         parent = layer.name.rpartition(".")[0]
-        if not layer.product and isinstance(model.get_submodule(parent), nn.TransformerEncoderLayer):
+        if not layer.product and isinstance(
+            model.get_submodule(parent), nn.TransformerEncoderLayer
+        ):
             raise InputError(
-                f"{parent or type(model).__name__} is an nn.TransformerEncoderLayer, whose fast path passes quantizers by: put "
-                "it in name_blacklist or compute it with nn.Linear modules and products"
+                f"{parent or type(model).__name__} is an nn.TransformerEncoderLayer, whose fast path "
+                "passes quantizers by: put it in name_blacklist or compute it with nn.Linear modules and "
+                "products"
             )
     for layer in layers:
         if layer.function is not None:

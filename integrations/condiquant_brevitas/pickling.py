@@ -30,4 +30,4 @@ def _let(injector: Any, values: dict[str, Any]) -> Any:
     return injector.let(**values)
 
 
-copyreg.pickle(type(ExtendedInjector), _reduce)  # type: ignore[arg-type]
+copyreg.pickle(type(ExtendedInjector), _reduce)

@@ -190,5 +190,5 @@ def _with_stubs(kind: type[nn.Module]) -> type[nn.Module]:
 
 
 def _without_state(kind: type[nn.Module]) -> nn.Module:
-    derived = _with_stubs(kind)
+    derived = _with_stubs(kind)  # type: ignore[arg-type]
     return derived.__new__(derived)

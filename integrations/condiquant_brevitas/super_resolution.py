@@ -61,7 +61,8 @@ def quantize_sr(
     """CondiQuant before distillation: stubs at attention products, reconditioning, learned bounds.
 
     Layers become Brevitas' ``QuantLinear``, ``QuantConv2d`` and ``QuantConvTranspose2d``; the factors of a
-    product pass ``QuantIdentity`` modules in ``product_stubs`` of the module that computes it.
+    product pass ``QuantIdentity`` modules in ``product_stubs`` of the module that computes it; a fused
+    attention is computed as its two products.
 
     Args:
         model (Module): Float network, left untouched.
@@ -87,7 +88,7 @@ def quantize_sr(
 
     Raises:
         InputError: no crops; bits outside 2-8; a scope without layers; NaN or Inf anywhere; a network
-            that is quantized already.
+            that is quantized already; a layer in scope that cannot be, such as nn.MultiheadAttention.
 
     Example:
         >>> model = quantize_sr(swinir, crops, weight_bits=3, activation_bits=3)

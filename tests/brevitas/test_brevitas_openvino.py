@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
 from brevitas import nn as qnn
 from brevitas.nn.mixin.base import QuantLayerMixin
 from torch import nn
 
 import condiquant_nncf as nncf_host
+from brevitas_models import FusedAttention
 from condiquant_brevitas import (
     LearnedBoundsActPerTensor,
     LearnedBoundsActPerTensorOneSided,
@@ -66,26 +66,6 @@ def test_the_same_ir_as_through_nncf(tmp_path, name, scope, bits):
     check_parity(plain, irs[0], [images[:1]]).raise_if_broken()
 
 
-class Attention(nn.Module):
-    """Attention between convolutions, fused or written out."""
-
-    def __init__(self, arguments, fused=True):
-        super().__init__()
-        torch.manual_seed(0)
-        self.first, self.last = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 3, 1)
-        self.qkv, self.proj = nn.Linear(8, 24), nn.Linear(8, 8)
-        self.arguments, self.fused = arguments, fused
-
-    def forward(self, x):
-        x = self.first(x)
-        q, k, v = self.qkv(x.flatten(2).transpose(1, 2)).chunk(3, -1)
-        if self.fused:
-            y = F.scaled_dot_product_attention(q, k, v, **self.arguments)
-        else:
-            y = ((q * 8**-0.5) @ k.transpose(-2, -1)).softmax(-1) @ v
-        return self.last((x + self.proj(y).transpose(1, 2).unflatten(2, x.shape[2:])).tanh())
-
-
 _SEEN = torch.rand(64, 64, generator=torch.Generator().manual_seed(1)) > 0.4
 _SEEN[5] = False
 
@@ -96,7 +76,7 @@ _SEEN[5] = False
     ids=["plain", "scaled", "boolean mask", "float mask", "causal"],
 )
 def test_fused_attention(arguments):
-    network, images = Attention(arguments).eval(), torch.rand(2, 3, 8, 8)
+    network, images = FusedAttention(arguments).eval(), torch.rand(2, 3, 8, 8)
     model = quantize_sr(network, images, weight_bits=8, activation_bits=8)
     error = computed(model, images) - computed(network, images)
     assert error.abs().max() < 0.05 * computed(network, images).std()
@@ -110,7 +90,7 @@ def test_fused_attention(arguments):
 def test_fused_attention_is_the_ir_of_its_products(tmp_path):
     images = torch.rand(2, 3, 8, 8)
     for fused in (False, True):
-        plain = to_fake_quantizers(quantize_sr(Attention({}, fused), images))
+        plain = to_fake_quantizers(quantize_sr(FusedAttention({}, fused), images))
         save(convert(plain, images[:1], static=True), tmp_path / f"{fused}.xml")
     assert (tmp_path / "False.bin").read_bytes() == (tmp_path / "True.bin").read_bytes()
 
