@@ -1,6 +1,7 @@
 """Toy models over all layer types, after Brevitas' own tests/brevitas/graph."""
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from condiquant_brevitas import condiquant_mode
@@ -47,6 +48,26 @@ class Toy(nn.Module):
 
     def forward(self, x):
         return self.head(torch.relu(self.layer(x)))
+
+
+class FusedAttention(nn.Module):
+    """Attention between convolutions, fused or written out."""
+
+    def __init__(self, arguments, fused=True):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 3, 1)
+        self.qkv, self.proj = nn.Linear(8, 24), nn.Linear(8, 8)
+        self.arguments, self.fused = arguments, fused
+
+    def forward(self, x):
+        x = self.first(x)
+        q, k, v = self.qkv(x.flatten(2).transpose(1, 2)).chunk(3, -1)
+        if self.fused:
+            y = F.scaled_dot_product_attention(q, k, v, **self.arguments)
+        else:
+            y = ((q * 8**-0.5) @ k.transpose(-2, -1)).softmax(-1) @ v
+        return self.last((x + self.proj(y).transpose(1, 2).unflatten(2, x.shape[2:])).tanh())
 
 
 def toy(name: str) -> tuple[Toy, torch.Tensor]:

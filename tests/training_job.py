@@ -8,10 +8,12 @@ import pytest
 import skimage.data
 import torch
 import yaml
-from basicsr.utils.lmdb_util import make_lmdb_from_imgs
 
 from condiquant_basicsr import build_network, matlab_downscale, write_image
 from condiquant_basicsr.images import to_tensor, to_uint8
+
+# isort: split
+from basicsr.utils.lmdb_util import make_lmdb_from_imgs  # with the torchvision repaired above
 
 OPTIONS = {
     "name": "exp", "model_type": "CondiQuantModel", "scale": 2, "num_gpu": "auto", "manual_seed": 0,

@@ -7,6 +7,7 @@ except ImportError as error:
         'condiquant_brevitas needs Brevitas: pip install "condiquant-plugin[brevitas]"'
     ) from error
 
+import condiquant_brevitas.pickling  # noqa: F401
 from condiquant_brevitas.condiquant import condiquant_mode
 from condiquant_brevitas.fake_quantizers import to_fake_quantizers
 from condiquant_brevitas.layer import CondiQuant

@@ -6,36 +6,55 @@ import sys
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from brevitas import nn as qnn
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from condiquant_brevitas.products import calling_module, factors, stubs_name
 from condiquant_plugin.errors import InputError
+from condiquant_plugin.scope import Kind, Scope, select_layers
 
-Scope = Literal["transformer", "all"]
 QUANT_LAYERS: dict[type[nn.Module], type[nn.Module]] = {
     nn.Linear: qnn.QuantLinear,
     nn.Conv2d: qnn.QuantConv2d,
     nn.ConvTranspose2d: qnn.QuantConvTranspose2d,
 }
+_WEIGHTED_FUNCTIONS: dict[Any, Kind] = {
+    F.linear: "linear",
+    F.multi_head_attention_forward: "linear",
+    F.conv2d: "convolution",
+    F.conv_transpose2d: "convolution",
+}
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer with a weight, or a product of activations."""
+    """A layer with a weight, a product of activations, or a call of a weighted function elsewhere."""
 
     name: str
-    """Module name; of a product, that of the stubs it will have."""
+    """Module name; of a product, that of the stubs it will have; of a call, the function behind it."""
     module: nn.Module
-    """The layer, or the module that computes the product."""
+    """The layer, or the module that computes the product or calls the function."""
     product: tuple[str, int, Any] | None = None
     """Of a product, what :func:`condiquant_brevitas.products.insert_stubs` takes."""
+    function: Any = None
+    """Of a call outside ``QUANT_LAYERS``, such as in ``nn.MultiheadAttention``; cannot be quantized."""
     in_scope: bool = True
     """False for a layer outside the scope, which gets bits of its own."""
+
+    @property
+    def kind(self) -> Kind:
+        """What the scope asks for."""
+        if self.product:
+            return "product"
+        if self.function is not None:
+            return _WEIGHTED_FUNCTIONS[self.function]
+        return "linear" if isinstance(self.module, nn.Linear) else "convolution"
 
 
 class _Recorder(TorchFunctionMode):
@@ -58,14 +77,26 @@ class _Recorder(TorchFunctionMode):
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if multiplied := factors(func, args, kwargs):
+        multiplied = factors(func, args, kwargs)
+        if multiplied or func in _WEIGHTED_FUNCTIONS:
             module = calling_module(sys._getframe(1))
             if module is not None and module in self._names:
-                product = self._names[module], self._products[module], func
-                self._products[module] += 1
-                if all(factor.requires_grad for factor in multiplied):
-                    self.layers.append(Layer(stubs_name(*product[:2]), module, product))
+                if multiplied:
+                    self._note_product(func, module, multiplied)
+                elif type(module) not in QUANT_LAYERS:
+                    self._note_function(func, module, tree_leaves((args, kwargs)))
         return func(*args, **kwargs)
+
+    def _note_product(self, func: Any, module: nn.Module, multiplied: Sequence[Tensor]) -> None:
+        product = self._names[module], self._products[module], func
+        self._products[module] += 1
+        if all(factor.requires_grad for factor in multiplied):
+            self.layers.append(Layer(stubs_name(*product[:2]), module, product))
+
+    def _note_function(self, func: Any, module: nn.Module, leaves: Sequence[Any]) -> None:
+        if any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves):
+            name = ".".join(filter(None, (self._names[module], func.__name__)))
+            self.layers.append(Layer(name, module, function=func))
 
 
 def find_layers(
@@ -84,13 +115,13 @@ def find_layers(
 
     Args:
         example: one image, ``(1, channels, height, width)``.
-        scope: ``"transformer"`` takes linear layers and products of activations (attention);
-            ``"all"`` takes every linear layer and convolution but the first and the last, and products.
+        scope: see :data:`condiquant_plugin.scope.Scope`.
         others: also the linear layers and convolutions outside the scope, marked as such.
         name_blacklist: layers, or modules with all their layers and products, to leave alone.
 
     Raises:
-        InputError: if nothing is left to quantize; a name that is not there; a layer that runs twice.
+        InputError: if nothing is left to quantize; a name that is not there; a layer that runs twice; a
+            linear layer or 2-d convolution that is none of ``QUANT_LAYERS``.
     """
     recorder = _record(model, example)
     found, kind = recorder.layers, type(model).__name__
@@ -98,30 +129,17 @@ def find_layers(
     for name in name_blacklist:
         if name not in known:
             raise InputError(f"there is no module {name!r} in {kind}")
-    if not found:
-        raise InputError(
-            f"{kind} has no linear layer, 2-d convolution or product of activations behind its input: "
-            "there is nothing to quantize"
-        )
-    if scope == "transformer":
-        outside = [la for la in found if not la.product and not isinstance(la.module, nn.Linear)]
-    else:
-        weighted = [layer for layer in found if not layer.product]
-        outside = weighted[:1] + weighted[-1:]
-    layers = [
-        replace(layer, in_scope=layer not in outside)
-        for layer in found
-        if (others or layer not in outside) and not _is_in(layer.name, name_blacklist)
-    ]
-    if not any(layer.in_scope for layer in layers):
-        hint = (
-            'use scope "all" for convolutional networks'
-            if scope == "transformer"
-            else "it leaves out the first and the last layer"
-        )
-        raise InputError(
-            f"scope={scope!r} matches no layer of {kind}: {hint}, and check name_blacklist"
-        )
+    selected = select_layers(
+        found,
+        lambda layer: layer.kind,
+        scope,
+        is_excluded=lambda layer: _is_in(layer.name, name_blacklist),
+        others=others,
+        network=kind,
+        exclusion="name_blacklist",
+    )
+    layers = [replace(layer, in_scope=in_scope) for layer, in_scope in selected]
+    _check_quantizable(model, layers)
     _check_used_once(layers, recorder.calls)
     return layers
 
@@ -139,7 +157,7 @@ def _record(model: nn.Module, example: Tensor) -> _Recorder:
             parameter.requires_grad_(False)
         with torch.enable_grad(), recorder:
             # Networks may change their input in place, which a leaf forbids.
-            model(example.detach().requires_grad_().clone())
+            model(example.clone().detach().requires_grad_().clone())
     finally:
         for hook in hooks:
             hook.remove()
@@ -150,6 +168,25 @@ def _record(model: nn.Module, example: Tensor) -> _Recorder:
 
 def _is_in(name: str, blacklist: Collection[str]) -> bool:
     return any(name == entry or name.startswith(f"{entry}.") for entry in blacklist)
+
+
+def _check_quantizable(model: nn.Module, layers: Sequence[Layer]) -> None:
+    for layer in layers:
+        parent = layer.name.rpartition(".")[0]
+        if not layer.product and isinstance(
+            model.get_submodule(parent), nn.TransformerEncoderLayer
+        ):
+            raise InputError(
+                f"{parent or type(model).__name__} is an nn.TransformerEncoderLayer, whose fast path "
+                "passes quantizers by: put it in name_blacklist or compute it with nn.Linear modules and "
+                "products"
+            )
+    for layer in layers:
+        if layer.function is not None:
+            raise InputError(
+                f"{layer.name} is a call in a {type(layer.module).__name__}, of which no quantized layer "
+                "exists: put it in name_blacklist or compute it with nn.Linear and nn.Conv2d modules"
+            )
 
 
 def _check_used_once(layers: Sequence[Layer], calls: Counter[nn.Module]) -> None:

@@ -6,6 +6,7 @@ module for all its calls. Here every product gets stubs of its own, children of 
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache, wraps
@@ -13,7 +14,7 @@ from types import FrameType
 from typing import Any
 
 import torch
-from brevitas.nn.quant_sdpa import ScaledDotProductAttention
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
@@ -55,6 +56,55 @@ class ProductStubs(nn.Module):
         return func(*args, **kwargs)
 
 
+class AttentionStubs(nn.Module):
+    """The operands of both products of a fused attention, computed apart once they are quantized.
+
+    Brevitas' ``QuantScaledDotProductAttention`` has operators that neither OpenVINO nor ONNX takes.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_scaled, self.k_transposed = ProductOperand(), ProductOperand()
+        self.attn_output_weights, self.v = ProductOperand(), ProductOperand()
+
+    def forward(self, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        if isinstance(self.v, ProductOperand):
+            return func(*args, **kwargs)
+        return self._attention(*args, **kwargs)
+
+    def _attention(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        *,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        if enable_gqa:
+            groups = query.size(-3) // key.size(-3)
+            key, value = (x.repeat_interleave(groups, -3) for x in (key, value))
+        if is_causal:
+            attn_mask = query.new_ones(query.size(-2), key.size(-2)).tril() > 0
+        scaled = query * (1 / math.sqrt(query.size(-1)) if scale is None else scale)
+        scores = self.q_scaled(scaled) @ self.k_transposed(key.transpose(-2, -1))
+        if attn_mask is None:
+            weights = scores.softmax(-1)
+        else:
+            if attn_mask.dtype == torch.bool:
+                attn_mask = torch.where(attn_mask, 0.0, -torch.inf).to(query.dtype)
+            # A row that sees no key is zero, as in the function, instead of NaN.
+            lowest = torch.finfo(query.dtype).min
+            seen = attn_mask.amax(-1, keepdim=True) > lowest
+            weights = (scores + attn_mask.clamp(min=lowest)).softmax(-1) * seen
+        if dropout_p:
+            weights = F.dropout(weights, dropout_p)
+        return self.attn_output_weights(weights) @ self.v(value)
+
+
 class _ProductMode(TorchFunctionMode):
     """Takes the products of one call of a module through their stubs, counted in order."""
 
@@ -72,9 +122,7 @@ class _ProductMode(TorchFunctionMode):
             self._products += 1
         if stubs is None:
             return func(*args, **kwargs)
-        if isinstance(stubs, ProductStubs):
-            return stubs(func, args, kwargs)
-        return stubs(*args, **kwargs)
+        return stubs(func, args, kwargs)
 
 
 def factors(func: Any, args: Any, kwargs: Mapping[str, Any]) -> list[Tensor]:
@@ -121,7 +169,7 @@ def insert_stubs(model: nn.Module, products: Iterable[tuple[str, int, Any]]) -> 
             holder.add_module(STUBS, nn.ModuleDict())
             holder.__class__ = _with_stubs(type(holder))  # type: ignore[arg-type]
         fused = func is scaled_dot_product_attention
-        stubs = ScaledDotProductAttention() if fused else ProductStubs()
+        stubs = AttentionStubs() if fused else ProductStubs()
         holder.get_submodule(STUBS).add_module(str(index), stubs)
 
 
@@ -134,4 +182,13 @@ def _with_stubs(kind: type[nn.Module]) -> type[nn.Module]:
         with _ProductMode(self):
             return kind.forward(self, *args, **kwargs)
 
-    return type(kind.__name__, (kind,), {"forward": forward, "__module__": kind.__module__})
+    def reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
+        return _without_state, (kind,), self.__getstate__()
+
+    namespace = {"forward": forward, "__reduce_ex__": reduce, "__module__": kind.__module__}
+    return type(kind.__name__, (kind,), namespace)
+
+
+def _without_state(kind: type[nn.Module]) -> nn.Module:
+    derived = _with_stubs(kind)  # type: ignore[arg-type]
+    return derived.__new__(derived)

@@ -10,8 +10,7 @@ from brevitas import nn as qnn
 from brevitas.graph.quantize import layerwise_quantize
 from brevitas.graph.utils import get_output_channel_dim
 from brevitas.nn.mixin.base import QuantLayerMixin
-from brevitas.nn.quant_sdpa import QuantScaledDotProductAttention, ScaledDotProductAttention
-from torch import Tensor, nn
+from torch import Tensor, inference_mode, nn
 
 from condiquant_brevitas.condiquant import condiquant_mode
 from condiquant_brevitas.layer import has_weight_quantizer, layer_geometry
@@ -40,9 +39,9 @@ _WEIGHT_QUANTIZERS = {
     "tensor": LearnedBoundsWeightPerTensor,
     "channel": LearnedBoundsWeightPerChannel,
 }
-_SDPA_OPERANDS = ("q_scaled", "k_transposed", "attn_output_weights", "v")
 
 
+@inference_mode(False)
 def quantize_sr(
     model: nn.Module,
     calibration: Tensor,
@@ -62,7 +61,8 @@ def quantize_sr(
     """CondiQuant before distillation: stubs at attention products, reconditioning, learned bounds.
 
     Layers become Brevitas' ``QuantLinear``, ``QuantConv2d`` and ``QuantConvTranspose2d``; the factors of a
-    product pass ``QuantIdentity`` modules in ``product_stubs`` of the module that computes it.
+    product pass ``QuantIdentity`` modules in ``product_stubs`` of the module that computes it; a fused
+    attention is computed as its two products.
 
     Args:
         model (Module): Float network, left untouched.
@@ -88,7 +88,7 @@ def quantize_sr(
 
     Raises:
         InputError: no crops; bits outside 2-8; a scope without layers; NaN or Inf anywhere; a network
-            that is quantized already.
+            that is quantized already; a layer in scope that cannot be, such as nn.MultiheadAttention.
 
     Example:
         >>> model = quantize_sr(swinir, crops, weight_bits=3, activation_bits=3)
@@ -199,11 +199,6 @@ def _with_quantizers(
         qnn.QuantIdentity,
         {"act_quant": LearnedBoundsActPerTensor, **operand},
     )
-    fused: dict[str, Any] = {}
-    for place in _SDPA_OPERANDS:
-        own = {**operand, "name": _label(place), "quant": LearnedBoundsActPerTensor}
-        fused |= {f"{place}_{key}": value for key, value in own.items()}
-    layer_map[ScaledDotProductAttention] = QuantScaledDotProductAttention, fused
     chosen = {layer.name for layer in layers}
     left = [
         name

@@ -10,7 +10,7 @@ except ImportError as error:
 from condiquant_nncf.condiquant import CondiQuant
 from condiquant_nncf.configuration import QuantizationConfig
 from condiquant_nncf.fake_quantizer import HookFakeQuantizer
-from condiquant_nncf.layers import Layer, Scope, feature_blocks, find_layers
+from condiquant_nncf.layers import Layer, feature_blocks, find_layers
 from condiquant_nncf.learned_bounds import InputBounds, LearnedBoundsQuantization
 from condiquant_nncf.quantization import (
     QuantizedNetwork,
@@ -25,6 +25,7 @@ from condiquant_nncf.quantize_model import (
 )
 from condiquant_nncf.statistics import collect_moments
 from condiquant_nncf.torch_backend import wrap
+from condiquant_plugin.scope import Scope
 
 __all__ = [
     "AdvancedCondiQuantParameters",

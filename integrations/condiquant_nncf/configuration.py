@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import nncf
 
-from condiquant_nncf.layers import Layer, Scope, find_layers
+from condiquant_nncf.layers import Layer, find_layers
 from condiquant_plugin.bounds import Side
 from condiquant_plugin.errors import check_choice
 from condiquant_plugin.grid import check_bits
 from condiquant_plugin.reconditioning import ReconditioningConfig, default_config
+from condiquant_plugin.scope import Scope
 
 if TYPE_CHECKING:
     from nncf.torch.function_hook.nncf_graph.nncf_graph_builder import GraphModelWrapper

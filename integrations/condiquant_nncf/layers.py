@@ -6,7 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import nncf
 from nncf.common.graph.graph import NNCFGraph, NNCFNode
@@ -18,11 +18,10 @@ from condiquant_plugin import distillation
 from condiquant_plugin.errors import InputError
 from condiquant_plugin.gram import LayerGeometry
 from condiquant_plugin.reconditioning import fused_blocks
+from condiquant_plugin.scope import Kind, Scope, select_layers
 
 if TYPE_CHECKING:
     from nncf.torch.function_hook.nncf_graph.nncf_graph_builder import GraphModelWrapper
-
-Scope = Literal["transformer", "all"]
 
 
 @dataclass(frozen=True)
@@ -89,8 +88,7 @@ def find_layers(
 
     Args:
         model: a torch model in :func:`condiquant_nncf.wrap`, an ``ov.Model``, or the backend of one.
-        scope: ``"transformer"`` takes linear layers and products of activations (attention);
-            ``"all"`` takes every linear layer and convolution but the first and the last, and products.
+        scope: see :data:`condiquant_plugin.scope.Scope`.
         ignored_scope: NNCF's, matched against node names.
         others: also the linear layers and convolutions outside the scope, marked as such.
 
@@ -114,30 +112,19 @@ def find_layers(
         for n in graph.topological_sort()
         if backend.is_layer(n) and _activations_depend(n, graph, backend, dependent)
     ]
-    if not nodes:
-        raise InputError(
-            f"{backend.model_name} has no linear layer, 2-d convolution or product of activations "
-            "behind its input: there is nothing to quantize"
-        )
-    if scope == "transformer":
-        outside = {n.node_id for n in nodes if backend.is_convolution(n)}
-    else:
-        weighted = [n.node_id for n in nodes if len(backend.activation_ports(n)) == 1]
-        outside = set(weighted[:1] + weighted[-1:])
+    selected = select_layers(
+        nodes,
+        lambda node: _kind(node, backend),
+        scope,
+        is_excluded=lambda node: node.node_name in ignored,
+        others=others,
+        network=backend.model_name,
+        exclusion="ignored_scope",
+    )
     layers = [
-        replace(_with_blocks(backend.layer(n), backend), in_scope=n.node_id not in outside)
-        for n in nodes
-        if n.node_name not in ignored and (others or n.node_id not in outside)
+        replace(_with_blocks(backend.layer(node), backend), in_scope=in_scope)
+        for node, in_scope in selected
     ]
-    if not any(layer.in_scope for layer in layers):
-        hint = (
-            'use scope "all" for convolutional networks'
-            if scope == "transformer"
-            else "it leaves out the first and the last layer"
-        )
-        raise InputError(
-            f"scope={scope!r} matches no layer of {backend.model_name}: {hint}, and check ignored_scope"
-        )
     return list(_distinct(layers))
 
 
@@ -157,6 +144,12 @@ def same_padding(kernel: tuple[int, int], dilation: tuple[int, int], name: str) 
     if any(total % 2 for total in totals):
         raise InputError(f'{name} has padding="same" with an even kernel: put it in ignored_scope')
     return totals[0] // 2, totals[1] // 2
+
+
+def _kind(node: NNCFNode, backend: CondiQuantAlgoBackend) -> Kind:
+    if backend.is_convolution(node):
+        return "convolution"
+    return "linear" if len(backend.activation_ports(node)) == 1 else "product"
 
 
 def _distinct(layers: Sequence[Layer]) -> Iterator[Layer]:

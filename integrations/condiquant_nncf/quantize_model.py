@@ -18,11 +18,11 @@ from nncf.quantization.algorithms.post_training.pipeline import create_ptq_pipel
 from condiquant_nncf.backend import check_backend
 from condiquant_nncf.condiquant import CondiQuant
 from condiquant_nncf.configuration import QuantizationConfig
-from condiquant_nncf.layers import Scope
 from condiquant_nncf.learned_bounds import InputBounds, LearnedBoundsQuantization
 from condiquant_plugin.bounds import Side
 from condiquant_plugin.errors import InputError
 from condiquant_plugin.reconditioning import LayerReport, ReconditioningConfig
+from condiquant_plugin.scope import Scope
 
 Then = Literal["bounds", "minmax"]
 _DEFAULT_BITS = 4

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 
 def _run(code: str) -> subprocess.CompletedProcess:
@@ -20,6 +21,12 @@ def test_import_heals_torchvision_for_basicsr_and_spandrel():
         "assert torch.ops.torchvision.nms.default and torch.ops.torchvision.qnms\n"
         "import basicsr.data.degradations, spandrel, torchvision.ops\n"
     )
+    assert result.returncode == 0, result.stderr
+
+
+def test_the_training_job_of_the_tests_imports_alone():
+    tests = str(Path(__file__).parents[1])
+    result = _run(f"import sys; sys.path.insert(0, {tests!r}); import training_job")
     assert result.returncode == 0, result.stderr
 
 

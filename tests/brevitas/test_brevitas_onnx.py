@@ -18,6 +18,7 @@ from torch import nn
 
 import algorithm_networks
 import networks
+from brevitas_models import FusedAttention
 from condiquant_brevitas import (
     LearnedBoundsActPerTensor,
     LearnedBoundsActPerTensorOneSided,
@@ -111,9 +112,11 @@ def test_qonnx_of_a_network_after_gptq(tmp_path):
 
 
 @pytest.mark.parametrize("function", [export_qonnx, export_qcdq])
-def test_attention_operands_of_quantize_sr(tmp_path, function):
+@pytest.mark.parametrize("fused", [False, True])
+def test_attention_operands_of_quantize_sr(tmp_path, function, fused):
     x = algorithm_networks.items()[0]
-    model = quantize_sr(algorithm_networks.network("attention"), x, zero_on_grid=True)
+    network = FusedAttention({}) if fused else algorithm_networks.network("attention")
+    model = quantize_sr(network.eval(), x, zero_on_grid=True)
     function(model, x, tmp_path / "model.onnx", opset_version=19)
     torch.testing.assert_close(infer(tmp_path / "model.onnx", x), model(x), rtol=0, atol=1e-5)
     found = operators(tmp_path / "model.onnx")

@@ -7,6 +7,7 @@ from brevitas.nn.mixin.base import QuantLayerMixin
 from torch import nn
 
 import condiquant_nncf as nncf_host
+from brevitas_models import FusedAttention
 from condiquant_brevitas import (
     LearnedBoundsActPerTensor,
     LearnedBoundsActPerTensorOneSided,
@@ -63,6 +64,35 @@ def test_the_same_ir_as_through_nncf(tmp_path, name, scope, bits):
     assert (tmp_path / "0.bin").read_bytes() == (tmp_path / "1.bin").read_bytes()
     assert sizes[0]["xml_bytes"] < 1.05 * sizes[1]["xml_bytes"]
     check_parity(plain, irs[0], [images[:1]]).raise_if_broken()
+
+
+_SEEN = torch.rand(64, 64, generator=torch.Generator().manual_seed(1)) > 0.4
+_SEEN[5] = False
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{}, {"scale": 0.2}, {"attn_mask": _SEEN}, {"attn_mask": 3.0 * _SEEN}, {"is_causal": True}],
+    ids=["plain", "scaled", "boolean mask", "float mask", "causal"],
+)
+def test_fused_attention(arguments):
+    network, images = FusedAttention(arguments).eval(), torch.rand(2, 3, 8, 8)
+    model = quantize_sr(network, images, weight_bits=8, activation_bits=8)
+    error = computed(model, images) - computed(network, images)
+    assert error.abs().max() < 0.05 * computed(network, images).std()
+    plain = to_fake_quantizers(model)
+    assert torch.equal(computed(plain, images), computed(model, images))
+    assert len(fake_quantizers(plain)) == 8
+    ir = convert(plain, images[:1], static=True)
+    check_parity(plain, ir, [images[:1]]).raise_if_broken()
+
+
+def test_fused_attention_is_the_ir_of_its_products(tmp_path):
+    images = torch.rand(2, 3, 8, 8)
+    for fused in (False, True):
+        plain = to_fake_quantizers(quantize_sr(FusedAttention({}, fused), images))
+        save(convert(plain, images[:1], static=True), tmp_path / f"{fused}.xml")
+    assert (tmp_path / "False.bin").read_bytes() == (tmp_path / "True.bin").read_bytes()
 
 
 class Users(nn.Module):
