@@ -7,7 +7,7 @@ mean range of its quantizer; the checkpoint is chosen on held-out calibration cr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -204,6 +204,22 @@ class _Run:
         self.scheduler.load_state_dict(state["scheduler"])
         self.generator.set_state(state["generator"])
         return state
+
+
+def feature_blocks(model: nn.Module, layers: Iterable[str]) -> list[str]:
+    """Names of the blocks that hold ``layers``: their nearest ancestors in a list of modules.
+
+    These are the places where a quantized network is compared with the float one (2DQuant's features).
+    """
+    blocks: dict[str, None] = {}
+    for name in layers:
+        while name:
+            parent, _, _ = name.rpartition(".")
+            if isinstance(model.get_submodule(parent), nn.ModuleList | nn.Sequential):
+                blocks[name] = None
+                break
+            name = parent
+    return list(blocks)
 
 
 def feature_loss(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:

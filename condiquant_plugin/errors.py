@@ -1,5 +1,7 @@
 """Errors that a user can act on."""
 
+from collections.abc import Sequence
+
 
 class InputError(ValueError):
     """Something the user gave cannot be used; the message is one line: the value and the remedy."""
@@ -7,3 +9,13 @@ class InputError(ValueError):
 
 class DistributedError(RuntimeError):
     """Another process ended or failed; the message is one line: what was being done and the remedy."""
+
+
+def check_choice(name: str, value: object, allowed: Sequence[object]) -> None:
+    """Accept one of ``allowed``.
+
+    Raises:
+        InputError: naming ``name``, the value and the choices.
+    """
+    if value not in allowed:
+        raise InputError(f"{name}={value!r} is not known: use {' or '.join(map(repr, allowed))}")

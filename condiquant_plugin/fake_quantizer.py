@@ -187,3 +187,21 @@ class FakeQuantizer(nn.Module):
 def fake_quantizers(model: nn.Module) -> dict[str, FakeQuantizer]:
     """Every fake quantizer of a model by module name."""
     return {n: m for n, m in model.named_modules() if isinstance(m, FakeQuantizer)}
+
+
+@torch.no_grad()
+def search_bounds(model: nn.Module, crops: Tensor, *, quantized_inputs: bool = False) -> None:
+    """DOBI for every fake quantizer in one forward pass over ``crops``.
+
+    Args:
+        quantized_inputs: search where everything before is quantized, else on the float network.
+    """
+    quantizers = list(fake_quantizers(model).values())
+    for quantizer in quantizers:
+        quantizer.search_on_next_input = True
+        quantizer.enabled = quantized_inputs
+    try:
+        model(crops)
+    finally:
+        for quantizer in quantizers:
+            quantizer.enabled = True

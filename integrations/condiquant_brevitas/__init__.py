@@ -8,13 +8,16 @@ except ImportError as error:
     ) from error
 
 from condiquant_brevitas.condiquant import condiquant_mode
+from condiquant_brevitas.fake_quantizers import to_fake_quantizers
 from condiquant_brevitas.layer import CondiQuant
+from condiquant_brevitas.onnx_export import export_qcdq, export_qonnx
 from condiquant_brevitas.quantizers import (
     LearnedBoundsActPerTensor,
     LearnedBoundsActPerTensorOneSided,
     LearnedBoundsWeightPerChannel,
     LearnedBoundsWeightPerTensor,
 )
+from condiquant_brevitas.super_resolution import feature_blocks, quantize_sr, trainable_weights
 from condiquant_brevitas.tensor_quant import LearnedBoundsQuant
 
 __all__ = [
@@ -25,4 +28,10 @@ __all__ = [
     "LearnedBoundsWeightPerChannel",
     "LearnedBoundsWeightPerTensor",
     "condiquant_mode",
+    "export_qcdq",
+    "export_qonnx",
+    "feature_blocks",
+    "quantize_sr",
+    "to_fake_quantizers",
+    "trainable_weights",
 ]

@@ -24,10 +24,10 @@ from condiquant_plugin.reconditioning import (
     LayerReport,
     Objective,
     ReconditioningConfig,
+    fused_blocks,
     recondition,
 )
 
-_FUSED = "qkv"
 _GRAPH_MODULES = (GraphModule, TorchGraphModule)
 
 
@@ -153,7 +153,7 @@ class condiquant_mode(gpxq_mode):
     def _row_blocks(self, name: str, layer: Any) -> int:
         rows = layer.weight.shape[get_output_channel_dim(layer)]
         if self.row_blocks is None:
-            return 3 if name.rpartition(".")[2] == _FUSED and rows % 3 == 0 else 1
+            return fused_blocks(name, rows)
         blocks = self.row_blocks.get(name, 1)
         if blocks < 1 or rows % blocks:
             raise InputError(f"row_blocks={blocks} of {name} does not divide its {rows} rows")

@@ -49,7 +49,7 @@ class CondiQuant(GPxQ):
             )
         super().__init__(layer, name, False, len_parallel_layers, False, device, dtype)
         self.create_weight_orig = create_weight_orig
-        self.geometry, self.row_blocks, self.config = _geometry(layer), row_blocks, config
+        self.geometry, self.row_blocks, self.config = layer_geometry(layer), row_blocks, config
         self.input_quantizer = input_quantizer
         self.moments: Moments | None = None
         # A disabled weight quantizer would compute with weight_orig instead of the new weight.
@@ -153,8 +153,8 @@ def has_weight_quantizer(module: Any) -> bool:
     return bool(is_quant_module(module)) and module.weight_quant.tensor_quant is not None
 
 
-def _geometry(layer: Any) -> LayerGeometry:
-    """Of the layer behind its padding, unless it is transposed."""
+def layer_geometry(layer: Any) -> LayerGeometry:
+    """Geometry of the layer behind its padding, unless it is transposed."""
     if isinstance(layer, nn.Linear):
         return LayerGeometry()
     transposed = is_conv_transposed(layer)

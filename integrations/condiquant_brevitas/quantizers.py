@@ -25,6 +25,7 @@ class _LearnedBounds(ExtendedInjector):
     float_to_int_impl_type = FloatToIntImplType.ROUND
     side = "symmetric"
     zero_on_grid = False
+    name = ""
 
 
 class LearnedBoundsWeightPerTensor(_LearnedBounds):

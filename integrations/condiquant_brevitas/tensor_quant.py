@@ -51,7 +51,7 @@ class LearnedBoundsQuant(nn.Module):
 
     Args:
         bit_width: 2 to 8.
-        kind, side, row_blocks, axis, zero_on_grid: those of :class:`FakeQuantizer`.
+        kind, side, row_blocks, axis, zero_on_grid, name: those of :class:`FakeQuantizer`.
 
     Raises:
         InputError: bits outside 2-8, or Brevitas' JIT is on.
@@ -65,12 +65,19 @@ class LearnedBoundsQuant(nn.Module):
         row_blocks: int = 1,
         axis: int = 0,
         zero_on_grid: bool = False,
+        name: str = "",
     ) -> None:
         super().__init__()
         if config.JIT_ENABLED:
             raise InputError("learned bounds do not work with BREVITAS_JIT=1: unset it")
         self.quantizer = StatefulFakeQuantizer(
-            bit_width, kind, row_blocks=row_blocks, axis=axis, side=side, zero_on_grid=zero_on_grid
+            bit_width,
+            kind,
+            row_blocks=row_blocks,
+            axis=axis,
+            side=side,
+            name=name,
+            zero_on_grid=zero_on_grid,
         )
         self.quantizer.search_on_next_input = True
         self.bit_width_impl = BitWidthConst(bit_width)

@@ -9,7 +9,7 @@ import nncf
 
 from condiquant_nncf.layers import Layer, Scope, find_layers
 from condiquant_plugin.bounds import Side
-from condiquant_plugin.errors import InputError
+from condiquant_plugin.errors import check_choice
 from condiquant_plugin.grid import check_bits
 from condiquant_plugin.reconditioning import ReconditioningConfig, default_config
 
@@ -56,9 +56,9 @@ class QuantizationConfig:
         if self.other_bits is not None:
             check_bits(self.other_bits, "other_bits")
         for name, kind in _CHOICES.items():
-            _check_choice(name, getattr(self, name), get_args(kind))
+            check_choice(name, getattr(self, name), get_args(kind))
         if not isinstance(self.recondition, ReconditioningConfig | None):
-            _check_choice("recondition", self.recondition, ("auto", None, "a ReconditioningConfig"))
+            check_choice("recondition", self.recondition, ("auto", None, "a ReconditioningConfig"))
 
     def find_layers(self, model: GraphModelWrapper | Any) -> list[Layer]:
         """The layers to quantize; see :func:`condiquant_nncf.find_layers`."""
@@ -76,8 +76,3 @@ class QuantizationConfig:
         if self.recondition == "auto":
             return default_config(self.activation_bits)
         return self.recondition
-
-
-def _check_choice(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
-    if value not in allowed:
-        raise InputError(f"{name}={value!r} is not known: use {' or '.join(map(repr, allowed))}")

@@ -14,14 +14,15 @@ from nncf.scopes import get_ignored_node_names_from_ignored_scope
 from torch import Tensor, nn
 
 from condiquant_nncf.backend import CondiQuantAlgoBackend, get_algo_backend
+from condiquant_plugin import distillation
 from condiquant_plugin.errors import InputError
 from condiquant_plugin.gram import LayerGeometry
+from condiquant_plugin.reconditioning import fused_blocks
 
 if TYPE_CHECKING:
     from nncf.torch.function_hook.nncf_graph.nncf_graph_builder import GraphModelWrapper
 
 Scope = Literal["transformer", "all"]
-_FUSED = "qkv"
 
 
 @dataclass(frozen=True)
@@ -141,20 +142,9 @@ def find_layers(
 
 
 def feature_blocks(model: nn.Module, layers: Sequence[Layer]) -> list[str]:
-    """Names of the blocks that hold ``layers``: their nearest ancestors in a list of modules.
-
-    These are the places where a quantized network is compared with the float one (2DQuant's features).
-    """
-    blocks: dict[str, None] = {}
-    for layer in layers:
-        name = layer.name if layer.weight_name is not None and not layer.reuses_weight else ""
-        while name:
-            parent, _, _ = name.rpartition(".")
-            if isinstance(model.get_submodule(parent), nn.ModuleList | nn.Sequential):
-                blocks[name] = None
-                break
-            name = parent
-    return list(blocks)
+    """Names of the blocks that hold ``layers``; see :func:`distillation.feature_blocks` of the core."""
+    owners = (la.name for la in layers if la.weight_name is not None and not la.reuses_weight)
+    return distillation.feature_blocks(model, owners)
 
 
 def same_padding(kernel: tuple[int, int], dilation: tuple[int, int], name: str) -> tuple[int, int]:
@@ -200,7 +190,7 @@ def _activations_depend(
 
 
 def _with_blocks(layer: Layer, backend: CondiQuantAlgoBackend) -> Layer:
-    if layer.weight_name is None or layer.name.rpartition(".")[2] != _FUSED:
+    if layer.weight_name is None:
         return layer
     rows = backend.weight(layer).shape[layer.output_axis]
-    return replace(layer, row_blocks=3) if rows % 3 == 0 else layer
+    return replace(layer, row_blocks=fused_blocks(layer.name, rows))

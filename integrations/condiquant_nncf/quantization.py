@@ -6,20 +6,19 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
 from nncf.torch.function_hook.nncf_graph.nncf_graph_builder import GraphModelWrapper
 from torch import Tensor, nn
 
 from condiquant_nncf.backend import CondiQuantAlgoBackend, get_algo_backend
 from condiquant_nncf.condiquant import recondition
-from condiquant_nncf.configuration import BoundsInputs, QuantizationConfig
+from condiquant_nncf.configuration import QuantizationConfig
 from condiquant_nncf.layers import Layer
 from condiquant_nncf.learned_bounds import create_quantizers
 from condiquant_nncf.statistics import collect_moments
 from condiquant_nncf.torch_backend import wrap
 from condiquant_plugin import distributed, reconditioning
 from condiquant_plugin.errors import InputError
-from condiquant_plugin.fake_quantizer import FakeQuantizer, fake_quantizers
+from condiquant_plugin.fake_quantizer import FakeQuantizer, fake_quantizers, search_bounds
 from condiquant_plugin.reconditioning import LayerReport, ReconditioningConfig
 
 
@@ -100,7 +99,7 @@ def _with_bounds(
     started = time.perf_counter()
     with distributed.failing_together("searching bounds"):
         model = insert_quantizers(wrapped, layers, config)
-        search_bounds(model, crops, inputs=config.bounds_inputs)
+        search_bounds(model, crops, quantized_inputs=config.bounds_inputs == "quantized")
     distributed.broadcast_bounds(model)
     seconds["bounds"] += time.perf_counter() - started
     return model
@@ -150,18 +149,6 @@ def insert_quantizers(
     placed = list(create_quantizers(backend, list(layers), config))
     model: nn.Module = backend.insert_quantizers(placed).model
     return model
-
-
-@torch.no_grad()
-def search_bounds(model: nn.Module, crops: Tensor, *, inputs: BoundsInputs = "float") -> None:
-    """DOBI for every fake quantizer in one forward pass over ``crops``."""
-    quantizers = list(fake_quantizers(model).values())
-    for quantizer in quantizers:
-        quantizer.search_on_next_input = True
-        quantizer.enabled = inputs == "quantized"
-    model(crops)
-    for quantizer in quantizers:
-        quantizer.enabled = True
 
 
 def input_quantizers(model: nn.Module) -> dict[str, FakeQuantizer]:

@@ -12,11 +12,11 @@ import condiquant_nncf as nncf_host
 from condiquant_openvino.compaction import compact
 from condiquant_openvino.simplification import simplify
 from condiquant_openvino.upscaling import compile_ir
-from condiquant_plugin.distillation import distill
 from condiquant_plugin.errors import InputError
 from condiquant_recipes import comparison_nncf, settings
 from condiquant_recipes.comparison_job import FLOAT_BITS, Calibrated, Group, Job, Method
 from condiquant_recipes.recipe import Recipe, ReconditionSection
+from condiquant_recipes.run import distill_network
 
 _LOW_BITS = (4, 3, 2)
 _ROUNDING = 1e-4
@@ -165,19 +165,9 @@ def _fake_quantized(
         settings.quantization(recipe),
         bounds_crops=section.bounds.crops,
     )
-    config = settings.distillation(recipe)
-    if config.iterations:
-        with job.progress.bar("distillation", config.iterations) as advance:
-            distill(
-                result.model,
-                source.network,
-                source.crops,
-                source.held_out,
-                config,
-                trainable_weights=nncf_host.trainable_weights(result.model, result.layers),
-                blocks=nncf_host.feature_blocks(source.network, result.layers),
-                progress=lambda iteration, loss: advance(f"loss {loss:.5f}", iteration),
-            )
+    distill_network(
+        result.model, result.layers, source, settings.distillation(recipe), job.progress
+    )
     others = "float" if section.other_bits is None else f"{section.other_bits} bits"
     notes = [
         f"2DQuant here has the recipe's bounds per {section.weight_granularity} of weights, "

@@ -163,7 +163,7 @@ def _choices(
 ) -> tuple[str, str, dict[str, str]]:
     """Left and right method to begin with, and the label of each that has crops.
 
-    CondiQuant at the bits of the layers shown, and the last of the others with as many bits.
+    The last of CondiQuant's at the bits of the layers shown, and of the others with as many bits.
     """
     pictured = {key for crop in report["crops"] for key in crop["files"]}
     rows = [row for row in rows if row["id"] in pictured]
@@ -173,7 +173,8 @@ def _choices(
         return "reference", "reference", choices
     bits = report["layers"][0]["bits"] if report["layers"] else None
     ours = [row for row in rows if row["group"] == "condiquant"]
-    right = min(ours or rows[-1:], key=lambda row: row["weight_bits"] != bits)
+    at_bits = [row for row in ours if row["weight_bits"] == bits]
+    right = (at_bits or ours or rows)[-1]
     rivals = [row for row in rows if row["group"] not in ("condiquant", "float")]
     equal = [r for r in rivals if all(r[column.key] == right[column.key] for column in BITS)]
     left = (equal or rivals or rows[:1])[-1]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import condiquant_basicsr as basicsr_host
 import condiquant_nncf as nncf_host
-from condiquant_plugin.distillation import DistillationResult, distill
+from condiquant_plugin.distillation import DistillationConfig, DistillationResult, distill
 from condiquant_plugin.errors import InputError
 from condiquant_plugin.reconditioning import LayerReport
 from condiquant_recipes import settings
@@ -63,11 +63,13 @@ def load_source(recipe: Recipe, data: Path, sets: Sequence[str]) -> Source:
         )
     multiple = basicsr_host.pad_multiple(network, recipe.pad_multiple)
     if calibration.crop % multiple:
+        right = -(-calibration.crop // multiple) * multiple
+        remedy = f"use {right}"
+        if training is not None:
+            remedy = f"use datasets.train.gt_size={right * recipe.scale}"
         raise InputError(
             f"datasets.calibration.crop={calibration.crop} is not a multiple of {multiple}, "
-            f"which {type(network).__name__} needs: use {-(-calibration.crop // multiple) * multiple}"
-            + f" (x{recipe.scale}: datasets.train.gt_size)"
-            * (training is not None)
+            f"which {type(network).__name__} needs: {remedy}"
         )
     test_sets = {name: _test_set(recipe, data, name) for name in sets}
     return Source(
@@ -220,20 +222,34 @@ def _distilled(
         workspace.restore("distilled", quantized.model)
         return record
     started = time.perf_counter()
-    result = DistillationResult(0.0, 0.0, 0, 0)
-    if config.iterations:
-        with progress.bar("distillation", config.iterations) as advance:
-            result = distill(
-                quantized.model,
-                source.network,
-                source.crops,
-                source.held_out,
-                config,
-                trainable_weights=nncf_host.trainable_weights(quantized.model, quantized.layers),
-                blocks=nncf_host.feature_blocks(source.network, quantized.layers),
-                checkpoint=workspace.distillation_path,
-                progress=lambda iteration, loss: advance(f"loss {loss:.5f}", iteration),
-            )
+    result = distill_network(
+        quantized.model, quantized.layers, source, config, progress, workspace.distillation_path
+    )
     record = {**asdict(result), "seconds": time.perf_counter() - started}
     workspace.finish("distilled", record, quantized.model)
     return record
+
+
+def distill_network(
+    model: nn.Module,
+    layers: Sequence[nncf_host.Layer],
+    source: Source,
+    config: DistillationConfig,
+    progress: Progress,
+    checkpoint: Path | None = None,
+) -> DistillationResult:
+    """Train a quantized network in place to follow the float one, with a progress bar."""
+    if not config.iterations:
+        return DistillationResult(0.0, 0.0, 0, 0)
+    with progress.bar("distillation", config.iterations) as advance:
+        return distill(
+            model,
+            source.network,
+            source.crops,
+            source.held_out,
+            config,
+            trainable_weights=nncf_host.trainable_weights(model, layers),
+            blocks=nncf_host.feature_blocks(source.network, layers),
+            checkpoint=checkpoint,
+            progress=lambda iteration, loss: advance(f"loss {loss:.5f}", iteration),
+        )

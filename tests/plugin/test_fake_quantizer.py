@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from condiquant_plugin import FakeQuantizer, InputError
+from condiquant_plugin.fake_quantizer import search_bounds
 
 
 def reference(x, quantizer):
@@ -119,3 +120,18 @@ def test_half_precision_gets_the_levels_of_float32(dtype):
     result.float().square().sum().backward()
     assert x.grad.dtype == dtype
     assert quantizer.lower.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("quantized_inputs", [False, True])
+def test_bounds_of_all_quantizers_in_one_forward_pass(quantized_inputs):
+    model = torch.nn.Sequential(FakeQuantizer(2, "activation"), FakeQuantizer(8, "activation"))
+    x = torch.randn(1000)
+    search_bounds(model, x, quantized_inputs=quantized_inputs)
+    first, second = FakeQuantizer(2, "activation"), FakeQuantizer(8, "activation")
+    first.search_bounds(x)
+    second.search_bounds(first(x) if quantized_inputs else x)
+    for found, expected in zip(model, (first, second), strict=True):
+        assert (found.lower, found.upper) == (expected.lower, expected.upper)
+    with pytest.raises(InputError):
+        search_bounds(model, x / 0)
+    assert all(quantizer.enabled for quantizer in model)

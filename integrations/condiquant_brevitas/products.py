@@ -1,0 +1,137 @@
+"""Stubs for products of activations (attention), which a network computes without a module.
+
+``layerwise_quantize`` replaces modules, and Brevitas' ``functional_quantization_mode`` a function by one
+module for all its calls. Here every product gets stubs of its own, children of the module that computes it.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from functools import cache, wraps
+from types import FrameType
+from typing import Any
+
+import torch
+from brevitas.nn.quant_sdpa import ScaledDotProductAttention
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+
+STUBS = "product_stubs"
+_PRODUCTS = frozenset(
+    {
+        torch.matmul,
+        torch.bmm,
+        torch.mm,
+        Tensor.matmul,
+        Tensor.bmm,
+        Tensor.mm,
+        Tensor.__matmul__,
+        Tensor.__rmatmul__,
+    }
+)
+_CALL = nn.Module._call_impl.__code__
+
+
+class ProductOperand(nn.Identity):
+    """Stands at a factor of a product, for ``layerwise_quantize`` to put a ``QuantIdentity`` there."""
+
+
+class ProductStubs(nn.Module):
+    """Both factors of one product of matrices."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.input0, self.input1 = ProductOperand(), ProductOperand()
+
+    def forward(self, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        leaves, structure = tree_flatten((args, kwargs))
+        places = [place for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+        for place, stub in zip(places, (self.input0, self.input1), strict=False):
+            leaves[place] = stub(leaves[place])
+        args, kwargs = tree_unflatten(leaves, structure)
+        return func(*args, **kwargs)
+
+
+class _ProductMode(TorchFunctionMode):
+    """Takes the products of one call of a module through their stubs, counted in order."""
+
+    def __init__(self, holder: nn.Module) -> None:
+        super().__init__()
+        self._holder, self._products = holder, 0
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        stubs = None
+        if factors(func, args, kwargs) and calling_module(sys._getframe(1)) is self._holder:
+            stubs = getattr(self._holder, STUBS)._modules.get(str(self._products))
+            self._products += 1
+        if stubs is None:
+            return func(*args, **kwargs)
+        if isinstance(stubs, ProductStubs):
+            return stubs(func, args, kwargs)
+        return stubs(*args, **kwargs)
+
+
+def factors(func: Any, args: Any, kwargs: Mapping[str, Any]) -> list[Tensor]:
+    """What a call multiplies, if it is a product of two matrices or a fused attention; else nothing."""
+    if func is scaled_dot_product_attention:
+        count = 3
+    elif func in _PRODUCTS or (func is torch.einsum and _contracts(args[0])):
+        count = 2
+    else:
+        return []
+    return [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)][:count]
+
+
+def _contracts(equation: Any) -> bool:
+    """Whether an einsum has two factors and sums over an index that both have."""
+    if not isinstance(equation, str) or equation.count(",") != 1:
+        return False
+    inputs, _, result = equation.partition("->")
+    first, second = map(set, inputs.split(","))
+    return bool((first & second) - set(result) - set(" ."))
+
+
+def calling_module(frame: FrameType | None) -> nn.Module | None:
+    """The innermost module that is being called; what a layer's hooks compute is the layer's."""
+    while frame is not None and frame.f_code is not _CALL:
+        frame = frame.f_back
+    return None if frame is None else frame.f_locals["self"]
+
+
+def stubs_name(holder: str, index: int) -> str:
+    """Module name of the stubs of the ``index``-th product that the module ``holder`` computes."""
+    return ".".join(filter(None, (holder, STUBS, str(index))))
+
+
+def insert_stubs(model: nn.Module, products: Iterable[tuple[str, int, Any]]) -> None:
+    """Give products their stubs, in place; the output of ``model`` stays the same to the bit.
+
+    Args:
+        products: the module that computes it, its number there, and the function.
+    """
+    for name, index, func in products:
+        holder = model.get_submodule(name)
+        if STUBS not in holder._modules:
+            holder.add_module(STUBS, nn.ModuleDict())
+            holder.__class__ = _with_stubs(type(holder))  # type: ignore[arg-type]
+        fused = func is scaled_dot_product_attention
+        stubs = ScaledDotProductAttention() if fused else ProductStubs()
+        holder.get_submodule(STUBS).add_module(str(index), stubs)
+
+
+@cache
+def _with_stubs(kind: type[nn.Module]) -> type[nn.Module]:
+    """A class instead of an attribute ``forward``: deep copies and exceptions take care of themselves."""
+
+    @wraps(kind.forward)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        with _ProductMode(self):
+            return kind.forward(self, *args, **kwargs)
+
+    return type(kind.__name__, (kind,), {"forward": forward, "__module__": kind.__module__})

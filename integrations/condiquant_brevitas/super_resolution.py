@@ -1,0 +1,239 @@
+"""The whole Brevitas flow for super-resolution networks, before distillation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from copy import deepcopy
+from typing import Any, Literal, get_args
+
+from brevitas import nn as qnn
+from brevitas.graph.quantize import layerwise_quantize
+from brevitas.graph.utils import get_output_channel_dim
+from brevitas.nn.mixin.base import QuantLayerMixin
+from brevitas.nn.quant_sdpa import QuantScaledDotProductAttention, ScaledDotProductAttention
+from torch import Tensor, nn
+
+from condiquant_brevitas.condiquant import condiquant_mode
+from condiquant_brevitas.layer import has_weight_quantizer, layer_geometry
+from condiquant_brevitas.layers import QUANT_LAYERS, Layer, Scope, find_layers
+from condiquant_brevitas.products import ProductOperand, insert_stubs
+from condiquant_brevitas.quantizers import (
+    LearnedBoundsActPerTensor,
+    LearnedBoundsWeightPerChannel,
+    LearnedBoundsWeightPerTensor,
+)
+from condiquant_plugin import distillation
+from condiquant_plugin.bounds import Side
+from condiquant_plugin.errors import InputError, check_choice
+from condiquant_plugin.fake_quantizer import FakeQuantizer, search_bounds
+from condiquant_plugin.grid import check_bits
+from condiquant_plugin.reconditioning import (
+    LayerReport,
+    ReconditioningConfig,
+    default_config,
+    fused_blocks,
+    unchanged,
+)
+
+Granularity = Literal["tensor", "channel"]
+_WEIGHT_QUANTIZERS = {
+    "tensor": LearnedBoundsWeightPerTensor,
+    "channel": LearnedBoundsWeightPerChannel,
+}
+_SDPA_OPERANDS = ("q_scaled", "k_transposed", "attn_output_weights", "v")
+
+
+def quantize_sr(
+    model: nn.Module,
+    calibration: Tensor,
+    *,
+    weight_bits: int = 4,
+    activation_bits: int = 4,
+    scope: Scope = "transformer",
+    other_bits: int | None = None,
+    weight_granularity: Granularity = "tensor",
+    activation_side: Side = "auto",
+    zero_on_grid: bool = False,
+    reconditioning: ReconditioningConfig | Literal["auto"] | None = "auto",
+    bounds_crops: int = 32,
+    batch_size: int = 4,
+    name_blacklist: Collection[str] = (),
+) -> nn.Module:
+    """CondiQuant before distillation: stubs at attention products, reconditioning, learned bounds.
+
+    Layers become Brevitas' ``QuantLinear``, ``QuantConv2d`` and ``QuantConvTranspose2d``; the factors of a
+    product pass ``QuantIdentity`` modules in ``product_stubs`` of the module that computes it.
+
+    Args:
+        model (Module): Float network, left untouched.
+        calibration (Tensor): Low-resolution crops, ``(count, channels, height, width)``.
+        weight_bits, activation_bits (int): 2 to 8. Default: 4
+        scope (str): "transformer" takes linear layers and both factors of every product of activations
+            (attention); "all" every linear layer and convolution but the first and the last, and
+            products. Default: "transformer"
+        other_bits (Optional, int): Bits of weights and activations of the layers outside the scope.
+            Default: None, which leaves them float
+        weight_granularity (str): Bounds per "tensor" (three for a fused qkv) or "channel".
+        activation_side (str): How ranges of activations are shrunk: "symmetric", "one_sided", "auto".
+        zero_on_grid (bool): Zero is a level of every grid, weights are symmetric, as NPUs and QCDQ need.
+        reconditioning (Optional, ReconditioningConfig): "auto" is the default of the activations' bits;
+            None keeps the weights as trained.
+        bounds_crops (int): How many crops the bounds are searched on, in one batch. Default: 32
+        batch_size (int): Crops in one forward pass while moments are collected. Default: 4
+        name_blacklist (Collection[str]): Layers, or modules with all they hold, to leave float.
+
+    Returns:
+        The quantized network, with ``report``: a :class:`LayerReport` by name for every layer in scope
+        that has a weight.
+
+    Raises:
+        InputError: no crops; bits outside 2-8; a scope without layers; NaN or Inf anywhere; a network
+            that is quantized already.
+
+    Example:
+        >>> model = quantize_sr(swinir, crops, weight_bits=3, activation_bits=3)
+        >>> distill(model, swinir, crops, held_out, config, trainable_weights=trainable_weights(model))
+    """
+    check_bits(weight_bits, "weight_bits")
+    check_bits(activation_bits, "activation_bits")
+    if other_bits is not None:
+        check_bits(other_bits, "other_bits")
+    check_choice("scope", scope, get_args(Scope))
+    check_choice("weight_granularity", weight_granularity, get_args(Granularity))
+    check_choice("activation_side", activation_side, get_args(Side))
+    if not isinstance(reconditioning, ReconditioningConfig | None):
+        check_choice("reconditioning", reconditioning, ("auto", None, "a ReconditioningConfig"))
+    _check_calibration(calibration)
+    _check_is_float(model)
+    model = deepcopy(model).eval()
+    others = other_bits is not None
+    layers = find_layers(
+        model, calibration[:1], scope, others=others, name_blacklist=name_blacklist
+    )
+    outside = {layer.name for layer in layers if not layer.in_scope}
+
+    def bits(name: str, usual: int) -> int:
+        return other_bits if other_bits is not None and name in outside else usual
+
+    insert_stubs(model, [layer.product for layer in layers if layer.product])
+    weights = {
+        "bit_width": lambda _, name: bits(name, weight_bits),
+        "name": _label("weight"),
+        "zero_on_grid": zero_on_grid,
+    }
+    if weight_granularity == "tensor":
+        weights["row_blocks"] = lambda layer, name: fused_blocks(name, _rows(layer))
+    inputs = {
+        "bit_width": lambda _, name: bits(name, activation_bits),
+        "name": _label("input"),
+        "zero_on_grid": zero_on_grid,
+        "side": activation_side,
+    }
+    model = _with_quantizers(model, layers, _WEIGHT_QUANTIZERS[weight_granularity], weights, inputs)
+    settings = default_config(activation_bits) if reconditioning == "auto" else reconditioning
+    scoped = [layer.name for layer in layers if layer.in_scope and not layer.product]
+    if settings is None:
+        report = {name: _unchanged(model, name) for name in scoped}
+    else:
+        report = _recondition(model, calibration, settings, outside, bounds_crops, batch_size)
+    search_bounds(model, calibration[:bounds_crops])
+    model.report = {name: report[name] for name in scoped}  # type: ignore[assignment]
+    return model
+
+
+def trainable_weights(model: nn.Module) -> list[nn.Parameter]:
+    """Weights and biases of the quantized layers, for :func:`condiquant_plugin.distillation.distill`."""
+    layers = [module for module in model.modules() if has_weight_quantizer(module)]
+    parameters = (p for layer in layers for p in layer.parameters(recurse=False))
+    return list(dict.fromkeys(parameters))
+
+
+def feature_blocks(model: nn.Module) -> list[str]:
+    """Names of the blocks that hold the quantized layers; see the core's ``feature_blocks``."""
+    names = [name for name, module in model.named_modules() if has_weight_quantizer(module)]
+    return distillation.feature_blocks(model, names)
+
+
+def _check_calibration(calibration: Tensor) -> None:
+    if calibration.ndim != 4 or not len(calibration):
+        raise InputError(
+            f"calibration of shape {tuple(calibration.shape)} holds no images: "
+            "give (count, channels, height, width)"
+        )
+    if not calibration.isfinite().all():
+        raise InputError("NaN or Inf in the calibration images: check how they were read")
+
+
+def _check_is_float(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, QuantLayerMixin | FakeQuantizer):
+            place = name or type(module).__name__
+            raise InputError(f"{place} is quantized already: give the float network")
+
+
+def _rows(layer: Any) -> int:
+    return int(layer.weight.shape[get_output_channel_dim(layer)])
+
+
+def _label(suffix: str) -> Callable[[nn.Module, str], str]:
+    return lambda _, name: f"{name}.{suffix}"
+
+
+def _with_quantizers(
+    model: nn.Module,
+    layers: Sequence[Layer],
+    weight_quantizer: type[LearnedBoundsWeightPerTensor],
+    weights: Mapping[str, Any],
+    inputs: Mapping[str, Any],
+) -> nn.Module:
+    """Brevitas' layers instead of ``layers`` and of all stubs; the settings are those of injectors."""
+    settings = {
+        "weight_quant": weight_quantizer,
+        "input_quant": LearnedBoundsActPerTensor,
+        **{f"weight_{key}": value for key, value in weights.items()},
+        **{f"input_{key}": value for key, value in inputs.items()},
+    }
+    layer_map = {plain: (quantized, settings) for plain, quantized in QUANT_LAYERS.items()}
+    operand = {**inputs, "name": lambda _, name: name, "kind": "operand"}
+    layer_map[ProductOperand] = (
+        qnn.QuantIdentity,
+        {"act_quant": LearnedBoundsActPerTensor, **operand},
+    )
+    fused: dict[str, Any] = {}
+    for place in _SDPA_OPERANDS:
+        own = {**operand, "name": _label(place), "quant": LearnedBoundsActPerTensor}
+        fused |= {f"{place}_{key}": value for key, value in own.items()}
+    layer_map[ScaledDotProductAttention] = QuantScaledDotProductAttention, fused
+    chosen = {layer.name for layer in layers}
+    left = [
+        name
+        for name, module in model.named_modules(remove_duplicate=False)
+        if type(module) in QUANT_LAYERS and name not in chosen
+    ]
+    return layerwise_quantize(model, layer_map, name_blacklist=left)
+
+
+def _unchanged(model: nn.Module, name: str) -> LayerReport:
+    layer: Any = model.get_submodule(name)
+    return unchanged(name, layer.weight, layer_geometry(layer), fused_blocks(name, _rows(layer)))
+
+
+def _recondition(
+    model: nn.Module,
+    calibration: Tensor,
+    settings: ReconditioningConfig,
+    outside: Collection[str],
+    bounds_crops: int,
+    batch_size: int,
+) -> dict[str, LayerReport]:
+    """Exchange the weights of the quantized layers that are in scope."""
+    if settings.objective == "least_squares":
+        search_bounds(model, calibration[:bounds_crops])
+    mode = condiquant_mode(
+        model, config=settings, update_bias=True, name_blacklist=outside, create_weight_orig=False
+    )
+    with mode:
+        for batch in calibration.split(batch_size):
+            mode.model(batch)
+        mode.update()
+    return mode.report

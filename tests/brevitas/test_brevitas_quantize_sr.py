@@ -1,0 +1,321 @@
+"""The whole Brevitas flow on unpatched super-resolution networks, against the NNCF path."""
+
+from copy import deepcopy
+from functools import cache
+
+import pytest
+import torch
+import torch.nn.functional as F
+from brevitas import nn as qnn
+from torch import nn
+
+import condiquant_nncf as nncf_host
+from condiquant_brevitas import feature_blocks, quantize_sr, trainable_weights
+from condiquant_brevitas.layers import find_layers
+from condiquant_brevitas.products import STUBS, ProductOperand, insert_stubs
+from condiquant_plugin import InputError, fake_quantizers
+from condiquant_plugin.distillation import DistillationConfig, distill
+from condiquant_plugin.reconditioning import ReconditioningConfig
+from networks import build
+
+SCOPES = {"swinir": "transformer", "dat": "transformer", "edsr": "all"}
+PAPER = ReconditioningConfig("condition", strength=0.02, steps=20)
+
+
+@cache
+def network(name):
+    return build(name)
+
+
+def crops(name, count=3):
+    size = 32 if name == "dat" else 16
+    return torch.rand(count, 3, size, size, generator=torch.Generator().manual_seed(1))
+
+
+@cache
+def quantized(name):
+    """Do not change it."""
+    return quantize_sr(network(name), crops(name), scope=SCOPES[name])
+
+
+@torch.no_grad()
+def computed(model, x):
+    return model(x)
+
+
+@pytest.mark.parametrize(("name", "products"), [("swinir", 8), ("dat", 6), ("edsr", 0)])
+def test_stubs_leave_the_float_output_as_it_is_to_the_bit(name, products):
+    model = deepcopy(network(name))
+    layers = find_layers(model, crops(name)[:1], SCOPES[name])
+    insert_stubs(model, [layer.product for layer in layers if layer.product])
+    assert sum(isinstance(m, ProductOperand) for m in model.modules()) == 2 * products
+    assert model.state_dict().keys() == network(name).state_dict().keys()
+    for image in (crops(name), torch.rand(1, 3, 32, 32)):
+        assert torch.equal(computed(model, image), computed(network(name), image))
+
+
+@pytest.mark.parametrize("name", SCOPES)
+def test_disabled_quantizers_leave_the_float_output_as_it_is_to_the_bit(name):
+    images = crops(name)
+    before = deepcopy(network(name).state_dict())
+    model = quantize_sr(network(name), images, scope=SCOPES[name], reconditioning=None)
+    expected = computed(network(name), images)
+    assert not torch.equal(computed(model, images), expected)
+    for quantizer in fake_quantizers(model).values():
+        quantizer.enabled = False
+    assert torch.equal(computed(model, images), expected)
+    for key, value in network(name).state_dict().items():
+        assert torch.equal(value, before[key])
+
+
+@pytest.mark.parametrize(
+    ("name", "scope"),
+    [("swinir", "transformer"), ("dat", "transformer"), ("dat", "all"), ("edsr", "all")],
+)
+def test_the_same_layers_as_through_nncf(name, scope):
+    image = crops(name)[:1]
+    ours = find_layers(network(name), image, scope, others=True)
+    theirs = nncf_host.find_layers(nncf_host.wrap(network(name), image), scope, others=True)
+    assert len(ours) == len(theirs)
+    for one, other in zip(ours, theirs, strict=True):
+        assert one.name == other.name or (one.product and other.weight_name is None)
+        assert one.in_scope == other.in_scope
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("swinir", {"reconditioning": PAPER, "weight_bits": 3}),
+        ("dat", {}),
+        ("edsr", {"weight_bits": 2, "activation_bits": 3, "weight_granularity": "channel"}),
+        ("edsr", {"other_bits": 8, "zero_on_grid": True, "activation_side": "symmetric"}),
+        ("edsr", {"reconditioning": None}),
+    ],
+)
+def test_the_same_weights_bounds_and_fidelity_as_through_nncf(name, settings):
+    images = crops(name, 2)
+    settings = {"scope": SCOPES[name], **settings}
+    model = quantize_sr(network(name), images, **settings)
+    if "reconditioning" in settings:
+        settings["recondition"] = settings.pop("reconditioning")
+    config = nncf_host.QuantizationConfig(**settings)
+    other = nncf_host.quantize_network(network(name), images, config)
+
+    ours, theirs = ({q.name: q for q in fake_quantizers(m).values()} for m in (model, other.model))
+    products = [layer.name for layer in other.layers if layer.weight_name is None]
+    weighted = {key for key in ours if STUBS not in key}
+    assert len(ours) == len(theirs)
+    assert weighted == {n for n in theirs if n.rpartition(".")[0] not in products}
+    for key in weighted:
+        for bound in ("lower", "upper"):
+            torch.testing.assert_close(getattr(ours[key], bound), getattr(theirs[key], bound))
+
+    parameters = dict(model.named_parameters())
+    for key, expected in nncf_parameters(other).items():
+        assert (parameters[key] - expected).norm() <= 1e-5 * expected.norm()
+    assert list(model.report) == [report.name for report in other.reports]
+    for report in other.reports:
+        assert model.report[report.name].condition_after == pytest.approx(
+            report.condition_after, rel=1e-3
+        )
+    unseen = torch.rand_like(images)
+    target = computed(network(name), unseen)
+    fidelities = [
+        -10 * (computed(m, unseen) - target).square().mean().log10() for m in (model, other.model)
+    ]
+    assert abs(fidelities[0] - fidelities[1]) < 0.05
+
+
+def nncf_parameters(result):
+    names = {n for layer in result.layers for n in (layer.weight_name, layer.bias_name) if n}
+    return {n: p for n, p in result.model.named_parameters() if n in names}
+
+
+def test_copies_and_saved_states_compute_the_same():
+    model, images = quantized("swinir"), crops("swinir")
+    expected = computed(model, images)
+    copied = deepcopy(model)
+    assert torch.equal(computed(copied, images), expected)
+    assert copied.report == model.report
+    loaded = quantize_sr(network("swinir"), 0.5 * images[:1], reconditioning=None)
+    assert not torch.equal(computed(loaded, images), expected)
+    loaded.load_state_dict(model.state_dict())
+    assert torch.equal(computed(loaded, images), expected)
+    for quantizer in fake_quantizers(copied).values():
+        quantizer.enabled = False
+    assert not torch.equal(computed(copied, images), expected)
+    assert torch.equal(computed(model, images), expected)
+
+
+def test_tracing():
+    image = torch.rand(2, 3, 4, 4)
+    model = quantize_sr(Outer(), image)
+    with torch.no_grad():
+        traced = torch.jit.trace(model, image, check_trace=False)
+    assert torch.equal(computed(traced, image), computed(model, image))
+
+
+def test_other_sizes():
+    assert computed(quantized("swinir"), torch.rand(1, 3, 24, 40)).shape == (1, 3, 48, 80)
+
+
+def test_distillation_trains_bounds_and_weights():
+    teacher, images = network("swinir"), crops("swinir", 8)
+    model = quantize_sr(teacher, images[:6], weight_bits=2, activation_bits=2)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    result = distill(
+        model, teacher, images[:6], images[6:],
+        DistillationConfig(iterations=6, validate_every=2, feature_weight=0.01),
+        trainable_weights=trainable_weights(model), blocks=feature_blocks(model),
+    )  # fmt: skip
+    assert result.best_loss < 0.99 * result.initial_loss
+    moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
+    bounds = {n for n in before if n.endswith((".lower", ".upper"))}
+    weights = {f"{layer}.{kind}" for layer in model.report for kind in ("weight", "bias")}
+    assert len(moved & bounds) > 0.9 * len(bounds)
+    assert moved - bounds == weights
+
+
+def test_blacklisted_layers_stay_float():
+    blacklist = ["layers.0", "layers.1.residual_group.blocks.0.attn.product_stubs.1"]
+    model = quantize_sr(network("swinir"), crops("swinir"), name_blacklist=blacklist)
+    named = {quantizer.name for quantizer in fake_quantizers(model).values()}
+    assert not [name for name in named if name.startswith("layers.0.")]
+    in_block = [name for name in named if name.startswith("layers.1.residual_group.blocks.0.attn")]
+    assert len(in_block) == 6  # qkv, proj and one of two products
+    assert type(model.layers[0].residual_group.blocks[0].mlp.fc1) is nn.Linear
+
+
+class Attention(nn.Module):
+    """One attention on 8 channels, its products computed in many ways."""
+
+    def __init__(self, way):
+        super().__init__()
+        self.way, self.qkv, self.proj = way, nn.Linear(8, 24), nn.Linear(8, 8)
+        self.table = nn.Parameter(torch.randn(8, 8))
+
+    def forward(self, x):
+        q, k, v = self.qkv(x @ self.table).chunk(3, -1)
+        if self.way == "fused":
+            return self.proj(F.scaled_dot_product_attention(q, k, value=v))
+        if self.way == "einsum":
+            scores = torch.einsum("b i c, b j c -> b i j", q, k).softmax(-1)
+            gated = torch.einsum("bic,bjc->bijc", q, k).mean((1, 3))[..., None]  # not a product
+            return self.proj(torch.einsum("bij,bjc->bic", scores, v + gated))
+        if self.way == "bmm":
+            return self.proj(torch.bmm(q.bmm(mat2=k.mT).softmax(-1), v))
+        scores = torch.matmul(q, other=k.mT) if self.way == "matmul" else q @ k.mT
+        return self.proj(scores.softmax(-1).matmul(v))
+
+
+class Outer(nn.Module):
+    """A network whose blocks hold products next to a module with products of its own."""
+
+    def __init__(self, way="@"):
+        super().__init__()
+        self.embed, self.inner, self.last = nn.Linear(3, 8), Attention(way), nn.Linear(8, 3)
+
+    def forward(self, x):
+        x = self.embed(x.flatten(2).mT)
+        x = x + (x @ x.mT) @ self.inner(x) + (x @ x.mT).softmax(-1) @ x
+        return self.last(x).mT.unflatten(2, (4, 4))
+
+
+@pytest.mark.parametrize("way", ["@", "matmul", "bmm", "einsum", "fused"])
+def test_products_in_all_ways_of_writing_them(way):
+    torch.manual_seed(0)
+    model, images = Outer(way), torch.rand(4, 3, 4, 4)
+    result = quantize_sr(model, images, weight_bits=8, activation_bits=8)
+    named = {q.name: q for q in fake_quantizers(result).values() if q.kind == "operand"}
+    inner = {name for name in named if name.startswith("inner.product_stubs")}
+    assert len(inner) == 4
+    assert {name.rpartition(".")[0] for name in named.keys() - inner} == {
+        f"product_stubs.{index}" for index in range(4)
+    }
+    seen = []
+    for quantizer in fake_quantizers(result).values():
+        quantizer.register_forward_hook(lambda module, *_: seen.append(module))
+    with torch.no_grad():
+        error = result(images) - model(images)
+    assert len(seen) == len(set(seen)) == len(fake_quantizers(result))
+    assert error.norm() < 0.05 * computed(model, images).norm()
+    for quantizer in fake_quantizers(result).values():
+        quantizer.enabled = False
+    weights = {n: p for n, p in result.named_parameters() if n in dict(model.named_parameters())}
+    expected = torch.func.functional_call(model, weights, images)
+    torch.testing.assert_close(result(images), expected, rtol=0, atol=1e-5)
+
+
+def test_products_in_hooks_and_behind_errors_are_not_the_networks():
+    images = torch.rand(4, 3, 4, 4)
+    result = quantize_sr(Outer(), images)
+    expected = computed(result, images)
+    hook = result.inner.qkv.register_forward_pre_hook(lambda _, x: (x[0] @ x[0].mT, None)[1])
+    assert torch.equal(computed(result, images), expected)
+    hook.remove()
+    with pytest.raises(RuntimeError):
+        result(torch.rand(1, 5, 4, 4))
+    matrix = torch.rand(1, 16, 8)
+    assert torch.equal(matrix @ matrix.mT, torch.matmul(matrix, matrix.mT))
+    assert torch.equal(computed(result, images), expected)
+
+
+class Twice(nn.Module):
+    def __init__(self, tied=False):
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.tied = tied
+        if tied:
+            self.second.weight = self.first.weight
+
+    def forward(self, x):
+        return self.second(self.first(x)) if self.tied else self.first(self.first(x))
+
+
+def broken(where):
+    model, images = deepcopy(network("swinir")), crops("swinir")
+    with torch.no_grad():
+        if where == "weight":
+            model.layers[0].residual_group.blocks[1].mlp.fc2.weight[0, 0] = float("nan")
+        else:
+            images[0, 0, 3, 3] = float("inf")
+    return model, images
+
+
+@pytest.mark.parametrize(
+    ("arguments", "settings", "words"),
+    [
+        (("edsr",), {"scope": "transformer"}, 'EDSR: use scope "all" for convolutional networks'),
+        (("edsr",), {"scope": "every"}, "scope='every' is not known: use 'transformer' or 'all'"),
+        (("swinir",), {"name_blacklist": ["layers"]}, "check name_blacklist"),
+        (("swinir",), {"name_blacklist": ["nowhere"]}, "no module 'nowhere' in SwinIR"),
+        (("swinir",), {"weight_bits": 1}, "weight_bits=1 is not supported: use an integer from 2"),
+        (("swinir",), {"activation_bits": 9}, "activation_bits=9 is not supported"),
+        (("swinir",), {"other_bits": 4.0}, "other_bits=4.0 is not supported"),
+        (("swinir",), {"weight_granularity": "row"}, "weight_granularity='row' is not known"),
+        (("swinir",), {"reconditioning": "paper"}, "reconditioning='paper' is not known"),
+        ((nn.ReLU(),), {}, "ReLU has no linear layer"),
+        ((Twice(),), {}, "first is used more than once"),
+        ((Twice(tied=True),), {}, "first is used more than once"),
+        (("swinir", torch.empty(0, 3, 16, 16)), {}, "holds no images"),
+        (("swinir", torch.rand(3, 16, 16)), {}, r"shape \(3, 16, 16\) holds no images"),
+        (broken("images"), {}, "NaN or Inf in the calibration images"),
+        (broken("weight"), {}, r"NaN or Inf in the \w+ of layers.0.residual_group.blocks.1.mlp"),
+    ],
+)
+def test_bad_input(arguments, settings, words):
+    model, *images = arguments
+    if isinstance(model, str):
+        model = network(model)
+    images = images[0] if images else torch.rand(2, 3, 16, 4 if isinstance(model, Twice) else 16)
+    with pytest.raises(InputError, match=words) as caught:
+        quantize_sr(model, images, **settings)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "model", [lambda: quantized("swinir"), lambda: nn.Sequential(qnn.QuantReLU())]
+)
+def test_quantized_networks_are_refused(model):
+    with pytest.raises(InputError, match="quantized already: give the float network"):
+        quantize_sr(model(), crops("swinir"))
