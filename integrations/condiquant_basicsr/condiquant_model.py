@@ -36,6 +36,8 @@ from condiquant_plugin.distributed import failing_together
 from condiquant_plugin.errors import InputError
 
 _NOT_USED = ("perceptual_opt", "gan_opt", "ldl_opt", "optim_d")
+_PLACE = ("last_epoch", "_step_count", "_last_lr", "base_lrs")
+"""What a scheduler's state says beside the schedule, with which a longer training could not go on."""
 
 
 class ReplicatedParameters(DataParallel):
@@ -302,13 +304,17 @@ class CondiQuantModel(SRModel):
         save_checkpoint(state, Path(self.opt["path"]["training_states"]) / f"{current_iter}.state")
 
     def resume_training(self, resume_state: dict[str, Any]) -> None:
-        """Optimiser and scheduler of an earlier run.
+        """Optimiser of an earlier run and the place in its schedule, which itself is the options'.
 
         Raises:
             InputError: of another network, or other training options.
         """
+        places = [
+            {key: value for key, value in state.items() if key in _PLACE}
+            for state in resume_state["schedulers"]
+        ]
         try:
-            super().resume_training(resume_state)
+            super().resume_training(resume_state | {"schedulers": places})
         except (AssertionError, KeyError, ValueError) as error:
             raise InputError(
                 f"{self.opt['path']['resume_state']} does not fit this network and its train section "

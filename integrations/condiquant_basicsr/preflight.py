@@ -105,7 +105,14 @@ def _check_train(options: Mapping[str, Any]) -> None:
         if options.get(key):
             stand_in = SimpleNamespace(opt={"train": options}, optimizers=[made], schedulers=[])
             BaseModel.setup_schedulers(stand_in)
+            made = stand_in.schedulers[0]
     except (AssertionError, KeyError, NotImplementedError, TypeError, ValueError) as error:
         raise InputError(
             f"train.{key} does not suit BasicSR ({one_line(error)}): correct its type and keys"
         ) from error
+    length = sum(getattr(made, "periods", ()))
+    if 0 < length < int(options["total_iter"]) - 1:  # beyond them BasicSR's cosine has no rates
+        raise InputError(
+            f"train.scheduler.periods end after {length} iterations, but train.total_iter is"
+            f" {int(options['total_iter'])}: make their sum as large"
+        )

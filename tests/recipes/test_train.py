@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from math import cos, pi
 from pathlib import Path
 
 import cv2
@@ -109,6 +110,22 @@ def test_training_needs_no_optimizer_scheduler_nor_validation(make_training, con
     rates = [float(rate) for rate in re.findall(r"lr:\((.*?),\)", log)]
     assert rates == pytest.approx([5e-4, 3.75e-4, 1.25e-4])
     assert len(re.findall("l_feat: [0-9]", log)) == 3
+
+
+@pytest.mark.parametrize("scheduler", [None, "CosineAnnealingRestartLR"])
+def test_a_finished_run_is_extended(make_training, condiquant, scheduler):
+    job = make_training()
+    job.options["train"]["scheduler"] = None
+    del job.options["val"], job.options["datasets"]["val"]
+    for iterations, resume in ((3, ()), (6, ("--auto_resume",))):
+        if scheduler:
+            periods = {"periods": [iterations], "restart_weights": [1]}
+            job.options["train"]["scheduler"] = {"type": scheduler, **periods}
+        job.options["train"]["total_iter"] = iterations
+        condiquant("train", "-opt", job.write(), *resume)
+    rates = [float(rate) for rate in re.findall(r"lr:\((.*?),\)", job.log())]
+    of_three, of_six = ([(1 + cos(pi * k / n)) / 2000 for k in range(n)] for n in (3, 6))
+    assert rates == pytest.approx(of_three + of_six[3:], rel=1e-3)
 
 
 def test_other_models_are_basicsrs_own(make_training, condiquant):

@@ -51,6 +51,16 @@ def test_refused_before_folders_are_made(job, entry, message):
     assert not (job.folder / "experiments").exists()
 
 
+def test_a_cosine_lasts_as_long_as_the_training(job):
+    cosine = {"type": "CosineAnnealingRestartLR", "periods": [2, 2], "restart_weights": [1, 1]}
+    job.options["train"] |= {"scheduler": cosine, "total_iter": 6}
+    with pytest.raises(
+        InputError,
+        match=r"^train\.scheduler\.periods end after 4 iterations, but train\.total_iter",
+    ):
+        training.train(job.write())
+
+
 def test_crops_must_fit_the_windows(job):
     job.options["network_g"] = SECTIONS["swinir"]
     job.options["condiquant"]["scope"] = "transformer"
