@@ -22,6 +22,7 @@ from condiquant_recipes.run import rebuild
 from condiquant_recipes.training_options import (
     MODEL_TYPE,
     TrainingSection,
+    check_evaluation,
     check_training,
     load_options,
     recipe_from_options,
@@ -79,8 +80,9 @@ def evaluate(
         datasets.pop("train", None)
     quantizer = None
     if options.get("model_type") == MODEL_TYPE:
-        source = (options.get("path") or {}).get("pretrain_network_g")
-        if not source:
+        check_evaluation(options)
+        options["val"].setdefault("suffix", None)
+        if not (source := options["path"].get("pretrain_network_g")):
             raise InputError(
                 "path.pretrain_network_g is missing: give the net_g_latest.pth of an experiment"
             )

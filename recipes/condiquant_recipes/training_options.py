@@ -86,6 +86,15 @@ class _Training(_Options):
     condiquant: dict[str, Any] | None = None
 
 
+class _Evaluation(_Options):
+    name: str
+    scale: int = Field(ge=1)
+    datasets: dict[str, Any]
+    network_g: dict[str, Any]
+    path: _Path
+    val: dict[str, Any]
+
+
 def is_training(content: Mapping[str, Any]) -> bool:
     """Whether a YAML file is BasicSR's rather than a recipe."""
     return "model_type" in content
@@ -207,6 +216,22 @@ def check_training(opt: Mapping[str, Any]) -> list[str]:
     return notices
 
 
+def check_evaluation(opt: Mapping[str, Any]) -> None:
+    """Check the options of a test of CondiQuantModel before it starts.
+
+    Raises:
+        InputError: what would make it fail.
+    """
+    import condiquant_basicsr as basicsr_host  # takes seconds
+
+    try:
+        _Evaluation.model_validate(opt)
+    except ValidationError as error:
+        raise InputError(explain(error, _Evaluation)) from error
+    for key, section in opt["datasets"].items():
+        basicsr_host.check_dataset(_dataset(key, section))
+
+
 def recipe_from_options(opt: Mapping[str, Any]) -> Recipe:
     """The recipe that a training YAML amounts to: its network, bits, training and validation sets.
 
@@ -259,9 +284,17 @@ def recipe_from_options(opt: Mapping[str, Any]) -> Recipe:
 
 def _sections(opt: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """The dataset sections that training reads: the training set and all validation sets."""
-    datasets = opt["datasets"]
-    validation = {key: value for key, value in datasets.items() if key.split("_")[0] == "val"}
-    return {"train": datasets["train"], **validation}
+    sections = {"train": opt["datasets"]["train"]}
+    for key, section in opt["datasets"].items():
+        if key.split("_")[0] == "val":
+            sections[key] = _dataset(key, section)
+    return sections
+
+
+def _dataset(key: str, section: Any) -> dict[str, Any]:
+    if not isinstance(section, dict):
+        raise InputError(f"datasets.{key}={section} is no section: give its keys, or remove it")
+    return section
 
 
 def _get(opt: Mapping[str, Any], key: str) -> Any:

@@ -135,6 +135,8 @@ def test_other_models_are_basicsrs_own(make_training, condiquant):
     job.options["num_gpu"] = 1
     condiquant("train", "-opt", job.write())
     assert job.checkpoint("latest").keys() == {"params", "params_ema"}
+    del job.options["path"]["pretrain_network_g"]
+    job.options["path"]["ignore_resume_networks"] = ["network_g"]
     condiquant("train", "-opt", job.write(), "--auto_resume")
     assert "iter: 3." in job.log()
 
@@ -237,6 +239,9 @@ def test_states_and_checkpoints_of_something_else_are_refused(make_training, con
         code=2,
     )
     quantized = job.experiment / "models" / "net_g_3.pth"
+    assert "net_g_3.pth is no training state: give a .state file" in condiquant(
+        "train", "-opt", job.write(), "--force_yml", f"path:resume_state={quantized}", code=2
+    )
     job.options["path"]["pretrain_network_g"] = str(quantized)
     anew = ("train", "-opt", job.write(), "--force_yml")
     assert "is quantized already" in condiquant(*anew, "name=new", code=2)
