@@ -26,7 +26,7 @@ from condiquant_basicsr.networks import build_network, folded, pad_multiple, ups
 from condiquant_basicsr.preflight import LOSS, float_network
 from condiquant_basicsr.quantizer import ENTRY, Quantized, Quantizer, read_quantized
 from condiquant_basicsr.training_data import training_crops
-from condiquant_basicsr.weights import save_checkpoint
+from condiquant_basicsr.weights import entry_named, save_checkpoint
 from condiquant_plugin.distillation import (
     captured,
     feature_loss,
@@ -130,9 +130,7 @@ class CondiQuantModel(SRModel):
         self.print_network(network)
         self.multiple = pad_multiple(network)
         quantized, content = self._rebuild(quantizer, network, file)
-        key = path.get("param_key_g") or ("params_ema" if "params_ema" in content else "params")
-        if key not in content:
-            key = "params"
+        key = entry_named(path.get("param_key_g") or "params_ema", content, file)
         get_root_logger().info(f"Loading {key} of {file}")
         _load_state(quantized.model, content[key], file)
         self.net_g = quantized.model.to(self.device).requires_grad_(False)

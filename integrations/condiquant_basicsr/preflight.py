@@ -72,11 +72,10 @@ def float_network(opt: Mapping[str, Any]) -> nn.Module:
             f"{source} is quantized already: give the float network as path.pretrain_network_g, and "
             "resume with --auto_resume"
         )
-    key = path.get("teacher_param_key", path.get("param_key_g"))
     network, _ = load_network(
         opt["network_g"],
         source,
-        param_key=key if key in content else None,
+        param_key=path.get("teacher_param_key", path.get("param_key_g")),
         scale=opt.get("scale"),
         channels=input_channels(opt["network_g"]),
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 from statistics import median
 from typing import Any
 
@@ -17,7 +17,7 @@ from condiquant_basicsr.quantizer import ENTRY, Quantized, read_quantized
 from condiquant_plugin import __version__
 from condiquant_plugin.errors import InputError
 from condiquant_recipes import settings
-from condiquant_recipes.recipe import Recipe, explain
+from condiquant_recipes.recipe import Recipe, explain, recorded
 from condiquant_recipes.run import rebuild
 from condiquant_recipes.training_options import (
     MODEL_TYPE,
@@ -86,11 +86,11 @@ def evaluate(
             raise InputError(
                 "path.pretrain_network_g is missing: give the net_g_latest.pth of an experiment"
             )
-        record = read_quantized(Path(source).expanduser())[ENTRY]
+        recipe = recorded(read_quantized(Path(source).expanduser())[ENTRY], source)
         asked = {"network_g": options.get("network_g"), "scale": options.get("scale")}
         if section := options.get("condiquant"):
             asked["condiquant"] = _validated(section)
-        quantizer = NNCFQuantizer(Recipe.model_validate(record["recipe"]), asked=asked)
+        quantizer = NNCFQuantizer(recipe, asked=asked)
     basicsr_training.evaluate(options, file, quantizer, launcher=launcher, debug=debug)
 
 
@@ -145,12 +145,16 @@ class NNCFQuantizer:
         return _quantized(model, layers, network)
 
     def record(self) -> dict[str, Any]:
-        """The whole recipe."""
-        return {"version": __version__, "recipe": self.recipe.model_dump()}
+        """The recipe without the paths of this machine."""
+        recipe = self.recipe.model_dump()
+        weights, datasets = recipe["path"]["pretrain_network_g"], recipe["datasets"]
+        recipe["path"]["pretrain_network_g"] = PurePath(weights).name
+        datasets |= {"train": {"name": datasets["train"].get("name")}, "val": {}}
+        return {"version": __version__, "recipe": recipe}
 
     def check(self, record: Mapping[str, Any], source: str) -> None:
         """Raise InputError where the checkpoint's network or quantizers are not the options' ones."""
-        theirs = _structure(record["recipe"])
+        theirs = _structure(recorded(record, source).model_dump())
         network = (name for name in theirs if name.startswith("network_g."))
         for name in [*self.asked, *network]:
             if theirs.get(name) != self.asked.get(name):

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from condiquant_basicsr.condiquant_model import CondiQuantModel
+from condiquant_plugin import __version__
 from condiquant_recipes import cli
 from condiquant_recipes.experiment import trained_network
 from training_job import TrainingJob, real_options
@@ -190,6 +191,15 @@ def test_a_checkpoint_is_evaluated_as_it_was_validated(make_training, condiquant
     assert "condiquant.weight_bits=4, the options have 3" in condiquant(
         "test", "-opt", job.write(), "--force_yml", "condiquant:weight_bits=3", "num_gpu=0", code=2
     )
+    content = job.checkpoint("latest")
+    assert str(job.folder) not in repr(content["condiquant"])
+    content["condiquant"]["version"] = "9.9"
+    content["condiquant"]["recipe"]["condiquant"]["rounding"] = "up"
+    torch.save(content, latest)
+    for command in (("export", job.experiment), ("test", "-opt", job.write())):
+        error = condiquant(*command, code=2)
+        assert f"{latest} was saved by version 9.9 and this is {__version__}, which does" in error
+        assert "(unknown key condiquant.rounding: " in error
     write_test_options(job, job.folder / "net.pth")
     error = condiquant("test", "-opt", job.write(), code=2)
     assert "holds a float network: quantize it with `condiquant train`" in error

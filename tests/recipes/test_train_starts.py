@@ -42,6 +42,10 @@ def job(tmp_path, monkeypatch):
             "val:metrics:psnr=calculate_psnr",
             r"val\.metrics\.psnr needs a type, not calculate_psnr;",
         ),
+        (
+            "path:param_key_g=parmas",
+            r"net\.pth: no entry 'parmas'; it has params: correct param_key",
+        ),
         ("network_g:num_feat=8", r"net\.pth does not fit network_g EDSR"),
     ],
 )
@@ -109,6 +113,13 @@ def test_the_training_set_of_a_training_yaml_is_not_tested(job):
         job.options["val"] = validation
         with pytest.raises(InputError, match=message):
             training.evaluate(job.write(), [f"path:pretrain_network_g={checkpoint}"])
+    job.options["val"] = {"save_img": False}
+    with pytest.raises(
+        InputError, match=r"no entry 'emma'; it has params, params_ema, condiquant:"
+    ):
+        training.evaluate(
+            job.write(), [f"path:pretrain_network_g={checkpoint}", "path:param_key_g=emma"]
+        )
 
 
 @pytest.mark.parametrize(
