@@ -50,6 +50,11 @@ def load_source(recipe: Recipe, data: Path, sets: Sequence[str]) -> Source:
     Raises:
         InputError: whatever is missing or does not fit.
     """
+    if (channels := basicsr_host.input_channels(recipe.network_g)) != 3:
+        raise InputError(
+            f"{recipe.name} takes {channels}-channel images, but run and compare need RGB:"
+            " use `condiquant train`, `test` and `export`"
+        )
     network = load_network(recipe)
     calibration = recipe.datasets.calibration
     count = calibration.count + calibration.held_out
@@ -95,6 +100,7 @@ def load_network(recipe: Recipe) -> nn.Module:
         recipe.path.sha256,
         recipe.path.param_key_g,
         recipe.scale,
+        basicsr_host.input_channels(recipe.network_g),
     )
     for parameter in network.parameters():
         parameter.requires_grad_(False)

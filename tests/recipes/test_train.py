@@ -94,6 +94,26 @@ def test_a_real_config_trains_resumes_and_exports(file, make_training, condiquan
     report = json.loads(condiquant("export", job.experiment, "--tile", 16, "--static", "--json"))
     assert report["parity_mean_abs"] < 1e-5
     assert Path(report["file"]) == job.experiment / "model.xml"
+    if options["network_g"].get("num_in_ch") == 1:
+        what_one_channel_is_for(job, condiquant)
+
+
+def what_one_channel_is_for(job, condiquant):
+    described = json.loads(condiquant("inspect", job.write(), "--json"))
+    assert described["architecture"] == "ECBSR"
+    assert all(row["condition"] >= 1 for row in described["layers"])
+    (image, *_), ir = (job.folder / "val" / "LR").iterdir(), job.experiment / "model.xml"
+    alone = "takes 1-channel images, "
+    for command, remedy in (
+        (("compare", job.write(), "--out", "compared", "-q"), "use `condiquant train`, `test` and"),
+        (("run", job.write(), "--out", "run", "-q"), "use `condiquant train`, `test` and `export`"),
+        (("export", job.experiment, "--u8-nhwc", "--tile", 16), "leave out --u8-nhwc"),
+        (("upscale", ir, image, "up.png"), "call condiquant_openvino.Upscaler on the channel"),
+        (("evaluate", ir, "--data", ".", "--sets", ""), "call condiquant_openvino.Upscaler on the"),
+    ):
+        error = condiquant(*command, code=2)
+        assert alone in error
+        assert remedy in error
 
 
 def test_training_needs_no_optimizer_scheduler_nor_validation(make_training, condiquant):
