@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Subset
 
 from condiquant_basicsr.networks import build_network, folded, pad_multiple, upscale
 from condiquant_basicsr.preflight import LOSS, float_network
-from condiquant_basicsr.quantizer import ENTRY, Quantized, Quantizer, read_quantized
+from condiquant_basicsr.quantizer import ENTRY, QuantizedNetwork, Quantizer, read_quantized
 from condiquant_basicsr.training_data import training_crops
 from condiquant_basicsr.weights import entry_named, save_checkpoint
 from condiquant_plugin.distillation import (
@@ -35,7 +35,6 @@ from condiquant_plugin.distillation import (
 from condiquant_plugin.distributed import failing_together
 from condiquant_plugin.errors import InputError
 
-_NOT_USED = ("perceptual_opt", "gan_opt", "ldl_opt", "optim_d")
 _PLACE = ("last_epoch", "_step_count", "_last_lr", "base_lrs")
 """What a scheduler's state says beside the schedule, with which a longer training could not go on."""
 
@@ -145,7 +144,7 @@ class CondiQuantModel(SRModel):
 
     def _rebuild(
         self, quantizer: Quantizer, network: nn.Module, file: Path
-    ) -> tuple[Quantized, Mapping[str, Any]]:
+    ) -> tuple[QuantizedNetwork, Mapping[str, Any]]:
         """The structure that a checkpoint of an earlier run has, and the checkpoint."""
         content = read_quantized(file)
         record = content[ENTRY]
@@ -165,10 +164,6 @@ class CondiQuantModel(SRModel):
     def init_training_settings(self) -> None:
         """EMA, loss, optimiser and scheduler of ``train:``; losses against HR images are left out."""
         options, logger = self.opt["train"], get_root_logger()
-        left_out = [name for name in _NOT_USED if options.get(name)]
-        left_out += [name for name in self.opt if name.startswith("network_d")]
-        if left_out:
-            logger.info(f"Not used, as the float network is the target: {', '.join(left_out)}")
         self.ema_decay = options.get("ema_decay") or 0
         if self.ema_decay > 0:
             logger.info(f"Use Exponential Moving Average with decay: {self.ema_decay}")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import condiquant_nncf as nncf_host
 from condiquant_basicsr import training as basicsr_training
-from condiquant_basicsr.quantizer import ENTRY, Quantized, read_quantized
+from condiquant_basicsr.quantizer import ENTRY, QuantizedNetwork, read_quantized
 from condiquant_plugin import __version__
 from condiquant_plugin.errors import InputError
 from condiquant_recipes import settings
@@ -122,7 +122,7 @@ class NNCFQuantizer:
         self.calibration_images = recipe.datasets.calibration.count
         self.asked = _structure(recipe.model_dump() if asked is None else asked)
 
-    def quantize(self, network: nn.Module, crops: Tensor) -> Quantized:
+    def quantize(self, network: nn.Module, crops: Tensor) -> QuantizedNetwork:
         """Recondition, insert quantizers, search bounds."""
         result = nncf_host.quantize_network(
             network,
@@ -139,7 +139,7 @@ class NNCFQuantizer:
         )
         return _quantized(result.model, result.layers, network, summary)
 
-    def rebuild(self, network: nn.Module, example: Tensor) -> Quantized:
+    def rebuild(self, network: nn.Module, example: Tensor) -> QuantizedNetwork:
         """The structure alone."""
         model, layers = rebuild(network, example, self.recipe)
         return _quantized(model, layers, network)
@@ -176,6 +176,6 @@ def _structure(recipe: Mapping[str, Any]) -> dict[str, Any]:
 
 def _quantized(
     model: nn.Module, layers: list[nncf_host.Layer], network: nn.Module, summary: str = ""
-) -> Quantized:
+) -> QuantizedNetwork:
     weights = nncf_host.trainable_weights(model, layers)
-    return Quantized(model, weights, nncf_host.feature_blocks(network, layers), summary)
+    return QuantizedNetwork(model, weights, nncf_host.feature_blocks(network, layers), summary)

@@ -22,7 +22,7 @@ _ELSEWHERE = {
     "validate_every": "val.val_freq",
 }
 """Keys of ``condiquant.distillation`` in a recipe, and where BasicSR has them."""
-_OF_GANS = ("network_d", "train.gan_opt", "train.perceptual_opt")
+_OF_GANS = ("gan_opt", "ldl_opt", "optim_d", "perceptual_opt")
 
 
 class TrainingSection(CondiQuantSection):
@@ -210,7 +210,8 @@ def check_training(opt: Mapping[str, Any]) -> list[str]:
             f"no condiquant section: {bits.weight_bits} bits for weights, {bits.activation_bits} for"
             f" activations, scope {bits.scope}, and all other defaults"
         )
-    ignored = [key for key in _OF_GANS if _get(opt, key) is not None]
+    ignored = [key for key in opt if key.startswith("network_d")]
+    ignored += [f"train.{key}" for key in _OF_GANS if opt["train"].get(key)]
     if ignored:
         notices.append(f"the generator alone is distilled: {', '.join(ignored)} are ignored")
     return notices
@@ -295,10 +296,3 @@ def _dataset(key: str, section: Any) -> dict[str, Any]:
     if not isinstance(section, dict):
         raise InputError(f"datasets.{key}={section} is no section: give its keys, or remove it")
     return section
-
-
-def _get(opt: Mapping[str, Any], key: str) -> Any:
-    value: Any = opt
-    for part in key.split("."):
-        value = value.get(part) if isinstance(value, Mapping) else None
-    return value

@@ -265,8 +265,8 @@ def test_basicsrs_own_option_files(tmp_path, monkeypatch):
         notices = check_training(options)
         if "GAN" in file.name:
             assert notices == [
-                "the generator alone is distilled: network_d, train.gan_opt, train.perceptual_opt"
-                " are ignored"
+                "the generator alone is distilled: network_d, train.gan_opt, train.optim_d,"
+                " train.perceptual_opt are ignored"
             ]
         else:
             assert notices == []
