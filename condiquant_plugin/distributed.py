@@ -29,8 +29,9 @@ _Item = TypeVar("_Item")
 _BUCKET = 2**23
 _REMEDY = "look at its log, then run again with --auto_resume"
 _PEER_IS_GONE = re.compile(
-    "connection (closed|reset|refused)|broken pipe|timed? ?out|ncclRemoteError|communicator was aborted",
-    re.IGNORECASE,
+    "gloo.*(connection (closed|reset|refused)|broken pipe|time(d )?out)|ncclRemoteError"
+    "|communicator was aborted|collective operation timeout",
+    re.IGNORECASE | re.DOTALL,
 )
 
 
@@ -207,6 +208,7 @@ def noticing_the_end_of_others(doing: str) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if not _PEER_IS_GONE.search(str(error)):
+        unreachable = isinstance(error, (dist.DistNetworkError, dist.DistStoreError))
+        if not unreachable and not _PEER_IS_GONE.search(str(error)):
             raise
         raise DistributedError(f"another process ended {doing}: {_REMEDY}") from error

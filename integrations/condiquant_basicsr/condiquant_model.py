@@ -24,9 +24,9 @@ from torch.utils.data import DataLoader, Subset
 
 from condiquant_basicsr.networks import build_network, folded, pad_multiple, upscale
 from condiquant_basicsr.preflight import LOSS, float_network
-from condiquant_basicsr.quantizer import ENTRY, Quantized, Quantizer, read_quantized
+from condiquant_basicsr.quantizer import ENTRY, QuantizedNetwork, Quantizer, read_quantized
 from condiquant_basicsr.training_data import training_crops
-from condiquant_basicsr.weights import save_checkpoint
+from condiquant_basicsr.weights import entry_named, save_checkpoint
 from condiquant_plugin.distillation import (
     captured,
     feature_loss,
@@ -35,7 +35,8 @@ from condiquant_plugin.distillation import (
 from condiquant_plugin.distributed import failing_together
 from condiquant_plugin.errors import InputError
 
-_NOT_USED = ("perceptual_opt", "gan_opt", "ldl_opt", "optim_d")
+_PLACE = ("last_epoch", "_step_count", "_last_lr", "base_lrs")
+"""What a scheduler's state says beside the schedule, with which a longer training could not go on."""
 
 
 class ReplicatedParameters(DataParallel):
@@ -128,9 +129,7 @@ class CondiQuantModel(SRModel):
         self.print_network(network)
         self.multiple = pad_multiple(network)
         quantized, content = self._rebuild(quantizer, network, file)
-        key = path.get("param_key_g") or ("params_ema" if "params_ema" in content else "params")
-        if key not in content:
-            key = "params"
+        key = entry_named(path.get("param_key_g") or "params_ema", content, file)
         get_root_logger().info(f"Loading {key} of {file}")
         _load_state(quantized.model, content[key], file)
         self.net_g = quantized.model.to(self.device).requires_grad_(False)
@@ -145,7 +144,7 @@ class CondiQuantModel(SRModel):
 
     def _rebuild(
         self, quantizer: Quantizer, network: nn.Module, file: Path
-    ) -> tuple[Quantized, Mapping[str, Any]]:
+    ) -> tuple[QuantizedNetwork, Mapping[str, Any]]:
         """The structure that a checkpoint of an earlier run has, and the checkpoint."""
         content = read_quantized(file)
         record = content[ENTRY]
@@ -165,10 +164,6 @@ class CondiQuantModel(SRModel):
     def init_training_settings(self) -> None:
         """EMA, loss, optimiser and scheduler of ``train:``; losses against HR images are left out."""
         options, logger = self.opt["train"], get_root_logger()
-        left_out = [name for name in _NOT_USED if options.get(name)]
-        left_out += [name for name in self.opt if name.startswith("network_d")]
-        if left_out:
-            logger.info(f"Not used, as the float network is the target: {', '.join(left_out)}")
         self.ema_decay = options.get("ema_decay") or 0
         if self.ema_decay > 0:
             logger.info(f"Use Exponential Moving Average with decay: {self.ema_decay}")
@@ -302,13 +297,17 @@ class CondiQuantModel(SRModel):
         save_checkpoint(state, Path(self.opt["path"]["training_states"]) / f"{current_iter}.state")
 
     def resume_training(self, resume_state: dict[str, Any]) -> None:
-        """Optimiser and scheduler of an earlier run.
+        """Optimiser of an earlier run and the place in its schedule, which itself is the options'.
 
         Raises:
             InputError: of another network, or other training options.
         """
+        places = [
+            {key: value for key, value in state.items() if key in _PLACE}
+            for state in resume_state["schedulers"]
+        ]
         try:
-            super().resume_training(resume_state)
+            super().resume_training(resume_state | {"schedulers": places})
         except (AssertionError, KeyError, ValueError) as error:
             raise InputError(
                 f"{self.opt['path']['resume_state']} does not fit this network and its train section "

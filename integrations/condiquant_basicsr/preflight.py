@@ -33,17 +33,27 @@ def check_start(opt: Mapping[str, Any]) -> None:
             optimiser, scheduler or metric that BasicSR does not have.
     """
     _check_train(opt["train"])
-    validation = opt.get("val")
-    for section, keys in (("logger", _LOGGER), ("val", ("save_img",) if validation else ())):
-        for key in keys:
-            if key not in (opt.get(section) or {}):
-                raise InputError(f"key {section}.{key} is missing: add it")
-    for name, metric in ((validation or {}).get("metrics") or {}).items():
+    for key in _LOGGER:
+        if key not in (opt.get("logger") or {}):
+            raise InputError(f"key logger.{key} is missing: add it")
+    if opt.get("val"):
+        check_validation(opt["val"])
+    check_crops(opt, float_network(opt))
+
+
+def check_validation(validation: Mapping[str, Any]) -> None:
+    """Check the section ``val`` of a training or a test.
+
+    Raises:
+        InputError: a key is missing, or a metric is none of BasicSR's.
+    """
+    if "save_img" not in validation:
+        raise InputError("key val.save_img is missing: add it")
+    for name, metric in (validation.get("metrics") or {}).items():
         kind = metric.get("type") if isinstance(metric, Mapping) else metric
         if not isinstance(metric, Mapping) or kind not in METRIC_REGISTRY:
             known = ", ".join(name for name, _ in METRIC_REGISTRY)
             raise InputError(f"val.metrics.{name} needs a type, not {kind}; there are: {known}")
-    check_crops(opt, float_network(opt))
 
 
 def float_network(opt: Mapping[str, Any]) -> nn.Module:
@@ -62,11 +72,10 @@ def float_network(opt: Mapping[str, Any]) -> nn.Module:
             f"{source} is quantized already: give the float network as path.pretrain_network_g, and "
             "resume with --auto_resume"
         )
-    key = path.get("teacher_param_key", path.get("param_key_g"))
     network, _ = load_network(
         opt["network_g"],
         source,
-        param_key=key if key in content else None,
+        param_key=path.get("teacher_param_key", path.get("param_key_g")),
         scale=opt.get("scale"),
         channels=input_channels(opt["network_g"]),
     )
@@ -105,7 +114,14 @@ def _check_train(options: Mapping[str, Any]) -> None:
         if options.get(key):
             stand_in = SimpleNamespace(opt={"train": options}, optimizers=[made], schedulers=[])
             BaseModel.setup_schedulers(stand_in)
+            made = stand_in.schedulers[0]
     except (AssertionError, KeyError, NotImplementedError, TypeError, ValueError) as error:
         raise InputError(
             f"train.{key} does not suit BasicSR ({one_line(error)}): correct its type and keys"
         ) from error
+    length = sum(getattr(made, "periods", ()))
+    if 0 < length < int(options["total_iter"]) - 1:  # beyond them BasicSR's cosine has no rates
+        raise InputError(
+            f"train.scheduler.periods end after {length} iterations, but train.total_iter is"
+            f" {int(options['total_iter'])}: make their sum as large"
+        )

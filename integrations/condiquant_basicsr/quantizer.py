@@ -18,7 +18,7 @@ ENTRY = "condiquant"
 
 
 @dataclass(frozen=True)
-class Quantized:
+class QuantizedNetwork:
     """A network with fake quantizers, and what of it is trained and compared."""
 
     model: nn.Module
@@ -36,10 +36,10 @@ class Quantizer(Protocol):
     calibration_images: int
     autocast: bool
 
-    def quantize(self, network: nn.Module, crops: Tensor) -> Quantized:
+    def quantize(self, network: nn.Module, crops: Tensor) -> QuantizedNetwork:
         """Recondition, insert quantizers and search their bounds on crops ``(count, C, h, w)``."""
 
-    def rebuild(self, network: nn.Module, example: Tensor) -> Quantized:
+    def rebuild(self, network: nn.Module, example: Tensor) -> QuantizedNetwork:
         """The same structure, weights and bounds yet to be loaded; ``example`` is ``(1, C, h, w)``."""
 
     def record(self) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from basicsr.utils import options as basicsr_options
 from torch import distributed
 
 from condiquant_basicsr.condiquant_model import CondiQuantModel
-from condiquant_basicsr.preflight import check_start
+from condiquant_basicsr.preflight import check_start, check_validation
 from condiquant_basicsr.quantizer import Quantizer
 from condiquant_basicsr.training_data import one_line
 from condiquant_basicsr.weights import read_checkpoint
@@ -37,6 +37,7 @@ from condiquant_plugin.files import check_writable
 
 _LOGGER = "basicsr"
 _DATA_SERVER = "condiquant_basicsr.data_server"
+_STATE = {"epoch", "iter", "optimizers", "schedulers"}
 _RANKS = {"pytorch": "RANK", "slurm": "SLURM_PROCID"}
 
 
@@ -91,6 +92,8 @@ def evaluate(
     debug: bool = False,
 ) -> None:
     """``basicsr.test`` in the current folder; arguments and errors are those of :func:`train`."""
+    if quantizer is not None:
+        check_validation(options["val"])
     with _host(options, file, quantizer, launcher, ["--debug"] * debug, basicsr_test):
         basicsr_test.test_pipeline(os.getcwd())
 
@@ -129,7 +132,7 @@ def _parse(
     options: Mapping[str, Any], file: Path, flags: Sequence[str], root_path: str, is_train: bool
 ) -> tuple[dict[str, Any], Any]:
     """BasicSR's own parser, on the options as they were read safely."""
-    content = deepcopy(dict(options))
+    content = {"num_gpu": "auto"} | deepcopy(dict(options))
     if not torch.cuda.is_available():
         content["num_gpu"] = 0
         for dataset in content["datasets"].values():
@@ -186,15 +189,24 @@ def _load_resume_state(opt: dict[str, Any]) -> dict[str, Any] | None:
     if path is None:
         opt["path"]["resume_state"] = None
         source = Path(opt["path"].get("pretrain_network_g") or "")
-        if source.resolve().is_relative_to(Path(opt["path"]["experiments_root"]).resolve()):
+        experiment = Path(opt["path"]["experiments_root"])
+        ours = opt["model_type"] == CondiQuantModel.__name__
+        if ours and source.resolve().is_relative_to(experiment.resolve()):
             raise InputError(
                 f"path.pretrain_network_g={source} is in the folder of the experiment {opt['name']}, which "
                 "BasicSR renames to start anew: change name, or resume with --auto_resume"
             )
         return None
     state = dict(read_checkpoint(Path(path)))
+    if not state.keys() >= _STATE:
+        raise InputError(
+            f"path.resume_state={path} is no training state: give a .state file of training_states in"
+            " the folder of its experiment"
+        )
     opt["path"]["resume_state"] = str(path)
     check_resume(opt, state["iter"])
+    if opt["model_type"] != CondiQuantModel.__name__:
+        return state
     network = Path(opt["path"]["pretrain_network_g"])
     if not network.is_file():
         raise InputError(

@@ -66,16 +66,17 @@ def load_state_dict(path: Path, param_key: str | None = None) -> dict[str, Tenso
 
     Args:
         param_key: entry that holds the weights; by default the first of ``params_ema``, ``params``,
-            ``state_dict``, else the checkpoint itself. A common prefix ``module.`` is dropped.
+            ``state_dict``, else the checkpoint itself. As in BasicSR ``params`` stands in for a missing
+            ``params_ema``. A common prefix ``module.`` is dropped.
 
     Raises:
         InputError: unreadable, no weights in it, or a NaN or Inf in a tensor.
     """
     content = read_checkpoint(path)
-    if param_key is not None and param_key not in content:
-        keys = ", ".join(str(key) for key in list(content)[:5])
-        raise InputError(f"{path}: no entry {param_key!r}; it has {keys}")
-    key = param_key or next((k for k in _STATE_KEYS if isinstance(content.get(k), Mapping)), None)
+    if param_key is None:
+        key = next((k for k in _STATE_KEYS if isinstance(content.get(k), Mapping)), None)
+    else:
+        key = entry_named(param_key, content, path)
     state = content if key is None else content[key]
     if not isinstance(state, Mapping) or not state:
         raise InputError(f"{path}: holds no weights; give a checkpoint or another param_key")
@@ -86,6 +87,21 @@ def load_state_dict(path: Path, param_key: str | None = None) -> dict[str, Tenso
             raise InputError(f"{path}: NaN or Inf in {name}; use a sound checkpoint")
     prefix = "module." if all(name.startswith("module.") for name in state) else ""
     return {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+
+
+def entry_named(param_key: str, content: Mapping[str, Any], path: Path) -> str:
+    """``param_key``; as in BasicSR ``params`` stands in for a missing ``params_ema``.
+
+    Raises:
+        InputError: the checkpoint has no such entry.
+    """
+    for key in (param_key, "params" if param_key == "params_ema" else param_key):
+        if key in content:
+            return key
+    keys = ", ".join(str(key) for key in list(content)[:5])
+    raise InputError(
+        f"{path}: no entry {param_key!r}; it has {keys}: correct param_key_g, or leave it out"
+    )
 
 
 def load_network(

@@ -69,6 +69,9 @@ class Upscaler:
             A static IR has tiles of its own shape.
         overlap: pixels that neighbouring tiles share; by default 32, or a quarter of a small tile.
 
+    Attributes:
+        channels: of the images that the IR takes.
+
     Raises:
         InputError: on a file that is no IR, an unknown device, or an impossible tile or overlap.
     """
@@ -88,7 +91,7 @@ class Upscaler:
             shape = ov.PartialShape([shape[0], shape[3], shape[1], shape[2]])
         if shape.rank.is_dynamic or shape.rank.get_length() != 4:
             raise InputError(f"{path} takes no image: its input has shape {shape}")
-        self._channels = shape[1].get_length() if shape[1].is_static else 3
+        self.channels = shape[1].get_length() if shape[1].is_static else 3
         self._static = shape[2].is_static and shape[3].is_static
         if self._static:
             self._tile = (shape[2].get_length(), shape[3].get_length())
@@ -110,20 +113,20 @@ class Upscaler:
         """Upscale one image.
 
         Args:
-            image: RGB in [0, 1], shape ``(3, height, width)``.
+            image: RGB in [0, 1], shape ``(3, height, width)``; of an IR for Y alone ``(1, height, width)``.
             progress: called with the number of finished tiles and of all tiles.
 
         Returns:
-            Float32, shape ``(3, scale * height, scale * width)``, not clipped unless the IR gives
-            8-bit images; a tensor for a tensor.
+            Float32, as many channels, shape ``(3, scale * height, scale * width)``, not clipped unless
+            the IR gives 8-bit images; a tensor for a tensor.
 
         Raises:
             InputError: if the image has another shape.
         """
         pixels = np.asarray(image, dtype=np.float32)
-        if pixels.ndim != 3 or pixels.shape[0] != self._channels or 0 in pixels.shape:
+        if pixels.ndim != 3 or pixels.shape[0] != self.channels or 0 in pixels.shape:
             raise InputError(
-                f"image has shape {pixels.shape}: expected ({self._channels}, height, width)"
+                f"image has shape {pixels.shape}: expected ({self.channels}, height, width)"
             )
         upscaled = self._upscale(pixels, progress or (lambda done, total: None))
         return torch.from_numpy(upscaled) if isinstance(image, Tensor) else upscaled

@@ -10,7 +10,7 @@ from torch import nn
 import condiquant_basicsr as basicsr_host
 from condiquant_basicsr.quantizer import ENTRY, read_quantized
 from condiquant_plugin.errors import InputError
-from condiquant_recipes.recipe import Recipe
+from condiquant_recipes.recipe import Recipe, recorded
 from condiquant_recipes.run import rebuild
 
 
@@ -37,7 +37,7 @@ def trained_network(
     if ema and "params_ema" not in content:
         raise InputError(f"{file} has no moving average (train.ema_decay): leave out --ema")
     record = content[ENTRY]
-    recipe = Recipe.model_validate(record["recipe"])
+    recipe = recorded(record, file)
     if recipe.network_g is None:
         raise InputError(f"{file} does not say which network it holds: train anew")
     network = basicsr_host.folded(basicsr_host.build_network(recipe.network_g))

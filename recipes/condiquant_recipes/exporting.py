@@ -50,6 +50,12 @@ def export(
         RuntimeError: if parity fails; no IR is written then.
     """
     section = recipe.export
+    channels = basicsr_host.input_channels(recipe.network_g)
+    if section.u8_nhwc and channels != 3:
+        raise InputError(
+            f"{recipe.name} takes {channels}-channel images, but u8_nhwc is for RGB: leave out"
+            " --u8-nhwc (export.u8_nhwc)"
+        )
     notes = []
     with progress.status("exporting OpenVINO IR, checking parity with the simulation"):
         ir, images, parities = _convert(model, recipe, multiple)

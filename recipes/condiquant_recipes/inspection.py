@@ -32,7 +32,11 @@ def describe(file: Path, *, layers: bool = False) -> dict[str, Any]:
     if file.suffix in {".yml", ".yaml"}:
         recipe = find_recipe(file)
         described = _describe_network(
-            load_network(recipe), recipe.scale, recipe.pad_multiple, quantization(recipe)
+            load_network(recipe),
+            recipe.scale,
+            recipe.pad_multiple,
+            quantization(recipe),
+            basicsr_host.input_channels(recipe.network_g),
         )
         return {"recipe": recipe.model_dump(), **described}
     if not file.is_file():
@@ -50,10 +54,11 @@ def _describe_network(
     scale: int,
     override: int | None,
     config: nncf_host.QuantizationConfig,
+    channels: int = 3,
 ) -> dict[str, Any]:
     multiple = basicsr_host.pad_multiple(network, override)
     size = max(64 // multiple, 1) * multiple
-    wrapped = nncf_host.wrap(network, example_image(size))
+    wrapped = nncf_host.wrap(network, example_image(size, channels=channels))
     layers = config.find_layers(wrapped)
     rows = []
     for layer in layers:

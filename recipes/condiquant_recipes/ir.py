@@ -30,7 +30,7 @@ def evaluate(
         InputError: no IR, no metadata of this project, missing test sets.
     """
     scale = _metadata(model)["scale"]
-    upscaler = openvino_host.Upscaler(model, device)
+    upscaler = _rgb_upscaler(model, device)
     pairs = {name: basicsr_host.test_pairs(data, name, scale) for name in sets}
     scores = {}
     for name, test_set in pairs.items():
@@ -130,6 +130,16 @@ def _metadata(model: Path) -> dict[str, Any]:
     return metadata
 
 
+def _rgb_upscaler(model: Path, *options: Any) -> openvino_host.Upscaler:
+    upscaler = openvino_host.Upscaler(model, *options)
+    if upscaler.channels != 3:
+        raise InputError(
+            f"{model} takes {upscaler.channels}-channel images, and image files are read as RGB:"
+            " call condiquant_openvino.Upscaler on the channel"
+        )
+    return upscaler
+
+
 def upscale(
     model: Path,
     image: Path,
@@ -148,7 +158,7 @@ def upscale(
         raise InputError(f"cannot write {output}: give a .png in an existing folder")
     pixels = basicsr_host.read_image(image)
     _metadata(model)
-    upscaler = openvino_host.Upscaler(model, device, tile, overlap)
+    upscaler = _rgb_upscaler(model, device, tile, overlap)
     with progress.bar("upscaling", 1) as advance:
         result = upscaler(pixels, lambda done, total: advance("tiles", done, total))
     basicsr_host.write_image(output, torch.as_tensor(result))

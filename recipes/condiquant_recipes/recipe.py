@@ -12,6 +12,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from condiquant_plugin import __version__
 from condiquant_plugin.errors import InputError
 from condiquant_plugin.grid import MAX_BITS, MIN_BITS
 
@@ -201,6 +202,21 @@ def with_overrides(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
     for override in overrides:
         _apply(values, override)
     return _validated(values)
+
+
+def recorded(record: Mapping[str, Any], source: object) -> Recipe:
+    """The recipe in a checkpoint's record.
+
+    Raises:
+        InputError: it has keys or values that this version does not know.
+    """
+    try:
+        return Recipe.model_validate(record.get("recipe"))
+    except ValidationError as error:
+        raise InputError(
+            f"{source} was saved by version {record.get('version')} and this is {__version__}, which does"
+            f" not know its settings ({explain(error, Recipe)}): install that version, or train anew"
+        ) from error
 
 
 def with_export(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:

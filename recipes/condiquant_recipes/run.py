@@ -36,7 +36,7 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Quantized:
+class CalibratedNetwork:
     """The network after calibration."""
 
     model: nn.Module
@@ -50,6 +50,11 @@ def load_source(recipe: Recipe, data: Path, sets: Sequence[str]) -> Source:
     Raises:
         InputError: whatever is missing or does not fit.
     """
+    if (channels := basicsr_host.input_channels(recipe.network_g)) != 3:
+        raise InputError(
+            f"{recipe.name} takes {channels}-channel images, but run and compare need RGB:"
+            " use `condiquant train`, `test` and `export`"
+        )
     network = load_network(recipe)
     calibration = recipe.datasets.calibration
     count = calibration.count + calibration.held_out
@@ -95,6 +100,7 @@ def load_network(recipe: Recipe) -> nn.Module:
         recipe.path.sha256,
         recipe.path.param_key_g,
         recipe.scale,
+        basicsr_host.input_channels(recipe.network_g),
     )
     for parameter in network.parameters():
         parameter.requires_grad_(False)
@@ -187,20 +193,20 @@ def _evaluated(
 
 def _calibrated(
     workspace: Workspace, source: Source, recipe: Recipe, progress: Progress
-) -> tuple[Quantized, dict[str, float]]:
+) -> tuple[CalibratedNetwork, dict[str, float]]:
     config = settings.quantization(recipe)
     if (record := workspace.finished("calibrated")) is not None:
         model, layers = rebuild(source.network, source.crops, recipe)
         workspace.restore("calibrated", model)
         reports = [LayerReport(**report) for report in record["reports"]]
-        return Quantized(model, layers, reports), record["seconds"]
+        return CalibratedNetwork(model, layers, reports), record["seconds"]
     with progress.status("reconditioning weights, searching bounds"):
         result = nncf_host.quantize_network(
             source.network, source.crops, config, bounds_crops=recipe.condiquant.bounds.crops
         )
     record = {"seconds": result.seconds, "reports": [asdict(r) for r in result.reports]}
     workspace.finish("calibrated", record, result.model)
-    return Quantized(result.model, result.layers, result.reports), result.seconds
+    return CalibratedNetwork(result.model, result.layers, result.reports), result.seconds
 
 
 def rebuild(
@@ -215,7 +221,11 @@ def rebuild(
 
 
 def _distilled(
-    workspace: Workspace, quantized: Quantized, source: Source, recipe: Recipe, progress: Progress
+    workspace: Workspace,
+    quantized: CalibratedNetwork,
+    source: Source,
+    recipe: Recipe,
+    progress: Progress,
 ) -> dict[str, Any]:
     config = settings.distillation(recipe)
     if (record := workspace.finished("distilled")) is not None:

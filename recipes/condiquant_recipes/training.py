@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 from statistics import median
 from typing import Any
 
@@ -13,15 +13,16 @@ from torch import Tensor, nn
 
 import condiquant_nncf as nncf_host
 from condiquant_basicsr import training as basicsr_training
-from condiquant_basicsr.quantizer import ENTRY, Quantized, read_quantized
+from condiquant_basicsr.quantizer import ENTRY, QuantizedNetwork, read_quantized
 from condiquant_plugin import __version__
 from condiquant_plugin.errors import InputError
 from condiquant_recipes import settings
-from condiquant_recipes.recipe import Recipe, explain
+from condiquant_recipes.recipe import Recipe, explain, recorded
 from condiquant_recipes.run import rebuild
 from condiquant_recipes.training_options import (
     MODEL_TYPE,
     TrainingSection,
+    check_evaluation,
     check_training,
     load_options,
     recipe_from_options,
@@ -79,16 +80,17 @@ def evaluate(
         datasets.pop("train", None)
     quantizer = None
     if options.get("model_type") == MODEL_TYPE:
-        source = (options.get("path") or {}).get("pretrain_network_g")
-        if not source:
+        check_evaluation(options)
+        options["val"].setdefault("suffix", None)
+        if not (source := options["path"].get("pretrain_network_g")):
             raise InputError(
                 "path.pretrain_network_g is missing: give the net_g_latest.pth of an experiment"
             )
-        record = read_quantized(Path(source).expanduser())[ENTRY]
+        recipe = recorded(read_quantized(Path(source).expanduser())[ENTRY], source)
         asked = {"network_g": options.get("network_g"), "scale": options.get("scale")}
         if section := options.get("condiquant"):
             asked["condiquant"] = _validated(section)
-        quantizer = NNCFQuantizer(Recipe.model_validate(record["recipe"]), asked=asked)
+        quantizer = NNCFQuantizer(recipe, asked=asked)
     basicsr_training.evaluate(options, file, quantizer, launcher=launcher, debug=debug)
 
 
@@ -120,7 +122,7 @@ class NNCFQuantizer:
         self.calibration_images = recipe.datasets.calibration.count
         self.asked = _structure(recipe.model_dump() if asked is None else asked)
 
-    def quantize(self, network: nn.Module, crops: Tensor) -> Quantized:
+    def quantize(self, network: nn.Module, crops: Tensor) -> QuantizedNetwork:
         """Recondition, insert quantizers, search bounds."""
         result = nncf_host.quantize_network(
             network,
@@ -137,18 +139,22 @@ class NNCFQuantizer:
         )
         return _quantized(result.model, result.layers, network, summary)
 
-    def rebuild(self, network: nn.Module, example: Tensor) -> Quantized:
+    def rebuild(self, network: nn.Module, example: Tensor) -> QuantizedNetwork:
         """The structure alone."""
         model, layers = rebuild(network, example, self.recipe)
         return _quantized(model, layers, network)
 
     def record(self) -> dict[str, Any]:
-        """The whole recipe."""
-        return {"version": __version__, "recipe": self.recipe.model_dump()}
+        """The recipe without the paths of this machine."""
+        recipe = self.recipe.model_dump()
+        weights, datasets = recipe["path"]["pretrain_network_g"], recipe["datasets"]
+        recipe["path"]["pretrain_network_g"] = PurePath(weights).name
+        datasets |= {"train": {"name": datasets["train"].get("name")}, "val": {}}
+        return {"version": __version__, "recipe": recipe}
 
     def check(self, record: Mapping[str, Any], source: str) -> None:
         """Raise InputError where the checkpoint's network or quantizers are not the options' ones."""
-        theirs = _structure(record["recipe"])
+        theirs = _structure(recorded(record, source).model_dump())
         network = (name for name in theirs if name.startswith("network_g."))
         for name in [*self.asked, *network]:
             if theirs.get(name) != self.asked.get(name):
@@ -170,6 +176,6 @@ def _structure(recipe: Mapping[str, Any]) -> dict[str, Any]:
 
 def _quantized(
     model: nn.Module, layers: list[nncf_host.Layer], network: nn.Module, summary: str = ""
-) -> Quantized:
+) -> QuantizedNetwork:
     weights = nncf_host.trainable_weights(model, layers)
-    return Quantized(model, weights, nncf_host.feature_blocks(network, layers), summary)
+    return QuantizedNetwork(model, weights, nncf_host.feature_blocks(network, layers), summary)

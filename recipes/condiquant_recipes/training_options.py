@@ -22,7 +22,7 @@ _ELSEWHERE = {
     "validate_every": "val.val_freq",
 }
 """Keys of ``condiquant.distillation`` in a recipe, and where BasicSR has them."""
-_OF_GANS = ("network_d", "train.gan_opt", "train.perceptual_opt")
+_OF_GANS = ("gan_opt", "ldl_opt", "optim_d", "perceptual_opt")
 
 
 class TrainingSection(CondiQuantSection):
@@ -84,6 +84,15 @@ class _Training(_Options):
     train: _Train
     val: _Validation | None = None
     condiquant: dict[str, Any] | None = None
+
+
+class _Evaluation(_Options):
+    name: str
+    scale: int = Field(ge=1)
+    datasets: dict[str, Any]
+    network_g: dict[str, Any]
+    path: _Path
+    val: dict[str, Any]
 
 
 def is_training(content: Mapping[str, Any]) -> bool:
@@ -201,10 +210,27 @@ def check_training(opt: Mapping[str, Any]) -> list[str]:
             f"no condiquant section: {bits.weight_bits} bits for weights, {bits.activation_bits} for"
             f" activations, scope {bits.scope}, and all other defaults"
         )
-    ignored = [key for key in _OF_GANS if _get(opt, key) is not None]
+    ignored = [key for key in opt if key.startswith("network_d")]
+    ignored += [f"train.{key}" for key in _OF_GANS if opt["train"].get(key)]
     if ignored:
         notices.append(f"the generator alone is distilled: {', '.join(ignored)} are ignored")
     return notices
+
+
+def check_evaluation(opt: Mapping[str, Any]) -> None:
+    """Check the options of a test of CondiQuantModel before it starts.
+
+    Raises:
+        InputError: what would make it fail.
+    """
+    import condiquant_basicsr as basicsr_host  # takes seconds
+
+    try:
+        _Evaluation.model_validate(opt)
+    except ValidationError as error:
+        raise InputError(explain(error, _Evaluation)) from error
+    for key, section in opt["datasets"].items():
+        basicsr_host.check_dataset(_dataset(key, section))
 
 
 def recipe_from_options(opt: Mapping[str, Any]) -> Recipe:
@@ -259,13 +285,14 @@ def recipe_from_options(opt: Mapping[str, Any]) -> Recipe:
 
 def _sections(opt: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """The dataset sections that training reads: the training set and all validation sets."""
-    datasets = opt["datasets"]
-    validation = {key: value for key, value in datasets.items() if key.split("_")[0] == "val"}
-    return {"train": datasets["train"], **validation}
+    sections = {"train": opt["datasets"]["train"]}
+    for key, section in opt["datasets"].items():
+        if key.split("_")[0] == "val":
+            sections[key] = _dataset(key, section)
+    return sections
 
 
-def _get(opt: Mapping[str, Any], key: str) -> Any:
-    value: Any = opt
-    for part in key.split("."):
-        value = value.get(part) if isinstance(value, Mapping) else None
-    return value
+def _dataset(key: str, section: Any) -> dict[str, Any]:
+    if not isinstance(section, dict):
+        raise InputError(f"datasets.{key}={section} is no section: give its keys, or remove it")
+    return section

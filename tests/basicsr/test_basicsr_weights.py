@@ -109,6 +109,8 @@ def test_param_key_chooses(tmp_path, swinir):
     torch.save({"params": {"a": torch.zeros(1)}, "params_ema": {"a": torch.ones(1)}}, path)
     assert load_state_dict(path, "params")["a"] == 0
     assert "params_ema" in _message(load_state_dict, path, "weights")
+    torch.save({"params": {"a": torch.zeros(1)}}, path)
+    assert load_state_dict(path, "params_ema")["a"] == 0
 
 
 def test_swinir_loads_by_section_and_by_recognition(checkpoint, swinir, swinir_section):

@@ -3,10 +3,12 @@ import re
 import signal
 import time
 from dataclasses import fields
+from datetime import timedelta
 
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, Dataset
 
 import processes
 from condiquant_plugin import FakeQuantizer, InputError, distributed, gram, reconditioning
@@ -246,6 +248,33 @@ def test_shards_are_balanced_and_keep_equal_shapes_together():
     assert owner[names.index("qkv")] == owner[names.index("proj")]
     assert owner[names.index("fc1")] == owner[names.index("half")]
     assert all(together)
+
+
+class Hanging(Dataset):
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, index):
+        time.sleep(10)
+
+
+def test_data_that_takes_too_long_is_no_end_of_a_process():
+    data = DataLoader(Hanging(), num_workers=1, timeout=0.1)
+    with (
+        pytest.raises(RuntimeError, match="DataLoader timed out") as info,
+        distributed.noticing_the_end_of_others("training"),
+    ):
+        next(iter(data))
+    assert not isinstance(info.value, DistributedError)
+
+
+def test_a_process_that_never_comes():
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    with (
+        pytest.raises(DistributedError, match="another process ended starting: look at its log"),
+        distributed.noticing_the_end_of_others("starting"),
+    ):
+        store.wait(["other"], timedelta(milliseconds=10))
 
 
 def test_one_process_needs_no_group():

@@ -6,15 +6,17 @@ import signal
 import subprocess
 import sys
 import time
+from math import cos, pi
 from pathlib import Path
 
 import cv2
 import psutil
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from condiquant_basicsr.condiquant_model import CondiQuantModel
-from condiquant_recipes import cli
+from condiquant_plugin import __version__
 from condiquant_recipes.experiment import trained_network
 from training_job import TrainingJob, real_options
 
@@ -39,26 +41,6 @@ CONFIGS = {
 def make_training(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     return lambda options=None: TrainingJob(tmp_path, options)
-
-
-@pytest.fixture
-def condiquant(monkeypatch, capsys):
-    """``condiquant(ARGUMENTS)``: its output; with ``code=2`` its one error line."""
-
-    def call(*arguments, code=0):
-        monkeypatch.setattr(sys, "argv", ["condiquant", *map(str, arguments)])
-        with pytest.raises(SystemExit) as exit_info:
-            cli.main()
-        captured = capsys.readouterr()
-        lines = captured.err.splitlines()
-        errors = [line for line in lines if line.startswith("condiquant: error: ")]
-        assert exit_info.value.code == code, errors
-        if code == 0:
-            return captured.out
-        assert errors == lines[-1:]
-        return errors[0].removeprefix("condiquant: error: ")
-
-    return call
 
 
 def psnrs(log: str) -> list[float]:
@@ -92,6 +74,46 @@ def test_a_real_config_trains_resumes_and_exports(file, make_training, condiquan
     report = json.loads(condiquant("export", job.experiment, "--tile", 16, "--static", "--json"))
     assert report["parity_mean_abs"] < 1e-5
     assert Path(report["file"]) == job.experiment / "model.xml"
+    if options["network_g"].get("num_in_ch") == 1:
+        what_one_channel_is_for(job, condiquant)
+
+
+def test_a_gan_config_trains_its_generator(make_training, condiquant):
+    options = real_options("SRResNet_SRGAN/train_MSRGAN_x4.yml")
+    options["model_type"] = "CondiQuantModel"
+    options["network_g"] |= {"num_feat": 8, "num_block": 1}
+    options["datasets"]["train"] |= {"gt_size": 64, "batch_size_per_gpu": 1}
+    options["train"]["total_iter"] = 2
+    options["logger"]["print_freq"] = 1
+    options["val"]["metrics"]["ssim"] = {"type": "calculate_ssim", "crop_border": 4}
+    options["condiquant"] = {"scope": "all", "calibration_images": 4, "bounds": {"crops": 2}}
+    job = make_training(options)
+    out = condiquant("train", "-opt", job.write())
+    assert "note: the generator alone is distilled: network_d, train.gan_opt, train.optim_d" in out
+    assert len(re.findall(r"iter: +[12],.*l_pix: [\d.]+e", job.log())) == 2
+    assert re.search(r"# psnr: [\d.]+.*\n.*# ssim: 0\.\d+", job.log())
+    assert [file.stem for file in job.experiment.glob("models/*")] == ["net_g_latest"]
+    (events,) = (job.folder / "tb_logger" / job.options["name"]).iterdir()
+    scalars = EventAccumulator(str(events)).Reload().Tags()["scalars"]
+    assert {"losses/l_pix", "metrics/Set14/psnr", "metrics/Set14/ssim"} <= set(scalars)
+
+
+def what_one_channel_is_for(job, condiquant):
+    described = json.loads(condiquant("inspect", job.write(), "--json"))
+    assert described["architecture"] == "ECBSR"
+    assert all(row["condition"] >= 1 for row in described["layers"])
+    (image, *_), ir = (job.folder / "val" / "LR").iterdir(), job.experiment / "model.xml"
+    alone = "takes 1-channel images, "
+    for command, remedy in (
+        (("compare", job.write(), "--out", "compared", "-q"), "use `condiquant train`, `test` and"),
+        (("run", job.write(), "--out", "run", "-q"), "use `condiquant train`, `test` and `export`"),
+        (("export", job.experiment, "--u8-nhwc", "--tile", 16), "leave out --u8-nhwc"),
+        (("upscale", ir, image, "up.png"), "call condiquant_openvino.Upscaler on the channel"),
+        (("evaluate", ir, "--data", ".", "--sets", ""), "call condiquant_openvino.Upscaler on the"),
+    ):
+        error = condiquant(*command, code=2)
+        assert alone in error
+        assert remedy in error
 
 
 def test_training_needs_no_optimizer_scheduler_nor_validation(make_training, condiquant):
@@ -105,10 +127,25 @@ def test_training_needs_no_optimizer_scheduler_nor_validation(make_training, con
     job.options["name"] = "debug_exp"
     log = job.log()
     assert "note: the generator alone is distilled: train.gan_opt" in out
-    assert "the float network is the target: gan_opt" in log
     rates = [float(rate) for rate in re.findall(r"lr:\((.*?),\)", log)]
     assert rates == pytest.approx([5e-4, 3.75e-4, 1.25e-4])
     assert len(re.findall("l_feat: [0-9]", log)) == 3
+
+
+@pytest.mark.parametrize("scheduler", [None, "CosineAnnealingRestartLR"])
+def test_a_finished_run_is_extended(make_training, condiquant, scheduler):
+    job = make_training()
+    job.options["train"]["scheduler"] = None
+    del job.options["val"], job.options["datasets"]["val"]
+    for iterations, resume in ((3, ()), (6, ("--auto_resume",))):
+        if scheduler:
+            periods = {"periods": [iterations], "restart_weights": [1]}
+            job.options["train"]["scheduler"] = {"type": scheduler, **periods}
+        job.options["train"]["total_iter"] = iterations
+        condiquant("train", "-opt", job.write(), *resume)
+    rates = [float(rate) for rate in re.findall(r"lr:\((.*?),\)", job.log())]
+    of_three, of_six = ([(1 + cos(pi * k / n)) / 2000 for k in range(n)] for n in (3, 6))
+    assert rates == pytest.approx(of_three + of_six[3:], rel=1e-3)
 
 
 def test_other_models_are_basicsrs_own(make_training, condiquant):
@@ -118,6 +155,8 @@ def test_other_models_are_basicsrs_own(make_training, condiquant):
     job.options["num_gpu"] = 1
     condiquant("train", "-opt", job.write())
     assert job.checkpoint("latest").keys() == {"params", "params_ema"}
+    del job.options["path"]["pretrain_network_g"]
+    job.options["path"]["ignore_resume_networks"] = ["network_g"]
     condiquant("train", "-opt", job.write(), "--auto_resume")
     assert "iter: 3." in job.log()
 
@@ -129,16 +168,9 @@ def test_a_launcher_is_needed_for_several_processes(make_training, condiquant):
 
 def test_resuming_continues_bit_for_bit(make_training, condiquant):
     job = make_training()
-    section = job.options["datasets"]["train"] | {"use_hflip": False, "use_rot": False}
-    job.options["datasets"]["train"] = section | {"dataset_enlarge_ratio": 2}
-    for kind in (
-        "HR",
-        "LR",
-    ):  # one image of the crop's size: whatever the sampler draws is the same
+    without_chance(job)
+    for kind in ("HR", "LR"):  # whatever the sampler draws is the same
         (job.folder / "train" / kind / "b.png").unlink()
-        path = job.folder / "train" / kind / "a.png"
-        size = section["gt_size"] // (job.scale if kind == "LR" else 1)
-        cv2.imwrite(str(path), cv2.imread(str(path))[:size, :size])
     condiquant("train", "-opt", job.write(), "--force_yml", "train:total_iter=6", "name=whole")
     condiquant("train", "-opt", job.write())
     first = job.checkpoint(3)
@@ -157,6 +189,15 @@ def test_resuming_continues_bit_for_bit(make_training, condiquant):
     assert "conv_first.weight" not in moved
 
 
+def without_chance(job: TrainingJob) -> None:
+    """Training images of the crops' size, as they are."""
+    section = job.options["datasets"]["train"]
+    section |= {"use_hflip": False, "use_rot": False, "dataset_enlarge_ratio": 2}
+    for path in (job.folder / "train").glob("*/*.png"):
+        size = section["gt_size"] // (job.scale if path.parent.name == "LR" else 1)
+        cv2.imwrite(str(path), cv2.imread(str(path))[:size, :size])
+
+
 def test_a_checkpoint_is_evaluated_as_it_was_validated(make_training, condiquant):
     job = make_training()
     condiquant("train", "-opt", job.write())
@@ -171,6 +212,15 @@ def test_a_checkpoint_is_evaluated_as_it_was_validated(make_training, condiquant
     assert "condiquant.weight_bits=4, the options have 3" in condiquant(
         "test", "-opt", job.write(), "--force_yml", "condiquant:weight_bits=3", "num_gpu=0", code=2
     )
+    content = job.checkpoint("latest")
+    assert str(job.folder) not in repr(content["condiquant"])
+    content["condiquant"]["version"] = "9.9"
+    content["condiquant"]["recipe"]["condiquant"]["rounding"] = "up"
+    torch.save(content, latest)
+    for command in (("export", job.experiment), ("test", "-opt", job.write())):
+        error = condiquant(*command, code=2)
+        assert f"{latest} was saved by version 9.9 and this is {__version__}, which does" in error
+        assert "(unknown key condiquant.rounding: " in error
     write_test_options(job, job.folder / "net.pth")
     error = condiquant("test", "-opt", job.write(), code=2)
     assert "holds a float network: quantize it with `condiquant train`" in error
@@ -220,6 +270,9 @@ def test_states_and_checkpoints_of_something_else_are_refused(make_training, con
         code=2,
     )
     quantized = job.experiment / "models" / "net_g_3.pth"
+    assert "net_g_3.pth is no training state: give a .state file" in condiquant(
+        "train", "-opt", job.write(), "--force_yml", f"path:resume_state={quantized}", code=2
+    )
     job.options["path"]["pretrain_network_g"] = str(quantized)
     anew = ("train", "-opt", job.write(), "--force_yml")
     assert "is quantized already" in condiquant(*anew, "name=new", code=2)
@@ -256,10 +309,19 @@ def test_an_interrupt_leaves_a_state_to_resume_from(make_training, condiquant, m
 
 def test_two_processes_train_as_one_and_survive_the_end_of_one(make_training, condiquant):
     job = make_training()
-    job.options["train"]["total_iter"] = 10**6
-    job.options["datasets"]["train"] |= {"num_worker_per_gpu": 1, "dataset_enlarge_ratio": 100}
+    without_chance(job)
+    section = job.options["datasets"]["train"] | {"dataset_enlarge_ratio": 100}
+    job.options["datasets"]["train"] = section | {"batch_size_per_gpu": 2}
     job.options["val"] |= {"val_freq": 2, "save_img": True}
     job.options["logger"]["save_checkpoint_freq"] = 2
+    condiquant("train", "-opt", job.write(), "--force_yml", "train:total_iter=2", "name=alone")
+    alone = torch.load(
+        job.folder / "experiments" / "alone" / "models" / "net_g_2.pth", weights_only=True
+    )
+    (log_alone,) = (job.folder / "experiments" / "alone").glob("train_*.log")
+
+    job.options["train"]["total_iter"] = 10**6
+    job.options["datasets"]["train"] = section | {"num_worker_per_gpu": 1}
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command += ["-m", "condiquant_recipes", "train", "-opt", job.write(), "--launcher", "pytorch"]
     with subprocess.Popen(
@@ -281,6 +343,11 @@ def test_two_processes_train_as_one_and_survive_the_end_of_one(make_training, co
     )
 
     validated = psnrs(job.log())[0]
+    assert validated == pytest.approx(psnrs(log_alone.read_text())[0], abs=1e-3)
+    together = job.checkpoint(2)
+    for key in ("params", "params_ema"):
+        for name, tensor in alone[key].items():
+            torch.testing.assert_close(together[key][name], tensor, atol=1e-5, rtol=1e-4, msg=name)
     shown = {name: cv2.imread(str(path)) for name, path in images(job, "visualization", 2).items()}
     last = max(int(state.stem) for state in states.glob("*.state"))
     overrides = (f"train:total_iter={last + 1}", "val:val_freq=1000")

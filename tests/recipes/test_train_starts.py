@@ -42,6 +42,10 @@ def job(tmp_path, monkeypatch):
             "val:metrics:psnr=calculate_psnr",
             r"val\.metrics\.psnr needs a type, not calculate_psnr;",
         ),
+        (
+            "path:param_key_g=parmas",
+            r"net\.pth: no entry 'parmas'; it has params: correct param_key",
+        ),
         ("network_g:num_feat=8", r"net\.pth does not fit network_g EDSR"),
     ],
 )
@@ -49,6 +53,16 @@ def test_refused_before_folders_are_made(job, entry, message):
     with pytest.raises(InputError, match=message):
         training.train(job.write(), [entry])
     assert not (job.folder / "experiments").exists()
+
+
+def test_a_cosine_lasts_as_long_as_the_training(job):
+    cosine = {"type": "CosineAnnealingRestartLR", "periods": [2, 2], "restart_weights": [1, 1]}
+    job.options["train"] |= {"scheduler": cosine, "total_iter": 6}
+    with pytest.raises(
+        InputError,
+        match=r"^train\.scheduler\.periods end after 4 it",
+    ):
+        training.train(job.write())
 
 
 def test_crops_must_fit_the_windows(job):
@@ -92,6 +106,38 @@ def test_the_training_set_of_a_training_yaml_is_not_tested(job):
     training.evaluate(job.write(), [f"path:pretrain_network_g={checkpoint}"])
     (log,) = (job.folder / "results" / "exp").glob("test_*.log")
     assert len(re.findall("# psnr", log.read_text())) == 1
+    for validation, message in (
+        ({"metrics": {}}, r"key val\.save_img is missing: add it"),
+        ({"save_img": False, "metrics": {"psnr": {"type": "psnr"}}}, "not psnr; there are: .*calc"),
+    ):
+        job.options["val"] = validation
+        with pytest.raises(InputError, match=message):
+            training.evaluate(job.write(), [f"path:pretrain_network_g={checkpoint}"])
+    job.options["val"] = {"save_img": False}
+    with pytest.raises(
+        InputError, match=r"no entry 'emma'; it has params, params_ema, condiquant:"
+    ):
+        training.evaluate(
+            job.write(), [f"path:pretrain_network_g={checkpoint}", "path:param_key_g=emma"]
+        )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"val": None}, r"val=None: "),
+        ({"datasets": {"test": None}}, r"datasets\.test=None is no section"),
+        ({"datasets": {"test": {"dataroot_gt": "no"}}}, r"dataroot_gt=no is no folder"),
+        ({"path": {}}, r"path\.pretrain_network_g is missing"),
+    ],
+)
+def test_tests_refused_before_folders_are_made(job, change, message):
+    job.options["path"]["pretrain_network_g"] = str(job.folder / "net.pth")
+    del job.options["datasets"]["train"], job.options["train"]
+    job.options |= change
+    with pytest.raises(InputError, match=message):
+        training.evaluate(job.write())
+    assert not (job.folder / "results").exists()
 
 
 def test_no_iterations_quantize_alone(job):

@@ -209,6 +209,7 @@ def test_force_yml_adds_the_section_to_an_untouched_file(option_file):
         (["path:pretrain_network_g=no.pth"], "path.pretrain_network_g=no.pth does not exist"),
         (["datasets:train:dataroot_gt=no"], "dataset Photographs: dataroot_gt=no is no folder"),
         (["datasets:val_2:dataroot_lq=no"], "dataset Set14: dataroot_lq=no is no folder"),
+        (["datasets:val=none"], "datasets.val=None is no section: give its keys, or remove it"),
         (["datasets:val_2:name=Set5"], "two validation sets have the name Set5: rename one"),
         (["datasets:train:type=RealESRGANDataset"], "RealESRGANDataset has no LR images, its model"),
         (["datasets:train:gt_size=33"], "datasets.train.gt_size=33 must be a multiple of scale=2"),
@@ -264,8 +265,8 @@ def test_basicsrs_own_option_files(tmp_path, monkeypatch):
         notices = check_training(options)
         if "GAN" in file.name:
             assert notices == [
-                "the generator alone is distilled: network_d, train.gan_opt, train.perceptual_opt"
-                " are ignored"
+                "the generator alone is distilled: network_d, train.gan_opt, train.optim_d,"
+                " train.perceptual_opt are ignored"
             ]
         else:
             assert notices == []
