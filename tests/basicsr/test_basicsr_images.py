@@ -55,7 +55,7 @@ def test_written_values_are_clamped_and_rounded(tmp_path):
 
 
 def test_grayscale_alpha_and_16_bit_are_converted_and_said(tmp_path, photograph, caplog):
-    caplog.set_level(logging.WARNING)  # OpenVINO's converter raises the root logger's level
+    caplog.set_level(logging.WARNING)
     bgr = photograph[:40, :30, ::-1]
     wide = bgr.astype(np.uint16) * 257
     wide[0, 0] = 12345
