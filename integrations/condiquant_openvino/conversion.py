@@ -24,6 +24,7 @@ from condiquant_openvino.hoisting import hoist
 from condiquant_openvino.joining import join
 from condiquant_openvino.quantizer_graphs import Quantizer, redirect
 from condiquant_openvino.rearranging import collapse
+from condiquant_openvino.separating import separate
 from condiquant_openvino.simplification import simplify
 from condiquant_plugin import FakeQuantizer, InputError, fake_quantizers
 
@@ -169,6 +170,7 @@ def write_quantizers(model: ov.Model, quantizers: dict[str, Quantizer]) -> ov.Mo
     model = hoist(model)
     collapse(model)
     join(model)
+    separate(model)
     compact(model)
     model.validate_nodes_and_infer_types()
     model.set_friendly_name(name)

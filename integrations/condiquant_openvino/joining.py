@@ -22,9 +22,11 @@ def join(model: ov.Model) -> None:
         decoders = [port.get_node() for port in to_bytes.output(0).get_target_inputs()]
         if not widened.get_friendly_name().endswith(BYTES) or len(decoders) != 1:
             continue
+        if decoders[0].get_type_name() != "Convert":
+            continue
         (port,) = decoders[0].output(0).get_target_inputs()
         scaled = port.get_node()
-        if decoders[0].get_type_name() != "Convert" or scaled.get_type_name() != "Multiply":
+        if scaled.get_type_name() != "Multiply":
             continue
         consumers = [port.get_node() for port in scaled.output(0).get_target_inputs()]
         if not scaled.get_friendly_name().endswith(EXIT) or not all(map(has_weight, consumers)):
