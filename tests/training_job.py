@@ -114,3 +114,8 @@ class TrainingJob:
     def log(self) -> str:
         """Of all runs of the experiment."""
         return "".join(p.read_text() for p in sorted(self.experiment.glob("train_*.log")))
+
+    def forget_log(self) -> None:
+        """Logs are named by the second: a second run within one has the name of the first."""
+        for file in self.experiment.glob("train_*.log"):
+            file.unlink()

@@ -38,7 +38,9 @@ def separate(model: ov.Model) -> None:
                 lowest, highest = (node.input_value(i).get_node().data for i in (3, 4))
                 clamped = ops.clamp(node.output(0), float(lowest.min()), float(highest.max()))
                 port.replace_source_output(clamped.output(0))
-        elif node.get_type_name() in {"MVN", "GroupNormalization"} and _has_scale(node.input_value(0)):
+        elif node.get_type_name() in {"MVN", "GroupNormalization"} and _has_scale(
+            node.input_value(0)
+        ):
             # The scale would be moved past the norm as well, but not into its epsilon.
             same = ops.power(node.input_value(0), ops.constant(np.float32(1)))
             node.input(0).replace_source_output(same.output(0))

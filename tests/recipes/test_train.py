@@ -137,13 +137,15 @@ def test_a_finished_run_is_extended(make_training, condiquant, scheduler):
     job = make_training()
     job.options["train"]["scheduler"] = None
     del job.options["val"], job.options["datasets"]["val"]
+    rates = []
     for iterations, resume in ((3, ()), (6, ("--auto_resume",))):
         if scheduler:
             periods = {"periods": [iterations], "restart_weights": [1]}
             job.options["train"]["scheduler"] = {"type": scheduler, **periods}
         job.options["train"]["total_iter"] = iterations
         condiquant("train", "-opt", job.write(), *resume)
-    rates = [float(rate) for rate in re.findall(r"lr:\((.*?),\)", job.log())]
+        rates += [float(rate) for rate in re.findall(r"lr:\((.*?),\)", job.log())]
+        job.forget_log()
     of_three, of_six = ([(1 + cos(pi * k / n)) / 2000 for k in range(n)] for n in (3, 6))
     assert rates == pytest.approx(of_three + of_six[3:], rel=1e-3)
 
