@@ -11,6 +11,7 @@ from condiquant_openvino.quantizer_graphs import (
     EXIT,
     PREFIX,
     PRODUCTS,
+    bytes_of,
     constant_values,
     has_weight,
     is_encoder,
@@ -26,24 +27,51 @@ _PASSED_BY_SCALES = {
     "ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin",
 }  # fmt: skip
 """What the low-precision transforms move the scale of a quantized product past."""
+_NORMS = {"MVN", "GroupNormalization"}
 
 
 def separate(model: ov.Model) -> None:
-    """Separate in place: two FakeQuantize behind attention, a norm and the product in front of it."""
+    """Separate in place."""
     for node in model.get_ordered_ops():
-        if is_encoder(node) and _ends_attention(node):
-            (port,) = node.output(0).get_target_inputs()
-            # In the kernel of the product the first of two FakeQuantize in a row is lost.
-            if port.get_node().get_friendly_name().endswith((BYTES, EXIT)):
-                lowest, highest = (node.input_value(i).get_node().data for i in (3, 4))
-                clamped = ops.clamp(node.output(0), float(lowest.min()), float(highest.max()))
-                port.replace_source_output(clamped.output(0))
-        elif node.get_type_name() in {"MVN", "GroupNormalization"} and _has_scale(
-            node.input_value(0)
-        ):
+        if is_encoder(node):
+            if _ends_attention(node):
+                _clamp_between(node)
+            elif _would_take_bias(node):
+                _round_twice(node)
+        elif node.get_type_name() in _NORMS and _has_scale(node.input_value(0)):
             # The scale would be moved past the norm as well, but not into its epsilon.
-            same = ops.power(node.input_value(0), ops.constant(np.float32(1)))
-            node.input(0).replace_source_output(same.output(0))
+            port = node.input(0)
+            port.replace_source_output(_same(port.get_source_output()))
+        elif node.get_type_name() in PRODUCTS - {"MatMul"} and _has_scale(node.output(0)):
+            ports = node.output(0).get_target_inputs()
+            if len(ports) > 1:
+                # The kernel would take in what one consumer multiplies with, for all.
+                same = _same(node.output(0))
+                for port in ports:
+                    port.replace_source_output(same)
+
+
+def _same(values: ov.Output) -> ov.Output:
+    return ops.power(values, ops.constant(np.float32(1))).output(0)
+
+
+def _clamp_between(encoder: ov.Node) -> None:
+    """In the kernel of the product the first of two FakeQuantize in a row is lost."""
+    lowest, highest = (encoder.input_value(i).get_node().data for i in (3, 4))
+    for port in encoder.output(0).get_target_inputs():
+        if port.get_node().get_friendly_name().endswith((BYTES, EXIT)):
+            clamped = ops.clamp(encoder.output(0), float(lowest.min()), float(highest.max()))
+            port.replace_source_output(clamped.output(0))
+
+
+def _round_twice(encoder: ov.Node) -> None:
+    """The bias in front of 256 levels alone is lost, behind which bytes are rearranged."""
+    integers = [encoder.input_value(i) for i in (3, 4)]
+    ports = encoder.output(0).get_target_inputs()
+    again = ops.fake_quantize(encoder.output(0), *integers, *integers, 256)
+    again.set_friendly_name(encoder.get_friendly_name() + BYTES)
+    for port in ports:
+        port.replace_source_output(again.output(0))
 
 
 def _ends_attention(encoder: ov.Node) -> bool:
@@ -59,6 +87,22 @@ def _ends_attention(encoder: ov.Node) -> bool:
     return False
 
 
+def _would_take_bias(encoder: ov.Node) -> bool:
+    levels, bias = encoder.get_attributes()["levels"], encoder.input_value(0).get_node()
+    consumers = bytes_of(encoder).output(0).get_target_inputs() if levels == 256 else set()
+    rearranged = any(port.get_node().get_type_name() != "Convert" for port in consumers)
+    return rearranged and _is_bias(bias)
+
+
+def _is_bias(node: ov.Node) -> bool:
+    """Of a product; the scale of the product stays in front of it."""
+    return (
+        node.get_type_name() == "Add"
+        and node.input_value(0).get_node().get_type_name() in PRODUCTS
+        and constant_values(node.input_value(1)) is not None
+    )
+
+
 def _has_scale(values: ov.Output) -> bool:
     """Whether the scale of a quantized product may be moved behind ``values``."""
     node = values.get_node()
@@ -71,8 +115,7 @@ def _has_scale(values: ov.Output) -> bool:
     ]
     if not tensors or node.get_type_name() not in _PASSED_BY_SCALES:
         return False
-    if node.get_type_name() == "Add" and len(tensors) == 1:
-        # A bias keeps the scale where it is.
-        return tensors[0].get_node().get_type_name() not in PRODUCTS and _has_scale(tensors[0])
+    if _is_bias(node):
+        return False
     together = any if node.get_type_name() == "Multiply" else all
     return together(map(_has_scale, tensors))
