@@ -18,7 +18,9 @@ from condiquant_openvino.quantizer_graphs import (
     origin,
 )
 
-_POST_OPERATORS = {"Add", "Subtract", "Multiply", "Divide", "Maximum", "Minimum", "Relu"}
+_POST_OPERATORS = {
+    "Add", "Subtract", "Multiply", "Divide", "Maximum", "Minimum", "Relu", "Clamp", "Round",
+}  # fmt: skip
 """What the kernel of a product takes in behind it."""
 _PASSED_BY_SCALES = {
     "Add", "Subtract", "Multiply", "Divide", "Relu", "PRelu", "Clamp", "Reshape", "Transpose", "Squeeze",
@@ -44,14 +46,15 @@ def separate(model: ov.Model) -> None:
             port.replace_source_output(_same(port.get_source_output()))
         elif node.get_type_name() in PRODUCTS - {"MatMul"} and _has_scale(node.output(0)):
             ports = node.output(0).get_target_inputs()
-            if len(ports) > 1:
-                # The kernel would take in what one consumer multiplies with, for all.
+            if sum(port.get_node().get_type_name() != "ShapeOf" for port in ports) > 1:
+                # The kernel would take in, for all consumers, what one of them multiplies with.
                 same = _same(node.output(0))
                 for port in ports:
                     port.replace_source_output(same)
 
 
 def _same(values: ov.Output) -> ov.Output:
+    """The values, in an operator that the plugin neither removes nor moves a scale past."""
     return ops.power(values, ops.constant(np.float32(1))).output(0)
 
 
@@ -88,6 +91,7 @@ def _ends_attention(encoder: ov.Node) -> bool:
 
 
 def _would_take_bias(encoder: ov.Node) -> bool:
+    """Whether the transforms take the bias in front into the bounds of an encoder, and drop both."""
     levels, bias = encoder.get_attributes()["levels"], encoder.input_value(0).get_node()
     consumers = bytes_of(encoder).output(0).get_target_inputs() if levels == 256 else set()
     rearranged = any(port.get_node().get_type_name() != "Convert" for port in consumers)
@@ -113,9 +117,7 @@ def _has_scale(values: ov.Output) -> bool:
         for value in node.input_values()
         if value.get_element_type().is_real() and constant_values(value) is None
     ]
-    if not tensors or node.get_type_name() not in _PASSED_BY_SCALES:
-        return False
-    if _is_bias(node):
+    if not tensors or node.get_type_name() not in _PASSED_BY_SCALES or _is_bias(node):
         return False
     together = any if node.get_type_name() == "Multiply" else all
     return together(map(_has_scale, tensors))

@@ -15,7 +15,9 @@ from openvino.frontend.pytorch import ConversionExtension
 from torch import nn
 from torch.nn import functional as F
 
+import condiquant_nncf
 from condiquant_openvino import check_parity, convert, layer_executions
+from condiquant_openvino.quantizer_graphs import BYTES, redirect
 from condiquant_openvino.upscaling import compile_ir
 from condiquant_plugin import FakeQuantizer, grid
 
@@ -44,6 +46,52 @@ def naive(model, x):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", torch.jit.TracerWarning)
         return ov.convert_model(model, example_input=x, extension=[extension])
+
+
+def without(ir, kind, ending=""):
+    """A copy that lacks the operators ``kind`` that a conversion puts between others."""
+    naive = ir.clone()
+    added = [node for node in naive.get_ordered_ops() if node.get_type_name() == kind]
+    added = [node for node in added if node.get_friendly_name().endswith(ending)]
+    assert added
+    for node in added:
+        redirect(node.output(0), node.input_value(0))
+    return naive
+
+
+def quantize(network, x, bits, scope):
+    config = condiquant_nncf.QuantizationConfig(bits, bits, scope, recondition=None)
+    return condiquant_nncf.quantize_network(network.eval(), x, config).model
+
+
+class Attention(nn.Module):
+    """One head; each projection is a layer of its own."""
+
+    def __init__(self, between, head_axis):
+        super().__init__()
+        self.query, self.key, self.value, self.last = (nn.Linear(16, 16) for _ in range(4))
+        self.between, self.head_axis = between, head_axis
+
+    def forward(self, x):
+        q, k, v = self.query(x), self.key(x), self.value(x)
+        if self.head_axis:
+            q, k, v = (tensor.unsqueeze(1) for tensor in (q, k, v))
+        mixed = (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(-1) @ v
+        return self.last(self.between(mixed.squeeze(1) if self.head_axis else mixed))
+
+
+class WithoutBias(nn.Module):
+    """A quantized convolution without bias, then ``between``; the first and last layer stay float."""
+
+    def __init__(self, between):
+        super().__init__()
+        self.first, self.second, self.last = (nn.Conv2d(16, 16, 1) for _ in range(3))
+        self.layer, self.between = nn.Conv2d(16, 16, 3, padding=1, bias=False), between
+        with torch.no_grad():
+            self.layer.weight.mul_(0.1)
+
+    def forward(self, x):
+        return self.last(self.second(self.between(self.layer(self.first(x)))))
 
 
 def test_convolution_of_16_levels_with_fractional_zero_point(quantized, run):
@@ -207,6 +255,64 @@ def test_quantized_tensor_used_twice():
     model.input.set_bounds(-1.3, 2.1)
     model.weight.set_bounds(-0.1, 0.12)
     assert_right(model, x)
+
+
+@pytest.mark.parametrize(
+    ("between", "added"),
+    [
+        (nn.Identity(), "Clamp"),
+        (nn.Hardtanh(-0.1, 0.1), "Clamp"),
+        (lambda x: 1.7 * x + 0.1, "Clamp"),
+        (nn.LayerNorm(16), "Power"),
+    ],
+    ids=["linear", "hardtanh", "affine", "norm"],
+)
+def test_attention_straight_in_front_of_a_linear_layer(run, between, added):
+    torch.manual_seed(0)
+    x = torch.randn(1, 64, 16)
+    model = quantize(Attention(between, head_axis=False), x, 4, "transformer")
+    ir = convert(model, x)
+    assert_right(model, x)
+    assert {layer.runs_as for layer in layer_executions(ir, compile_ir(ir))} == {"int8"}
+    assert not check_parity(model, without(ir, added), [x]).ok
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_bytes_rearranged_behind_a_bias(run, bits):
+    """Behind 256 levels the bias of a linear layer is lost."""
+    torch.manual_seed(0)
+    x = torch.randn(1, 64, 16)
+    model = quantize(Attention(nn.Identity(), head_axis=True), x, bits, "transformer")
+    ir = convert(model, x)
+    assert_right(model, x)
+    if bits == 8:
+        with torch.no_grad():
+            assert relative_error(run(without(ir, "FakeQuantize", BYTES), x), model(x)) > 0.1
+
+
+@pytest.mark.parametrize(
+    "between",
+    [nn.InstanceNorm2d(16), nn.GroupNorm(4, 16), lambda x: F.instance_norm(x.relu())],
+    ids=["instance", "group", "relu"],
+)
+def test_norm_behind_a_product_without_bias(run, between):
+    """The transforms move the product's scale past the norm, but not into its epsilon."""
+    torch.manual_seed(0)
+    x = torch.randn(1, 16, 16, 16)
+    model = quantize(WithoutBias(between), x, 4, "all")
+    assert_right(model, x)
+    with torch.no_grad():
+        assert relative_error(run(without(convert(model, x), "Power"), x), model(x)) > 1e-3
+
+
+def test_convolution_without_bias_used_twice(run):
+    """Its kernel takes in what one consumer multiplies with."""
+    torch.manual_seed(0)
+    x = torch.randn(1, 16, 16, 16)
+    model = quantize(WithoutBias(lambda x: x + F.gelu(x)), x, 4, "all")
+    assert_right(model, x)
+    with torch.no_grad():
+        assert relative_error(run(without(convert(model, x), "Power"), x), model(x)) > 1e-2
 
 
 def test_supported_form_runs_in_int8(quantized):
