@@ -36,6 +36,7 @@ def search(
     side: Side = "symmetric",
     candidates: int = CANDIDATES,
     zero_on_grid: bool = False,
+    overflow: grid.Overflow = grid.DEFAULT_OVERFLOW,
 ) -> Bounds:
     """Bounds of least squared error for each row, among shrunken ranges snapped to the lattice.
 
@@ -46,18 +47,18 @@ def search(
         side: ``"symmetric"`` shrinks both ends alike; ``"one_sided"`` the upper end only (softmax maps,
             inputs behind GELU or ReLU); ``"auto"`` tries both. Where zero is in one of few places
             (8 bits, ``zero_on_grid`` weights) ranges shrink towards it, whatever the side.
-        zero_on_grid: see :func:`condiquant_plugin.grid.lattice`.
+        zero_on_grid, overflow: see :func:`condiquant_plugin.grid.lattice`.
     """
     lowest, highest = rows.amin(1), rows.amax(1)
     centers, counts = _histogram(rows, lowest, highest, bits)
-    cells, last_code = grid.lattice(bits, kind, zero_on_grid), 2**bits - 1
+    cells, last_code = grid.lattice(bits, kind, zero_on_grid, overflow), 2**bits - 1
     if cells.zero_is_free:
         candidate = _candidate_bounds(lowest, highest, side, candidates)
         lower, upper = _covering_zero(*candidate, last_code, cells)
     else:  # about its own middle a skewed range would not shrink
         ends = _covering_zero(lowest, highest, last_code, cells)
         lower, upper = (end[:, None] * (1 - _shrink(end, candidates)) for end in ends)
-    snapped = grid.snap(lower, upper, bits, kind, zero_on_grid)
+    snapped = grid.snap(lower, upper, bits, kind, zero_on_grid, overflow)
     error = torch.empty_like(lower)
     for row in range(rows.shape[0]):
         step = snapped.step[row, :, None]

@@ -82,7 +82,7 @@ class FakeQuantizer(nn.Module):
     :mod:`condiquant_plugin.grid`, with a straight-through gradient.
 
     Args:
-        bits: 2 to 8.
+        bits: 2 to 8; of 8, weights and operands keep 7 where ``overflow`` is ``"safe"``.
         kind: decides the lattice; an ``"operand"`` is a factor of a product of activations.
         row_blocks: number of equal blocks of rows along ``axis``, each with bounds of its own: 1 is
             per tensor, 3 serves a fused qkv, the number of rows is per channel.
@@ -90,6 +90,7 @@ class FakeQuantizer(nn.Module):
         side: how :func:`condiquant_plugin.bounds.search` shrinks the range.
         name: label in error messages and exported graphs.
         zero_on_grid: zero is one of the levels, and weights are symmetric, as NPUs need it.
+        overflow: see :data:`condiquant_plugin.grid.Overflow`.
     """
 
     def __init__(
@@ -102,11 +103,12 @@ class FakeQuantizer(nn.Module):
         side: bounds.Side = "symmetric",
         name: str = "",
         zero_on_grid: bool = False,
+        overflow: grid.Overflow = grid.DEFAULT_OVERFLOW,
     ) -> None:
         super().__init__()
-        self.bits, self.kind = grid.check_bits(bits), kind
+        self.bits, self.kind = grid.fitting_bits(bits, kind, overflow), kind
         self.row_blocks, self.axis, self.side, self.name = row_blocks, axis, side, name
-        self.zero_on_grid = zero_on_grid
+        self.zero_on_grid, self.overflow = zero_on_grid, overflow
         shape = () if row_blocks == 1 else (row_blocks,)
         self.lower = nn.Parameter(torch.zeros(shape))
         self.upper = nn.Parameter(torch.ones(shape))
@@ -132,14 +134,24 @@ class FakeQuantizer(nn.Module):
             )
         rows = x.detach().reshape(1, -1) if self.row_blocks == 1 else self._block_rows(x.detach())
         found = bounds.search(
-            rows, self.bits, self.kind, side=self.side, zero_on_grid=self.zero_on_grid
+            rows,
+            self.bits,
+            self.kind,
+            side=self.side,
+            zero_on_grid=self.zero_on_grid,
+            overflow=self.overflow,
         )
         self.set_bounds(found.lower.view_as(self.lower), found.upper.view_as(self.upper))
+
+    @property
+    def lattice(self) -> grid.Lattice:
+        """What the bounds are snapped to."""
+        return grid.lattice(self.bits, self.kind, self.zero_on_grid, self.overflow)
 
     def snapped(self) -> grid.SnappedGrid:
         """The grid that is computed with; tensors of shape ``()`` or ``(row_blocks,)``."""
         lower, upper = self.lower.detach(), self.upper.detach()
-        return grid.snap(lower, upper, self.bits, self.kind, self.zero_on_grid)
+        return grid.snap(lower, upper, self.bits, self.kind, self.zero_on_grid, self.overflow)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.search_on_next_input:
@@ -149,7 +161,7 @@ class FakeQuantizer(nn.Module):
             return x
         step = ((self.upper - self.lower) / (2**self.bits - 1)).clamp_min(grid.SMALLEST_STEP)
         lower = self.lower + (self.snapped().lower - self.lower).detach()
-        refinement = grid.lattice(self.bits, self.kind, self.zero_on_grid).refinement
+        refinement = self.lattice.refinement
         if torch.jit.is_tracing():
             return fake_quantize_op(
                 x,
@@ -180,7 +192,7 @@ class FakeQuantizer(nn.Module):
     def extra_repr(self) -> str:
         return (
             f"{self.kind}, bits={self.bits}, row_blocks={self.row_blocks}, side={self.side!r}, "
-            f"zero_on_grid={self.zero_on_grid}"
+            f"zero_on_grid={self.zero_on_grid}, overflow={self.overflow!r}"
         )
 
 

@@ -9,6 +9,10 @@ Snapping leaves ``step`` alone and moves ``lower`` by at most ``step / (2 * refi
 inside the bounds, so what is simulated with snapped bounds is what an 8-bit kernel computes. Bounds that
 exclude zero slide until they touch it.
 
+Kernels of CPUs without VNNI add neighbouring pairs of products in 16 bits, where ``255 * 127 * 2`` does
+not fit. Where ``overflow`` is ``"safe"``, weights and operands of attention keep to 7-bit integers: with
+any byte as the other factor, signed ones shifted by 128 as kernels do, no pair exceeds ``255 * 64 * 2``.
+
 Hardware that knows only one scale and one zero for a tensor (NPUs) needs zero *on the grid*: there the
 lattice is the grid itself, and weights are symmetric.
 """
@@ -16,16 +20,21 @@ lattice is the grid itself, and weights are symmetric.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from torch import Tensor
 
-from condiquant_plugin.errors import InputError
+from condiquant_plugin.errors import InputError, check_choice
 
 MIN_BITS, MAX_BITS = 2, 8
 SMALLEST_STEP = 1e-12
 
 Kind = Literal["weight", "activation", "operand"]
+Overflow = Literal["safe", "vnni"]
+"""``"safe"``: exact on every x86-64 CPU. ``"vnni"``: all 8 bits of every integer, exact only where kernels
+sum in 32 bits (AVX-VNNI, AVX-512 VNNI, AMX)."""
+DEFAULT_OVERFLOW: Overflow = "safe"
+_HALF_RANGE: dict[Overflow, int] = {"safe": 64, "vnni": 128}
 
 
 def check_bits(bits: int, name: str = "bits") -> int:
@@ -37,6 +46,21 @@ def check_bits(bits: int, name: str = "bits") -> int:
     if isinstance(bits, bool) or not isinstance(bits, int) or not MIN_BITS <= bits <= MAX_BITS:
         raise InputError(f"{name}={bits!r} is not supported: use an integer from 2 to 8")
     return bits
+
+
+def fitting_bits(bits: int, kind: Kind, overflow: Overflow = DEFAULT_OVERFLOW) -> int:
+    """Bits of a grid whose levels kernels can hold: 7 for 8-bit weights and operands where safe.
+
+    >>> fitting_bits(8, "weight"), fitting_bits(8, "activation"), fitting_bits(8, "weight", "vnni")
+    (7, 8, 8)
+    """
+    return min(check_bits(bits), (2 * _half_range(kind, overflow)).bit_length() - 1)
+
+
+def _half_range(kind: Kind, overflow: Overflow) -> int:
+    """Signed integers go from minus this to one less than this."""
+    check_choice("overflow", overflow, get_args(Overflow))
+    return _HALF_RANGE["vnni" if kind == "activation" else overflow]
 
 
 @dataclass(frozen=True)
@@ -58,31 +82,47 @@ class Lattice:
         return self.zero_spacing == 1 and self.lowest_zero < self.highest_zero
 
 
-def lattice(bits: int, kind: Kind, zero_on_grid: bool = False) -> Lattice:
-    """The finest lattice whose every level fits i8 with zero at the integer 0; 8 bits may fit u8.
+def lattice(
+    bits: int,
+    kind: Kind,
+    zero_on_grid: bool = False,
+    overflow: Overflow = DEFAULT_OVERFLOW,
+) -> Lattice:
+    """The finest lattice whose every level fits a kernel's signed integers with zero at the integer 0.
 
     8-bit kernels subtract a zero point in float32, where a wide range cancels, or refuse one (products
-    of two activations, whose factors are the operands). At 8 bits, where the lattice is the grid, zero
-    of an activation is in the middle (i8) or at the lower end (u8), of a weight in the middle.
+    of two activations, whose factors are the operands). With as many bits as the integers have the
+    lattice is the grid; zero of a weight is then in the middle, and of other tensors in the middle or,
+    where they are unsigned, at the lower end.
 
     Args:
         zero_on_grid: the lattice is the grid itself, and zero is code ``2**(bits-1)`` of a weight.
+
+    Raises:
+        InputError: more bits than fit, see :func:`fitting_bits`.
 
     >>> lattice(4, "activation")
     Lattice(refinement=8, lowest_zero=0, highest_zero=120, zero_spacing=1)
     >>> lattice(8, "activation")
     Lattice(refinement=1, lowest_zero=0, highest_zero=128, zero_spacing=128)
+    >>> lattice(4, "weight"), lattice(4, "weight", overflow="vnni")
+    (Lattice(refinement=4, lowest_zero=0, highest_zero=60, zero_spacing=1), Lattice(refinement=8, lowest_zero=0, highest_zero=120, zero_spacing=1))
     >>> lattice(4, "weight", zero_on_grid=True)
     Lattice(refinement=1, lowest_zero=8, highest_zero=8, zero_spacing=1)
     """
-    last_code = 2 ** check_bits(bits) - 1
+    if (fitting := fitting_bits(bits, kind, overflow)) < bits:
+        raise InputError(
+            f'{bits}-bit integers of an {kind} overflow on CPUs without VNNI: use {fitting} bits, or '
+            'overflow="vnni"'
+        )
+    last_code, half = 2**bits - 1, _half_range(kind, overflow)
     if zero_on_grid and kind == "weight":
         return Lattice(1, 2 ** (bits - 1), 2 ** (bits - 1))
-    refinement = 1 if zero_on_grid else max(127 // last_code, 1)
+    refinement = 1 if zero_on_grid else max((half - 1) // last_code, 1)
     span = refinement * last_code
-    if bits == MAX_BITS and kind != "weight":
-        return Lattice(refinement, 0, 128, zero_spacing=128)
-    return Lattice(refinement, max(0, span - 127), min(128, span))
+    if 2**bits == 2 * half and kind != "weight":
+        return Lattice(refinement, 0, half, zero_spacing=half)
+    return Lattice(refinement, max(0, span - half + 1), min(half, span))
 
 
 @dataclass(frozen=True)
@@ -96,14 +136,19 @@ class SnappedGrid:
 
 
 def snap(
-    lower: Tensor, upper: Tensor, bits: int, kind: Kind, zero_on_grid: bool = False
+    lower: Tensor,
+    upper: Tensor,
+    bits: int,
+    kind: Kind,
+    zero_on_grid: bool = False,
+    overflow: Overflow = DEFAULT_OVERFLOW,
 ) -> SnappedGrid:
     """Move ``lower`` to the lattice, keeping the step.
 
     Args:
         lower, upper: finite bounds of any equal shape; ``upper <= lower`` gives a tiny step.
     """
-    cells = lattice(bits, kind, zero_on_grid)
+    cells = lattice(bits, kind, zero_on_grid, overflow)
     step = ((upper - lower) / (2**bits - 1)).clamp_min(SMALLEST_STEP)
     position = (-lower / step * cells.refinement - cells.lowest_zero) / cells.zero_spacing
     zero = (position.round() * cells.zero_spacing + cells.lowest_zero).clamp(

@@ -15,6 +15,7 @@ from brevitas.proxy import ActQuantProxyFromInjector, WeightQuantProxyFromInject
 from torch import nn
 
 from condiquant_brevitas.tensor_quant import LearnedBoundsQuant
+from condiquant_plugin.grid import DEFAULT_OVERFLOW
 
 
 class _LearnedBounds(ExtendedInjector):
@@ -25,6 +26,7 @@ class _LearnedBounds(ExtendedInjector):
     float_to_int_impl_type = FloatToIntImplType.ROUND
     side = "symmetric"
     zero_on_grid = False
+    overflow = DEFAULT_OVERFLOW
     name = ""
 
 

@@ -25,7 +25,7 @@ from condiquant_plugin import distillation
 from condiquant_plugin.bounds import Side
 from condiquant_plugin.errors import InputError, check_choice
 from condiquant_plugin.fake_quantizer import FakeQuantizer, search_bounds
-from condiquant_plugin.grid import check_bits
+from condiquant_plugin.grid import DEFAULT_OVERFLOW, Overflow, check_bits
 from condiquant_plugin.reconditioning import (
     LayerReport,
     ReconditioningConfig,
@@ -53,6 +53,7 @@ def quantize_sr(
     weight_granularity: Granularity = "tensor",
     activation_side: Side = "auto",
     zero_on_grid: bool = False,
+    overflow: Overflow = DEFAULT_OVERFLOW,
     reconditioning: ReconditioningConfig | Literal["auto"] | None = "auto",
     bounds_crops: int = 32,
     batch_size: int = 4,
@@ -76,6 +77,8 @@ def quantize_sr(
         weight_granularity (str): Bounds per "tensor" (three for a fused qkv) or "channel".
         activation_side (str): How ranges of activations are shrunk: "symmetric", "one_sided", "auto".
         zero_on_grid (bool): Zero is a level of every grid, weights are symmetric, as NPUs and QCDQ need.
+        overflow (str): "safe" is exact on every x86-64 CPU, with 7 bits for 8-bit weights and factors of
+            products; "vnni" keeps all 8 and is exact only on CPUs with VNNI. Default: "safe"
         reconditioning (Optional, ReconditioningConfig): "auto" is the default of the activations' bits;
             None keeps the weights as trained.
         bounds_crops (int): How many crops the bounds are searched on, in one batch. Default: 32
@@ -101,6 +104,7 @@ def quantize_sr(
     check_choice("scope", scope, get_args(Scope))
     check_choice("weight_granularity", weight_granularity, get_args(Granularity))
     check_choice("activation_side", activation_side, get_args(Side))
+    check_choice("overflow", overflow, get_args(Overflow))
     if not isinstance(reconditioning, ReconditioningConfig | None):
         check_choice("reconditioning", reconditioning, ("auto", None, "a ReconditioningConfig"))
     _check_calibration(calibration)
@@ -120,6 +124,7 @@ def quantize_sr(
         "bit_width": lambda _, name: bits(name, weight_bits),
         "name": _label("weight"),
         "zero_on_grid": zero_on_grid,
+        "overflow": overflow,
     }
     if weight_granularity == "tensor":
         weights["row_blocks"] = lambda layer, name: fused_blocks(name, _rows(layer))
@@ -127,6 +132,7 @@ def quantize_sr(
         "bit_width": lambda _, name: bits(name, activation_bits),
         "name": _label("input"),
         "zero_on_grid": zero_on_grid,
+        "overflow": overflow,
         "side": activation_side,
     }
     model = _with_quantizers(model, layers, _WEIGHT_QUANTIZERS[weight_granularity], weights, inputs)

@@ -50,8 +50,8 @@ class LearnedBoundsQuant(nn.Module):
     trained through the quantized value; scale and zero point carry no gradient.
 
     Args:
-        bit_width: 2 to 8.
-        kind, side, row_blocks, axis, zero_on_grid, name: those of :class:`FakeQuantizer`.
+        bit_width: 2 to 8; see :class:`FakeQuantizer` for 8.
+        kind, side, row_blocks, axis, zero_on_grid, overflow, name: those of :class:`FakeQuantizer`.
 
     Raises:
         InputError: bits outside 2-8, or Brevitas' JIT is on.
@@ -65,6 +65,7 @@ class LearnedBoundsQuant(nn.Module):
         row_blocks: int = 1,
         axis: int = 0,
         zero_on_grid: bool = False,
+        overflow: grid.Overflow = grid.DEFAULT_OVERFLOW,
         name: str = "",
     ) -> None:
         super().__init__()
@@ -78,9 +79,10 @@ class LearnedBoundsQuant(nn.Module):
             side=side,
             name=name,
             zero_on_grid=zero_on_grid,
+            overflow=overflow,
         )
         self.quantizer.search_on_next_input = True
-        self.bit_width_impl = BitWidthConst(bit_width)
+        self.bit_width_impl = BitWidthConst(self.quantizer.bits)
         # Proxies and exporters ask it for the integer format.
         self.int_quant = IntQuant(narrow_range=False, signed=False, input_view_impl=Identity())
         self.observer_only = False
@@ -122,6 +124,6 @@ class LearnedBoundsQuant(nn.Module):
     def _grid(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         quantizer = self.quantizer
         snapped = quantizer.snapped()
-        refinement = grid.lattice(quantizer.bits, quantizer.kind, quantizer.zero_on_grid).refinement
+        refinement = quantizer.lattice.refinement
         scale = quantizer.spread(snapped.step, x)
         return scale, quantizer.spread(snapped.zero / refinement, x), self.bit_width_impl()

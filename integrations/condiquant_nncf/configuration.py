@@ -10,7 +10,7 @@ import nncf
 from condiquant_nncf.layers import Layer, find_layers
 from condiquant_plugin.bounds import Side
 from condiquant_plugin.errors import check_choice
-from condiquant_plugin.grid import check_bits
+from condiquant_plugin.grid import DEFAULT_OVERFLOW, Overflow, check_bits
 from condiquant_plugin.reconditioning import ReconditioningConfig, default_config
 from condiquant_plugin.scope import Scope
 
@@ -23,6 +23,7 @@ _CHOICES = {
     "scope": Scope,
     "weight_granularity": Granularity,
     "activation_side": Side,
+    "overflow": Overflow,
     "bounds_inputs": BoundsInputs,
 }
 
@@ -42,6 +43,9 @@ class QuantizationConfig:
     activation_side: Side = "auto"
     zero_on_grid: bool = False
     """Zero is a level of every grid and weights are symmetric, as NPUs need it; costs accuracy."""
+    overflow: Overflow = DEFAULT_OVERFLOW
+    """``"safe"``: exact on every x86-64 CPU, with 7 bits for 8-bit weights and operands of products.
+    ``"vnni"``: all 8 bits, exact only on CPUs with VNNI."""
     bounds_inputs: BoundsInputs = "float"
     """Search activation bounds on the float network, or on one that is quantized up to that layer.
 

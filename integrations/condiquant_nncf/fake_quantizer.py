@@ -14,8 +14,8 @@ class HookFakeQuantizer(FakeQuantizer, StatefulModuleInterface):
 
     def get_config(self) -> dict[str, Any]:
         """Arguments of the constructor; the bounds are in the ``state_dict``."""
-        names = ("bits", "kind", "row_blocks", "axis", "side", "name", "zero_on_grid")
-        return {name: getattr(self, name) for name in names}
+        names = "bits kind row_blocks axis side name zero_on_grid overflow"
+        return {name: getattr(self, name) for name in names.split()}
 
     @classmethod
     def from_config(cls, state: dict[str, Any]) -> HookFakeQuantizer:

@@ -160,6 +160,7 @@ def create_quantizers(
                 side=config.activation_side,
                 name=layer.input_name(port),
                 zero_on_grid=config.zero_on_grid,
+                overflow=config.overflow,
             )  # fmt: skip
         if weights and layer.weight_node is not None and not layer.reuses_weight:
             rows = backend.weight(layer).shape[layer.output_axis]
@@ -170,4 +171,5 @@ def create_quantizers(
                 axis=layer.output_axis,
                 name=f"{layer.name}.weight",
                 zero_on_grid=config.zero_on_grid,
+                overflow=config.overflow,
             )  # fmt: skip

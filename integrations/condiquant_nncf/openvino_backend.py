@@ -79,8 +79,8 @@ def prepare(model: Any, *, split_attention: bool = True) -> Any:
 
 def finish(model: Any, config: QuantizationConfig) -> Any:
     """Write down in the model what was done, as NNCF does."""
-    names = ("weight_bits", "activation_bits", "scope", "ignored_scope", "zero_on_grid")
-    dump_parameters(model, {name: getattr(config, name) for name in names}, "condiquant")
+    names = "weight_bits activation_bits scope ignored_scope zero_on_grid overflow"
+    dump_parameters(model, {name: getattr(config, name) for name in names.split()}, "condiquant")
     return model
 
 

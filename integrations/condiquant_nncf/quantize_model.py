@@ -21,6 +21,7 @@ from condiquant_nncf.configuration import QuantizationConfig
 from condiquant_nncf.learned_bounds import InputBounds, LearnedBoundsQuantization
 from condiquant_plugin.bounds import Side
 from condiquant_plugin.errors import InputError
+from condiquant_plugin.grid import DEFAULT_OVERFLOW, Overflow
 from condiquant_plugin.reconditioning import LayerReport, ReconditioningConfig
 from condiquant_plugin.scope import Scope
 
@@ -43,6 +44,8 @@ class AdvancedCondiQuantParameters:
     activation_side: Side = "auto"
     zero_on_grid: bool | None = None
     """``None`` is whether ``target_device`` is the NPU."""
+    overflow: Overflow = DEFAULT_OVERFLOW
+    """Only ``then="bounds"``: NNCF's int8 has ``overflow_fix``."""
     nncf: AdvancedQuantizationParameters | None = None
     """NNCF's own, for ``then="minmax"``."""
 
@@ -157,6 +160,7 @@ def quantize(
         weight_granularity=ours.weight_granularity,
         activation_side=ours.activation_side,
         zero_on_grid=npu if ours.zero_on_grid is None else ours.zero_on_grid,
+        overflow=ours.overflow,
         recondition=ours.recondition,
     )
     result, found = _run(model, calibration_dataset, config, subset_size, then)
@@ -188,6 +192,7 @@ def _warn_of_unused(
             f"activation_bits={activation_bits}": activation_bits not in (_DEFAULT_BITS, 8),
             "other_bits": ours.other_bits is not None,
             "weight_granularity": ours.weight_granularity != default.weight_granularity,
+            "overflow": ours.overflow != default.overflow,
         }
     unused = [name for name, is_given in given.items() if is_given]
     if unused:

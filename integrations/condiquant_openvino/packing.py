@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterator
+from typing import get_args
 
 import numpy as np
 import openvino as ov
@@ -41,11 +42,10 @@ def pack(model: ov.Model) -> ov.Model:
     found = _on_lattice(model)
     labels: Counter[str] = Counter()
     quantizers: dict[str, Quantizer] = {}
-    for node, (lower, step, bits, kind) in found:
+    for node, (lower, step, bits, kind, refinement) in found:
         name = node.get_friendly_name().removeprefix(PREFIX)
         label = call_label(name, labels[name])
         labels[name] += 1
-        refinement = grid.lattice(bits, kind).refinement
         quantizers[label] = Quantizer(label, lower, step, bits, kind, refinement)
         redirect(node.output(0), Placeholder([node.input_value(0)], label).output(0))
     if not quantizers:
@@ -57,7 +57,7 @@ def pack(model: ov.Model) -> ov.Model:
 
 
 _Array = NDArray[np.float32]
-_Grid = tuple[_Array, _Array, int, grid.Kind]
+_Grid = tuple[_Array, _Array, int, grid.Kind, int]
 
 
 def _on_lattice(model: ov.Model) -> list[tuple[ov.Node, _Grid]]:
@@ -71,7 +71,7 @@ def _on_lattice(model: ov.Model) -> list[tuple[ov.Node, _Grid]]:
 
 
 def _grid(node: ov.Node) -> _Grid | None:
-    """Lower bound, step, bits and kind; None if the kernels' lattice does not hold the levels."""
+    """Lower bound, step, bits, kind, refinement; None if the kernels' lattice does not hold the levels."""
     bits = _BITS_OF_LEVELS.get(node.get_attributes()["levels"])
     constants = [value.get_node() for value in node.input_values()[1:]]
     if bits is None or any(constant.get_type_name() != "Constant" for constant in constants):
@@ -82,8 +82,19 @@ def _grid(node: ov.Node) -> _Grid | None:
     if not (upper > lower).all():
         return None
     kind = _kind(node)
-    cells = grid.lattice(bits, kind)
     step = ((upper.astype(np.float64) - lower) / (2**bits - 1)).astype(np.float32)
+    if lower.size == 1:
+        lower, step = lower.reshape(()), step.reshape(())
+    for overflow in get_args(grid.Overflow):
+        if bits > grid.fitting_bits(bits, kind, overflow):
+            continue
+        cells = grid.lattice(bits, kind, overflow=overflow)
+        if _lies_on(cells, lower, step):
+            return lower, step, bits, kind, cells.refinement
+    return None
+
+
+def _lies_on(cells: grid.Lattice, lower: _Array, step: _Array) -> bool:
     zero = -lower.astype(np.float64) / step * cells.refinement
     places = (zero - cells.lowest_zero) / cells.zero_spacing
     is_on_lattice = (
@@ -91,11 +102,7 @@ def _grid(node: ov.Node) -> _Grid | None:
         & (np.rint(zero) >= cells.lowest_zero)
         & (np.rint(zero) <= cells.highest_zero)
     )
-    if not is_on_lattice.all():
-        return None
-    if lower.size == 1:
-        lower, step = lower.reshape(()), step.reshape(())
-    return lower, step, bits, kind
+    return bool(is_on_lattice.all())
 
 
 def _feeds_quantized_products(node: ov.Node, taken: Collection[str]) -> bool:

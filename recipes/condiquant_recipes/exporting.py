@@ -187,6 +187,7 @@ def _metadata(recipe: Recipe, multiple: int, static: bool) -> dict[str, Any]:
         "activation_bits": section.activation_bits,
         "other_bits": section.other_bits,
         "scope": section.scope,
+        "overflow": section.overflow,
         "compress_to_fp16": recipe.export.compress_to_fp16,
         "pad_multiple": multiple,
         "static": static,

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from condiquant_plugin import __version__
 from condiquant_plugin.errors import InputError
-from condiquant_plugin.grid import MAX_BITS, MIN_BITS
+from condiquant_plugin.grid import DEFAULT_OVERFLOW, MAX_BITS, MIN_BITS, Overflow
 
 
 class _Section(BaseModel):
@@ -107,6 +107,9 @@ class CondiQuantSection(_Section):
     """Bits of the layers outside the scope: the first and last of ``all``, convolutions of
     ``transformer``; left out: they stay float."""
     weight_granularity: Literal["tensor", "channel"] = "tensor"
+    overflow: Overflow = DEFAULT_OVERFLOW
+    """``safe``: exact on every x86-64 CPU, 8-bit weights and operands of attention have 7 bits. ``vnni``: all
+    8 bits, exact only on CPUs with VNNI."""
     recondition: ReconditionSection = ReconditionSection()
     bounds: BoundsSection = BoundsSection()
     distillation: DistillationSection = DistillationSection()

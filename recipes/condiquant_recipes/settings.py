@@ -27,6 +27,7 @@ def quantization(recipe: Recipe) -> QuantizationConfig:
         weight_granularity=section.weight_granularity,
         activation_side=section.bounds.side,
         zero_on_grid=recipe.export.device == "NPU",
+        overflow=section.overflow,
         bounds_inputs=section.bounds.inputs,
         recondition=_reconditioning(recipe),
     )

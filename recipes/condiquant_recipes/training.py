@@ -36,6 +36,7 @@ _STRUCTURE = (
     "ignored_scope",
     "other_bits",
     "weight_granularity",
+    "overflow",
 )
 
 

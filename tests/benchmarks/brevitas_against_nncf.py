@@ -47,6 +47,7 @@ def through_brevitas(source: Source, recipe: Recipe) -> nn.Module:
         weight_granularity=config.weight_granularity,
         activation_side=config.activation_side,
         zero_on_grid=config.zero_on_grid,
+        overflow=config.overflow,
         reconditioning=config.recondition,
         bounds_crops=recipe.condiquant.bounds.crops,
     )

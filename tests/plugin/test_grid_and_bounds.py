@@ -1,3 +1,5 @@
+from itertools import product
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,13 +9,15 @@ from condiquant_plugin import FakeQuantizer, InputError, bounds, grid
 
 bit_widths = st.integers(2, 8)
 kinds = st.sampled_from(["weight", "activation", "operand"])
+overflows = st.sampled_from(["safe", "vnni"])
 lowers = st.floats(-50, 50)
 widths = st.floats(1e-3, 100)
 
 
-@given(bit_widths, kinds)
-def test_every_level_fits_its_8_bit_type(bits, kind):
-    cells = grid.lattice(bits, kind)
+@given(bit_widths, kinds, overflows)
+def test_every_level_fits_its_8_bit_type(bits, kind, overflow):
+    bits = grid.fitting_bits(bits, kind, overflow)
+    cells = grid.lattice(bits, kind, overflow=overflow)
     last = cells.refinement * (2**bits - 1)
     for zero in (cells.lowest_zero, cells.highest_zero):
         if kind != "weight" and zero == 0:
@@ -23,11 +27,51 @@ def test_every_level_fits_its_8_bit_type(bits, kind):
             assert last - zero <= 127
 
 
-@given(bit_widths, kinds, lowers, widths)
-def test_snapping_keeps_the_step_and_lays_levels_on_the_lattice(bits, kind, lower, width):
-    low, up = torch.tensor([lower, lower + width], dtype=torch.float64)
-    snapped = grid.snap(low, up, bits, kind)
+def integer_extremes(bits, kind):
+    """Every pair of lowest and highest integer that a safe grid may have."""
     cells = grid.lattice(bits, kind)
+    last = cells.refinement * (2**bits - 1)
+    zeros = range(cells.lowest_zero, cells.highest_zero + 1, cells.zero_spacing)
+    return [(-zero, last - zero) for zero in zeros]
+
+
+@pytest.mark.parametrize(
+    ("first", "second"), [("activation", "weight"), ("operand", "operand")]
+)
+def test_no_pair_of_products_of_safe_integers_overflows_16_bits(first, second):
+    for bits, other_bits in product(range(2, 9), repeat=2):
+        for low, high in integer_extremes(grid.fitting_bits(bits, first), first):
+            # Without VNNI kernels shift signed bytes by 128 and take them for unsigned.
+            byte = high + 128 if low < 0 else high
+            for lowest, highest in integer_extremes(grid.fitting_bits(other_bits, second), second):
+                # No int8 kernel takes an unsigned second operand of 7 bits.
+                if second == "weight" or lowest < 0:
+                    assert -(2**15) <= 2 * byte * lowest
+                    assert 2 * byte * highest < 2**15
+
+
+def test_safe_grids_have_the_bits_that_fit():
+    assert grid.fitting_bits(8, "weight") == grid.fitting_bits(8, "operand") == 7
+    assert grid.fitting_bits(8, "activation") == 8
+    for bits, kind in product(range(2, 9), ("weight", "activation", "operand")):
+        assert grid.fitting_bits(bits, kind, "vnni") == bits
+        assert grid.fitting_bits(bits, kind) == (7 if bits == 8 and kind != "activation" else bits)
+        assert FakeQuantizer(bits, kind).bits == grid.fitting_bits(bits, kind)
+        assert FakeQuantizer(bits, kind, overflow="vnni").bits == bits
+    with pytest.raises(InputError, match='use 7 bits, or overflow="vnni"'):
+        grid.lattice(8, "weight")
+    with pytest.raises(InputError, match="overflow='none' is not known: use 'safe' or 'vnni'"):
+        FakeQuantizer(8, "weight", overflow="none")
+
+
+@given(bit_widths, kinds, overflows, lowers, widths)
+def test_snapping_keeps_the_step_and_lays_levels_on_the_lattice(
+    bits, kind, overflow, lower, width
+):
+    bits = grid.fitting_bits(bits, kind, overflow)
+    low, up = torch.tensor([lower, lower + width], dtype=torch.float64)
+    snapped = grid.snap(low, up, bits, kind, overflow=overflow)
+    cells = grid.lattice(bits, kind, overflow=overflow)
     assert snapped.step.item() == pytest.approx(width / (2**bits - 1), rel=1e-6)
     levels = snapped.lower + snapped.step * torch.arange(2**bits)
     positions = levels / (snapped.step / cells.refinement)
@@ -38,9 +82,11 @@ def test_snapping_keeps_the_step_and_lays_levels_on_the_lattice(bits, kind, lowe
         assert abs(snapped.lower - low) <= snapped.step / (2 * cells.refinement) * (1 + 1e-9)
 
 
-@given(bit_widths, kinds, lowers, widths, st.integers(0, 2**31))
-def test_quantized_values_are_levels_and_nearest(bits, kind, lower, width, seed):
-    snapped = grid.snap(torch.tensor(lower), torch.tensor(lower + width), bits, kind)
+@given(bit_widths, kinds, overflows, lowers, widths, st.integers(0, 2**31))
+def test_quantized_values_are_levels_and_nearest(bits, kind, overflow, lower, width, seed):
+    bits = grid.fitting_bits(bits, kind, overflow)
+    ends = torch.tensor(lower), torch.tensor(lower + width)
+    snapped = grid.snap(*ends, bits, kind, overflow=overflow)
     x = (
         torch.rand(64, generator=torch.Generator().manual_seed(seed)) * 2 * width
         + lower
@@ -117,13 +163,15 @@ def test_constant_data_gives_finite_bounds(bits, kind, value):
     assert torch.isfinite(quantizer(x)).all()
 
 
+@pytest.mark.parametrize("overflow", ["safe", "vnni"])
 @pytest.mark.parametrize("kind", ["weight", "activation", "operand"])
-@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("bits", [2, 4, 7, 8])
 @pytest.mark.parametrize(("low", "high"), [(3.0, 5.0), (-0.3, 0.5), (-5.0, -3.0)])
-def test_searched_grids_cover_data_on_either_side_of_zero(bits, kind, low, high):
+def test_searched_grids_cover_data_on_either_side_of_zero(bits, kind, overflow, low, high):
+    bits = grid.fitting_bits(bits, kind, overflow)
     x = torch.linspace(low, high, 4001)
-    found = bounds.search(x[None], bits, kind)
-    snapped = grid.snap(found.lower, found.upper, bits, kind)
+    found = bounds.search(x[None], bits, kind, overflow=overflow)
+    snapped = grid.snap(found.lower, found.upper, bits, kind, overflow=overflow)
     widest = max(high, 0.0) - min(low, 0.0)
     step = 1.3 * widest / (2**bits - 1)
     assert (grid.quantize(x, snapped.lower, snapped.step, bits) - x).abs().max() <= step

@@ -5,13 +5,17 @@ from hypothesis import strategies as st
 
 from condiquant_plugin import FakeQuantizer, bounds, grid
 
-bit_widths = st.integers(2, 8)
 kinds = st.sampled_from(["weight", "activation", "operand"])
+grids = st.builds(
+    lambda bits, kind: (grid.fitting_bits(bits, kind), kind), st.integers(2, 8), kinds
+)
+overflows = st.sampled_from(["safe", "vnni"])
 lowers, widths = st.floats(-50, 50), st.floats(1e-3, 100)
 
 
-@given(bit_widths, kinds, lowers, widths)
-def test_zero_is_a_level_and_levels_are_multiples_of_the_step(bits, kind, lower, width):
+@given(grids, lowers, widths)
+def test_zero_is_a_level_and_levels_are_multiples_of_the_step(grid_of, lower, width):
+    bits, kind = grid_of
     low, up = torch.tensor([lower, lower + width], dtype=torch.float64)
     snapped = grid.snap(low, up, bits, kind, zero_on_grid=True)
     levels = snapped.lower + snapped.step * torch.arange(2**bits)
@@ -21,24 +25,27 @@ def test_zero_is_a_level_and_levels_are_multiples_of_the_step(bits, kind, lower,
     assert snapped.step.item() == pytest.approx(width / (2**bits - 1), rel=1e-9)
 
 
-@given(bit_widths, lowers, widths)
-def test_weights_are_symmetric(bits, lower, width):
-    bounds_given = torch.tensor([lower, lower + width])
-    snapped = grid.snap(*bounds_given, bits, "weight", zero_on_grid=True)
+@given(st.integers(2, 8), overflows, lowers, widths)
+def test_weights_are_symmetric(bits, overflow, lower, width):
+    bits = grid.fitting_bits(bits, "weight", overflow)
+    ends = torch.tensor([lower, lower + width])
+    snapped = grid.snap(*ends, bits, "weight", zero_on_grid=True, overflow=overflow)
     half = 2 ** (bits - 1)
     assert snapped.zero == half
     integers = torch.arange(2**bits) - snapped.zero
     assert (integers.min(), integers.max()) == (-half, half - 1)
 
 
-@given(bit_widths, kinds)
-def test_at_8_bits_the_lattice_is_the_grid_already(bits, kind):
-    cells = grid.lattice(bits, kind, zero_on_grid=True)
+@given(st.integers(2, 8), kinds, overflows)
+def test_with_all_bits_of_a_kernel_the_lattice_is_the_grid_already(bits, kind, overflow):
+    most, bits = (grid.fitting_bits(b, kind, overflow) for b in (8, bits))
+    cells = grid.lattice(bits, kind, zero_on_grid=True, overflow=overflow)
     assert cells.refinement == 1
-    assert (cells == grid.lattice(bits, kind)) == (bits == 8 or (bits == 7 and kind != "weight"))
+    is_the_grid = bits == most or (bits == most - 1 and kind != "weight")
+    assert (cells == grid.lattice(bits, kind, overflow=overflow)) == is_the_grid
 
 
-@given(bit_widths, kinds, st.floats(-2, 2), st.integers(0, 10**6))
+@given(st.integers(2, 8), kinds, st.floats(-2, 2), st.integers(0, 10**6))
 def test_searched_bounds_are_on_the_grid_and_stay_there(bits, kind, shift, seed):
     x = torch.randn(3000, generator=torch.Generator().manual_seed(seed)) + shift
     quantizer = FakeQuantizer(bits, kind, zero_on_grid=True)
@@ -83,10 +90,13 @@ def test_switching_a_quantizer_moves_its_grid():
     assert "zero_on_grid=True" in repr(quantizer)
 
 
-@pytest.mark.parametrize("zero_on_grid", [False, True])
-def test_the_traced_operator_says_how_fine_its_lattice_is(zero_on_grid):
-    quantizer = FakeQuantizer(4, "weight", name="w", zero_on_grid=zero_on_grid)
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [({}, 4), ({"overflow": "vnni"}, 8), ({"zero_on_grid": True, "overflow": "vnni"}, 1)],
+)
+def test_the_traced_operator_says_how_fine_its_lattice_is(options, expected):
+    quantizer = FakeQuantizer(4, "weight", name="w", **options)
     traced = torch.jit.trace(quantizer, torch.randn(50), check_trace=False)
     (node,) = traced.graph.findAllNodes("condiquant::fake_quantize")
     *_, bits, kind, name, refinement = [value.toIValue() for value in node.inputs()]
-    assert (bits, kind, name, refinement) == (4, "weight", "w", 1 if zero_on_grid else 8)
+    assert (bits, kind, name, refinement) == (4, "weight", "w", expected)
