@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from enum import Enum, auto
@@ -27,6 +27,8 @@ from condiquant_openvino.rearranging import collapse
 from condiquant_openvino.separating import separate
 from condiquant_openvino.simplification import simplify
 from condiquant_plugin import FakeQuantizer, InputError, fake_quantizers
+
+_CALL = re.compile(r"#\d+$")
 
 
 class Placeholder(ov.Op):
@@ -70,8 +72,7 @@ def labelled(model: nn.Module) -> Iterator[dict[str, FakeQuantizer]]:
     """Fake quantizers by a label unique in ``model``: the name, else the module path."""
     found = fake_quantizers(model)
     names = {path: quantizer.name for path, quantizer in found.items()}
-    counts = Counter(names.values())
-    labels = {path: name if name and counts[name] == 1 else path for path, name in names.items()}
+    labels = _labels(names)
     try:
         for path, quantizer in found.items():
             quantizer.name = labels[path]
@@ -79,6 +80,18 @@ def labelled(model: nn.Module) -> Iterator[dict[str, FakeQuantizer]]:
     finally:
         for path, quantizer in found.items():
             quantizer.name = names[path]
+
+
+def _labels(names: Mapping[str, str]) -> dict[str, str]:
+    """Labels by path, none of which :func:`call_label` gives another one of them."""
+    counts = Counter(names.values())
+    labels: dict[str, str] = {}
+    for path, name in names.items():
+        label = name if name and counts[name] == 1 else path
+        while _CALL.search(label) or label in labels.values():
+            label += "_"
+        labels[path] = label
+    return labels
 
 
 def call_label(label: str, call: int) -> str:
@@ -164,6 +177,7 @@ def write_quantizers(model: ov.Model, quantizers: dict[str, Quantizer]) -> ov.Mo
         quantizers: by the labels of the placeholders.
     """
     name = model.get_friendly_name()
+    _give_up_names(model)
     simplify(model)
     _absorb_transposes(model, quantizers)
     _replace_placeholders(model, quantizers)
@@ -176,6 +190,13 @@ def write_quantizers(model: ov.Model, quantizers: dict[str, Quantizer]) -> ov.Mo
     model.set_friendly_name(name)
     _name_reproducibly(model)
     return model
+
+
+def _give_up_names(model: ov.Model) -> None:
+    """Rename what was there before and looks like a part of a quantizer."""
+    for node in model.get_ops():
+        if quantizer_graphs.role_of(node) is not None:
+            node.set_friendly_name(f"original/{node.get_friendly_name()}")
 
 
 def _name_reproducibly(model: ov.Model) -> None:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Collection, Iterator
 
 import numpy as np
 import openvino as ov
 from numpy.typing import NDArray
 
-from condiquant_openvino.conversion import Placeholder, call_label, write_quantizers
+from condiquant_openvino.conversion import Placeholder, write_quantizers
 from condiquant_openvino.quantizer_graphs import (
-    PREFIX,
     PRODUCTS,
     Quantizer,
     only_rearranges,
@@ -39,12 +37,9 @@ def pack(model: ov.Model) -> ov.Model:
     """
     model = model.clone()
     found = _on_lattice(model)
-    labels: Counter[str] = Counter()
     quantizers: dict[str, Quantizer] = {}
     for node, (lower, step, bits, kind) in found:
-        name = node.get_friendly_name().removeprefix(PREFIX)
-        label = call_label(name, labels[name])
-        labels[name] += 1
+        label = node.get_friendly_name()
         refinement = grid.lattice(bits, kind).refinement
         quantizers[label] = Quantizer(label, lower, step, bits, kind, refinement)
         redirect(node.output(0), Placeholder([node.input_value(0)], label).output(0))
@@ -83,7 +78,7 @@ def _grid(node: ov.Node) -> _Grid | None:
         return None
     kind = _kind(node)
     cells = grid.lattice(bits, kind)
-    step = ((upper.astype(np.float64) - lower) / (2**bits - 1)).astype(np.float32)
+    step = np.asarray((upper.astype(np.float64) - lower) / (2**bits - 1), np.float32)
     zero = -lower.astype(np.float64) / step * cells.refinement
     places = (zero - cells.lowest_zero) / cells.zero_spacing
     is_on_lattice = (
