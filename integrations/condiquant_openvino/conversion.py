@@ -99,6 +99,25 @@ def call_label(label: str, call: int) -> str:
     return label if call == 0 else f"{label}#{call}"
 
 
+@contextmanager
+def _labelled_calls(model: nn.Module) -> Iterator[None]:
+    """Labels are given where the simulation counts: calls of no consequence are not in the graph."""
+    calls: Counter[FakeQuantizer] = Counter()
+    with labelled(model) as quantizers:
+        labels = {quantizer: label for label, quantizer in quantizers.items()}
+
+        def enter(quantizer: FakeQuantizer, _inputs: tuple[Tensor, ...]) -> None:
+            quantizer.name = call_label(labels[quantizer], calls[quantizer])
+            calls[quantizer] += 1
+
+        handles = [q.register_forward_pre_hook(enter) for q in quantizers.values()]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
 def convert(
     model: nn.Module,
     example_input: Tensor,
@@ -127,7 +146,6 @@ def convert(
     if not static and len(shape) == 4:
         shape[2:] = [-1, -1]
     quantizers: dict[str, Quantizer] = {}
-    calls: Counter[str] = Counter()
 
     def mark(context: Any) -> list[ov.Output]:
         lower, step = (
@@ -136,18 +154,16 @@ def convert(
             )
             for i in (1, 2)
         )
-        bits, kind, name, refinement = (
+        bits, kind, label, refinement = (
             context.get_values_from_const_input(i) for i in (3, 4, 5, 6)
         )
-        label = call_label(name, calls[name])
-        calls[name] += 1
         quantizers[label] = Quantizer(label, lower, step, int(bits), kind, int(refinement))
         return Placeholder([context.get_input(0)], label).outputs()
 
     extension = ConversionExtension("condiquant::fake_quantize", mark)
     was_training = model.training
     try:
-        with labelled(model.eval()), torch.no_grad(), warnings.catch_warnings():
+        with _labelled_calls(model.eval()), torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore", torch.jit.TracerWarning)
             traced = torch.jit.trace(model, example_input, strict=False, check_trace=False)
             converted = ov.convert_model(
