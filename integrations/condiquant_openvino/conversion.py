@@ -27,6 +27,7 @@ from condiquant_openvino.rearranging import collapse
 from condiquant_openvino.separating import separate
 from condiquant_openvino.simplification import simplify
 from condiquant_plugin import FakeQuantizer, InputError, fake_quantizers
+from condiquant_plugin.intake import check_is_float32, check_output
 
 _CALL = re.compile(r"#\d+$")
 
@@ -112,6 +113,9 @@ def _labelled_calls(model: nn.Module) -> Iterator[None]:
 
         handles = [q.register_forward_pre_hook(enter) for q in quantizers.values()]
         try:
+            handles.append(
+                model.register_forward_hook(lambda m, _, output: check_output(m, output))
+            )
             yield
         finally:
             for handle in handles:
@@ -139,9 +143,10 @@ def convert(
         static: keep the example's height and width.
 
     Raises:
-        InputError: if OpenVINO cannot convert the model.
+        InputError: if OpenVINO cannot convert the model, or it is not float32 with one output.
     """
-    example_input = example_input[:1]
+    example_input = example_input[:1].float()
+    check_is_float32(model)
     shape: list[int] = list(example_input.shape)
     if not static and len(shape) == 4:
         shape[2:] = [-1, -1]
