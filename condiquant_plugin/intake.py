@@ -18,6 +18,7 @@ from condiquant_plugin.errors import InputError
 from condiquant_plugin.fake_quantizer import FakeQuantizer
 
 _IMAGE_CHANNELS = (1, 3, 4)
+_NOT_COPIED = {"__dict__", "__weakref__"}
 _SMALLEST_CHANGE = 2.0**-12
 
 
@@ -193,7 +194,7 @@ def _kept_results(network: nn.Module) -> Iterator[Tensor]:
                 yield value
 
 
-@torch.no_grad()
+@torch.enable_grad()  # what needs no gradient would become a buffer
 def _fold_computed_weights(module: nn.Module) -> None:
     for hook in list(module._forward_pre_hooks.values()):
         if isinstance(hook, WeightNorm):
@@ -202,11 +203,15 @@ def _fold_computed_weights(module: nn.Module) -> None:
             remove_spectral_norm(module, hook.name)
         elif isinstance(hook, prune.BasePruningMethod):
             prune.remove(module, hook._tensor_name)
-    for name, computed in list(getattr(module, "parametrizations", {}).items()):
-        if parametrize.is_parametrized(module, name) and not any(
-            isinstance(step, FakeQuantizer) for step in computed
-        ):
-            parametrize.remove_parametrizations(module, name, leave_parametrized=True)
+    steps = getattr(module, "parametrizations", {}) if parametrize.is_parametrized(module) else {}
+    names = [n for n, some in steps.items() if not any(isinstance(s, FakeQuantizer) for s in some)]
+    if names:
+        # A copy shares its class with the original, which would lose its parametrizations as well.
+        shared = type(module)
+        own = {name: value for name, value in vars(shared).items() if name not in _NOT_COPIED}
+        module.__class__ = type(shared.__name__, shared.__bases__, own)
+    for name in names:
+        parametrize.remove_parametrizations(module, name, leave_parametrized=True)
 
 
 def _as_tensor(images: Any) -> Tensor:

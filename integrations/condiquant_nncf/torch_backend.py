@@ -128,7 +128,7 @@ def prepare(network: nn.Module, example_input: Any) -> GraphModelWrapper:
     wrapped = wrap(network, example_input)
     PTCondiQuantAlgoBackend(wrapped, NNCFGraph()).check_is_float()
     with torch.no_grad():
-        EngineFactory.create(wrapped).infer(example_input)
+        EngineFactory.create(wrapped).infer(wrapped.example_input)
     return wrapped
 
 
