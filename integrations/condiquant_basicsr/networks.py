@@ -14,6 +14,7 @@ from basicsr.archs.ecbsr_arch import ECB
 from basicsr.archs.rrdbnet_arch import RRDBNet
 from basicsr.utils.registry import ARCH_REGISTRY
 from spandrel import MAIN_REGISTRY
+from spandrel.architectures.SPAN.__arch.span import Conv3XC
 from torch import Tensor, nn
 
 from condiquant_plugin.errors import InputError
@@ -21,6 +22,7 @@ from condiquant_plugin.errors import InputError
 _BASICSR_SUFFIX = "_basicsr"  # BasicSR's own suffix for names that Real-ESRGAN registers, too
 _CHANNEL_ARGUMENTS = ("num_in_ch", "in_chans", "in_nc")
 _IMAGES = {1: "a grey", 3: "an RGB"}
+_SPAN_SLOPE = 0.05
 _SMALLEST_PROBE = 16  # several networks refuse smaller inputs
 
 
@@ -65,7 +67,7 @@ def input_channels(network_g: Mapping[str, Any] | None) -> int:
 
 @torch.no_grad()
 def folded(network: nn.Module) -> nn.Module:
-    """Puts one convolution in place of each block that is several in training only (ECBSR's)."""
+    """Puts one convolution in place of each block that is several in training only (ECBSR's, SPAN's)."""
     for name, block in list(network.named_modules()):
         if isinstance(block, ECB):
             convolution = nn.Conv2d(block.in_channels, block.out_channels, 3, padding=1)
@@ -74,6 +76,11 @@ def folded(network: nn.Module) -> nn.Module:
             convolution.bias.copy_(bias)  # type: ignore[union-attr]
             activation = () if block.act_type == "linear" else (block.act,)
             network.set_submodule(name, nn.Sequential(convolution, *activation))
+        elif isinstance(block, Conv3XC):  # it computes eval_conv anew in every forward pass
+            block.update_params()
+            merged = block.eval_conv.requires_grad_(True)
+            activation = (nn.LeakyReLU(_SPAN_SLOPE, inplace=True),) if block.has_relu else ()
+            network.set_submodule(name, nn.Sequential(merged, *activation))
     return network.eval()
 
 

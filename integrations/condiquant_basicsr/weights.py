@@ -248,7 +248,7 @@ def _recognise(state: dict[str, Tensor], path: Path) -> tuple[nn.Module, int]:
     channels = (descriptor.input_channels, descriptor.output_channels)
     if not isinstance(descriptor, ImageModelDescriptor) or channels != (3, 3):
         raise InputError(f"{path}: {descriptor.architecture.name} does not map RGB to RGB")
-    return descriptor.model.eval(), descriptor.scale
+    return folded(descriptor.model), descriptor.scale
 
 
 def _load(

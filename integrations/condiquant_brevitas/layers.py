@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from condiquant_brevitas.products import calling_module, factors, stubs_name
+from condiquant_brevitas.products import factors, stubs_name
+from condiquant_plugin.calls import calling_module
 from condiquant_plugin.errors import InputError
 from condiquant_plugin.scope import Kind, Scope, select_layers
 

@@ -10,7 +10,6 @@ import math
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache, wraps
-from types import FrameType
 from typing import Any
 
 import torch
@@ -19,6 +18,8 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+
+from condiquant_plugin.calls import calling_module
 
 STUBS = "product_stubs"
 _PRODUCTS = frozenset(
@@ -33,7 +34,6 @@ _PRODUCTS = frozenset(
         Tensor.__rmatmul__,
     }
 )
-_CALL = nn.Module._call_impl.__code__
 
 
 class ProductOperand(nn.Identity):
@@ -143,13 +143,6 @@ def _contracts(equation: Any) -> bool:
     inputs, _, result = equation.partition("->")
     first, second = map(set, inputs.split(","))
     return bool((first & second) - set(result) - set(" ."))
-
-
-def calling_module(frame: FrameType | None) -> nn.Module | None:
-    """The innermost module that is being called; what a layer's hooks compute is the layer's."""
-    while frame is not None and frame.f_code is not _CALL:
-        frame = frame.f_back
-    return None if frame is None else frame.f_locals["self"]
 
 
 def stubs_name(holder: str, index: int) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from copy import deepcopy
 from typing import Any, Literal, get_args
 
 from brevitas import nn as qnn
@@ -26,6 +25,12 @@ from condiquant_plugin.bounds import Side
 from condiquant_plugin.errors import InputError, check_choice
 from condiquant_plugin.fake_quantizer import FakeQuantizer, search_bounds
 from condiquant_plugin.grid import DEFAULT_OVERFLOW, Overflow, check_bits
+from condiquant_plugin.intake import (
+    image_batch,
+    plain_float_copy,
+    rebuilt_parameters,
+    refuse_rebuilt,
+)
 from condiquant_plugin.reconditioning import (
     LayerReport,
     ReconditioningConfig,
@@ -66,8 +71,10 @@ def quantize_sr(
     attention is computed as its two products.
 
     Args:
-        model (Module): Float network, left untouched.
-        calibration (Tensor): Low-resolution crops, ``(count, channels, height, width)``.
+        model (Module): Float network, left untouched; see
+            :func:`condiquant_plugin.intake.plain_float_copy`.
+        calibration (Tensor): Low-resolution crops, ``(count, channels, height, width)``, or what
+            :func:`condiquant_plugin.intake.image_batch` makes them of.
         weight_bits, activation_bits (int): 2 to 8. Default: 4
         scope (str): "transformer" takes linear layers and both factors of every product of activations
             (attention); "all" every linear layer and convolution but the first and the last, and
@@ -91,7 +98,8 @@ def quantize_sr(
 
     Raises:
         InputError: no crops; bits outside 2-8; a scope without layers; NaN or Inf anywhere; a network
-            that is quantized already; a layer in scope that cannot be, such as nn.MultiheadAttention.
+            that is quantized already, or does not return one image; a layer in scope that cannot be,
+            such as nn.MultiheadAttention.
 
     Example:
         >>> model = quantize_sr(swinir, crops, weight_bits=3, activation_bits=3)
@@ -107,13 +115,16 @@ def quantize_sr(
     check_choice("overflow", overflow, get_args(Overflow))
     if not isinstance(reconditioning, ReconditioningConfig | None):
         check_choice("reconditioning", reconditioning, ("auto", None, "a ReconditioningConfig"))
-    _check_calibration(calibration)
+    calibration = image_batch(calibration)
+    model = plain_float_copy(model)
     _check_is_float(model)
-    model = deepcopy(model).eval()
+    rebuilt = rebuilt_parameters(model, lambda network: network(calibration[:1]))
     others = other_bits is not None
     layers = find_layers(
         model, calibration[:1], scope, others=others, name_blacklist=name_blacklist
     )
+    for layer in layers:
+        refuse_rebuilt(layer.name, f"{layer.name}.weight", rebuilt, "put it in name_blacklist")
     outside = {layer.name for layer in layers if not layer.in_scope}
 
     def bits(name: str, usual: int) -> int:
@@ -158,16 +169,6 @@ def feature_blocks(model: nn.Module) -> list[str]:
     """Names of the blocks that hold the quantized layers; see the core's ``feature_blocks``."""
     names = [name for name, module in model.named_modules() if has_weight_quantizer(module)]
     return distillation.feature_blocks(model, names)
-
-
-def _check_calibration(calibration: Tensor) -> None:
-    if calibration.ndim != 4 or not len(calibration):
-        raise InputError(
-            f"calibration of shape {tuple(calibration.shape)} holds no images: "
-            "give (count, channels, height, width)"
-        )
-    if not calibration.isfinite().all():
-        raise InputError("NaN or Inf in the calibration images: check how they were read")
 
 
 def _check_is_float(model: nn.Module) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
+import torch
 from nncf.torch.function_hook.nncf_graph.nncf_graph_builder import GraphModelWrapper
 from torch import Tensor, nn
 
@@ -17,8 +19,8 @@ from condiquant_nncf.learned_bounds import create_quantizers
 from condiquant_nncf.statistics import collect_moments
 from condiquant_nncf.torch_backend import wrap
 from condiquant_plugin import distributed, reconditioning
-from condiquant_plugin.errors import InputError
 from condiquant_plugin.fake_quantizer import FakeQuantizer, fake_quantizers, search_bounds
+from condiquant_plugin.intake import image_batch, plain_float_copy
 from condiquant_plugin.reconditioning import LayerReport, ReconditioningConfig
 
 
@@ -54,8 +56,9 @@ def quantize_network(
     share the work, and each returns the same model, bit for bit.
 
     Args:
-        network: float network, left untouched.
-        crops: calibration inputs, ``(count, channels, height, width)``.
+        network: float network, left untouched; see :func:`condiquant_plugin.intake.plain_float_copy`.
+        crops: calibration inputs, ``(count, channels, height, width)``, or what
+            :func:`condiquant_plugin.intake.image_batch` makes them of.
         bounds_crops: how many of them the bounds are searched on, in one batch.
         batch_size: crops in one forward pass while moments are collected.
 
@@ -66,8 +69,7 @@ def quantize_network(
     """
     seconds = {"gram": 0.0, "recondition": 0.0, "bounds": 0.0}
     with distributed.failing_together("reading the network"):
-        if not len(crops):
-            raise InputError("no calibration images: give at least one")
+        crops = image_batch(crops, takes=partial(_takes, network))
         wrapped = wrap(network, crops[:1])
         layers = config.find_layers(wrapped)
     scoped = [layer for layer in layers if layer.in_scope]
@@ -86,6 +88,15 @@ def quantize_network(
         )
     model = _with_bounds(wrapped, layers, config, crops[:bounds_crops], seconds)
     return QuantizedNetwork(model, layers, reports, seconds)
+
+
+@torch.no_grad()
+def _takes(network: nn.Module, x: Tensor) -> bool:
+    try:
+        plain_float_copy(network)(x)
+    except Exception:
+        return False
+    return True
 
 
 def _with_bounds(

@@ -216,9 +216,12 @@ def _run(
             prepared = prepare(model, split_attention=then == "bounds")
             result = finish(pipeline.run(prepared, dataset), config)
         else:
+            from condiquant_nncf.torch_backend import as_float32
             from condiquant_nncf.torch_backend import prepare as wrap_checked
 
-            result = pipeline.run(wrap_checked(model, example), dataset).model
+            transform = dataset._transform_func or (lambda item: item)
+            items = nncf.Dataset(dataset._data_source, lambda item: as_float32(transform(item)))
+            result = pipeline.run(wrap_checked(model, example), items).model
     algorithms = [algorithm for step in pipeline.pipeline_steps for algorithm in step]
     return result, [r for a in algorithms if isinstance(a, CondiQuant) for r in a.reports]
 

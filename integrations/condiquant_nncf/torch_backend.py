@@ -2,31 +2,36 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
-from copy import deepcopy
 from typing import Any
 
 import nncf
 import nncf.torch.graph.operator_metatypes as om
 import torch
+import torch.nn.functional as F
 from nncf.common.factory import EngineFactory, ModelTransformerFactory
 from nncf.common.graph.graph import NNCFGraph, NNCFNode
 from nncf.common.graph.transformations.commands import TargetType
 from nncf.common.graph.transformations.layout import TransformationLayout
-from nncf.torch.function_hook import get_hook_storage, wrap_model
+from nncf.torch.function_hook import get_hook_storage, is_wrapped, wrap_model
 from nncf.torch.function_hook.commands import PT2ConstUpdateCommand, PT2InsertionCommand
 from nncf.torch.function_hook.nncf_graph.nncf_graph_builder import GraphModelWrapper
 from nncf.torch.graph.transformations.commands import PTTargetPoint
 from nncf.torch.model_graph_manager import get_const_data, get_const_node
 from nncf.torch.quantization.layers import BaseQuantizer, BaseWeightsDecompressor
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map_only
 
 from condiquant_nncf.backend import CondiQuantAlgoBackend, Solved
 from condiquant_nncf.fake_quantizer import HookFakeQuantizer
 from condiquant_nncf.layers import Layer, same_padding
+from condiquant_plugin.calls import calling_module
 from condiquant_plugin.errors import InputError
 from condiquant_plugin.fake_quantizer import FakeQuantizer
 from condiquant_plugin.gram import LayerGeometry
+from condiquant_plugin.intake import plain_float_copy, rebuilt_parameters, refuse_rebuilt
 
 _LINEAR = (om.PTLinearMetatype,)
 _CONVOLUTIONS = (
@@ -35,6 +40,13 @@ _CONVOLUTIONS = (
     om.PTConvTranspose2dMetatype,
 )
 _PRODUCTS = (om.PTMatMulMetatype,)
+_CONVOLUTION_FUNCTIONS = (F.conv2d, F.conv_transpose2d)
+_ARGUMENTS: dict[Any, tuple[str, ...]] = {
+    **dict.fromkeys((F.linear, *_CONVOLUTION_FUNCTIONS), ("input", "weight", "bias")),
+    torch.matmul: ("input", "other"),
+    **dict.fromkeys((torch.bmm, torch.mm), ("input", "mat2")),
+}
+"""Tensors that a function takes, in order."""
 _QUANTIZERS = (FakeQuantizer, BaseQuantizer, BaseWeightsDecompressor)
 
 
@@ -46,13 +58,65 @@ def wrap(network: nn.Module, example_input: Any) -> GraphModelWrapper:
             dict holds several inputs.
 
     Raises:
-        InputError: if the network itself is an ``nn.Sequential``, which would call NNCF's hooks as layers.
+        InputError: the network itself is an ``nn.Sequential``, which would call NNCF's hooks as layers;
+            it does not take the example, or does not return one tensor; see also
+            :func:`condiquant_plugin.intake.plain_float_copy`.
     """
-    if isinstance(network, nn.Sequential):
+    copy = plain_float_copy(network)
+    if isinstance(copy, nn.Sequential):
         raise InputError(
             "NNCF cannot hook into a bare nn.Sequential: make it a child of an nn.Module"
         )
-    return GraphModelWrapper(wrap_model(deepcopy(network).eval()), example_input)
+    example_input = as_float32(example_input)
+    rebuilt = frozenset[str]()
+    if not is_wrapped(copy):  # else it may have quantizers that NNCF compiles C++ for
+
+        def run(model: nn.Module) -> Any:
+            with _KeywordCalls(model):
+                if isinstance(example_input, dict):
+                    return model(**example_input)
+                inputs = example_input if isinstance(example_input, tuple) else (example_input,)
+                return model(*inputs)
+
+        rebuilt = frozenset(rebuilt_parameters(copy, run))
+    wrapped = _Wrapped(wrap_model(copy), example_input)
+    wrapped.rebuilt = rebuilt
+    return wrapped
+
+
+def as_float32(inputs: Any) -> Any:
+    """``inputs`` with all float tensors in float32."""
+    return tree_map_only(Tensor, lambda x: x.float() if x.is_floating_point() else x, inputs)
+
+
+class _Wrapped(GraphModelWrapper):
+    """Knows as well which parameters a forward pass overwrites."""
+
+    rebuilt: frozenset[str] = frozenset()
+
+
+class _KeywordCalls(TorchFunctionMode):
+    """Refuses calls whose tensors NNCF would take for one another: it counts them as they come."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self._names = {module: name for name, module in model.named_modules()}
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        order = _ARGUMENTS.get(func, ())
+        given = [name for name, value in kwargs.items() if name in order and value is not None]
+        fixed = given == sorted(given, key=order.index)
+        if not fixed or (given and not args and func in _CONVOLUTION_FUNCTIONS):
+            module = calling_module(sys._getframe(1))
+            place = self._names.get(module) or type(module).__name__ if module else "the network"
+            raise InputError(
+                f"{place} calls {func.__name__} with {given[0]}=, where NNCF mistakes its tensors: pass "
+                f"{' and '.join(order[:2])} by position"
+            )
+        return func(*args, **kwargs)
 
 
 def prepare(network: nn.Module, example_input: Any) -> GraphModelWrapper:
@@ -64,7 +128,7 @@ def prepare(network: nn.Module, example_input: Any) -> GraphModelWrapper:
     wrapped = wrap(network, example_input)
     PTCondiQuantAlgoBackend(wrapped, NNCFGraph()).check_is_float()
     with torch.no_grad():
-        EngineFactory.create(wrapped).infer(example_input)
+        EngineFactory.create(wrapped).infer(wrapped.example_input)
     return wrapped
 
 
@@ -80,9 +144,10 @@ class PTCondiQuantAlgoBackend(CondiQuantAlgoBackend):
         return type(self.model.model).__name__
 
     def is_quantized(self) -> bool:
-        """Whether a hook is a quantizer, NNCF's or ours."""
-        hooks = get_hook_storage(self.model.model).named_hooks()
-        return any(isinstance(hook, _QUANTIZERS) for _, hook in hooks)
+        """Whether a module or hook is a quantizer, NNCF's or ours."""
+        hooks = (hook for _, hook in get_hook_storage(self.model.model).named_hooks())
+        found = (*self.model.model.modules(), *hooks)
+        return any(isinstance(module, _QUANTIZERS) for module in found)
 
     def input_nodes(self) -> list[NNCFNode]:
         """Where the model's inputs come in."""
@@ -121,6 +186,8 @@ class PTCondiQuantAlgoBackend(CondiQuantAlgoBackend):
         product = node.metatype in _PRODUCTS
         bias_node = None if product else self._constant(node, 2, "bias")
         weight_name = weight_node.layer_attributes.name
+        rebuilt: frozenset[str] = getattr(self.model, "rebuilt", frozenset())
+        refuse_rebuilt(node.node_name, weight_name, rebuilt, "put it in ignored_scope")
         return Layer(
             weight_name.removesuffix(".weight"),
             node,

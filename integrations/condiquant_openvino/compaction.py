@@ -13,7 +13,7 @@ import openvino as ov
 import openvino.opset13 as ops
 from numpy.typing import NDArray
 
-from condiquant_openvino.quantizer_graphs import PREFIX
+from condiquant_openvino.quantizer_graphs import role_of
 
 _FEWEST_ENTRIES = 16384
 _FEWEST_HALVED = 16
@@ -68,13 +68,13 @@ def halve(model: ov.Model) -> None:
 def _must_be_exact(port: ov.Input) -> bool:
     """Whether a constant is a quantizer's there, or something that shapes are computed from."""
     node = port.get_node()
-    if node.get_friendly_name().startswith(PREFIX):
+    if role_of(node) is not None:
         return True
     if node.get_type_name() == "FakeQuantize":
         return bool(port.get_index() > 0)
     if node.get_type_name() == "Gather":  # of a weight's codes
         users = [target.get_node() for target in node.output(0).get_target_inputs()]
-        return any(user.get_friendly_name().startswith(PREFIX) for user in users)
+        return any(role_of(user) is not None for user in users)
     rank = node.get_output_partial_shape(0).rank
     return node.get_type_name() == "Interpolate" or (rank.is_static and rank.get_length() < 2)
 

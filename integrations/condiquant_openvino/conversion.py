@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from enum import Enum, auto
@@ -27,6 +27,9 @@ from condiquant_openvino.rearranging import collapse
 from condiquant_openvino.separating import separate
 from condiquant_openvino.simplification import simplify
 from condiquant_plugin import FakeQuantizer, InputError, fake_quantizers
+from condiquant_plugin.intake import check_is_float32, check_output
+
+_CALL = re.compile(r"#\d+$")
 
 
 class Placeholder(ov.Op):
@@ -70,8 +73,7 @@ def labelled(model: nn.Module) -> Iterator[dict[str, FakeQuantizer]]:
     """Fake quantizers by a label unique in ``model``: the name, else the module path."""
     found = fake_quantizers(model)
     names = {path: quantizer.name for path, quantizer in found.items()}
-    counts = Counter(names.values())
-    labels = {path: name if name and counts[name] == 1 else path for path, name in names.items()}
+    labels = _labels(names)
     try:
         for path, quantizer in found.items():
             quantizer.name = labels[path]
@@ -81,9 +83,43 @@ def labelled(model: nn.Module) -> Iterator[dict[str, FakeQuantizer]]:
             quantizer.name = names[path]
 
 
+def _labels(names: Mapping[str, str]) -> dict[str, str]:
+    """Labels by path, none of which :func:`call_label` gives another one of them."""
+    counts = Counter(names.values())
+    labels: dict[str, str] = {}
+    for path, name in names.items():
+        label = name if name and counts[name] == 1 else path
+        while _CALL.search(label) or label in labels.values():
+            label += "_"
+        labels[path] = label
+    return labels
+
+
 def call_label(label: str, call: int) -> str:
     """Label of the ``call``-th use of a quantizer in one forward pass."""
     return label if call == 0 else f"{label}#{call}"
+
+
+@contextmanager
+def _labelled_calls(model: nn.Module) -> Iterator[None]:
+    """Labels are given where the simulation counts: calls of no consequence are not in the graph."""
+    calls: Counter[FakeQuantizer] = Counter()
+    with labelled(model) as quantizers:
+        labels = {quantizer: label for label, quantizer in quantizers.items()}
+
+        def enter(quantizer: FakeQuantizer, _inputs: tuple[Tensor, ...]) -> None:
+            quantizer.name = call_label(labels[quantizer], calls[quantizer])
+            calls[quantizer] += 1
+
+        handles = [q.register_forward_pre_hook(enter) for q in quantizers.values()]
+        try:
+            handles.append(
+                model.register_forward_hook(lambda m, _, output: check_output(m, output))
+            )
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
 
 def convert(
@@ -107,14 +143,14 @@ def convert(
         static: keep the example's height and width.
 
     Raises:
-        InputError: if OpenVINO cannot convert the model.
+        InputError: if OpenVINO cannot convert the model, or it is not float32 with one output.
     """
-    example_input = example_input[:1]
+    example_input = example_input[:1].float()
+    check_is_float32(model)
     shape: list[int] = list(example_input.shape)
     if not static and len(shape) == 4:
         shape[2:] = [-1, -1]
     quantizers: dict[str, Quantizer] = {}
-    calls: Counter[str] = Counter()
 
     def mark(context: Any) -> list[ov.Output]:
         lower, step = (
@@ -123,18 +159,16 @@ def convert(
             )
             for i in (1, 2)
         )
-        bits, kind, name, refinement = (
+        bits, kind, label, refinement = (
             context.get_values_from_const_input(i) for i in (3, 4, 5, 6)
         )
-        label = call_label(name, calls[name])
-        calls[name] += 1
         quantizers[label] = Quantizer(label, lower, step, int(bits), kind, int(refinement))
         return Placeholder([context.get_input(0)], label).outputs()
 
     extension = ConversionExtension("condiquant::fake_quantize", mark)
     was_training = model.training
     try:
-        with labelled(model.eval()), torch.no_grad(), warnings.catch_warnings():
+        with _labelled_calls(model.eval()), torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore", torch.jit.TracerWarning)
             traced = torch.jit.trace(model, example_input, strict=False, check_trace=False)
             converted = ov.convert_model(
@@ -164,6 +198,7 @@ def write_quantizers(model: ov.Model, quantizers: dict[str, Quantizer]) -> ov.Mo
         quantizers: by the labels of the placeholders.
     """
     name = model.get_friendly_name()
+    _give_up_names(model)
     simplify(model)
     _absorb_transposes(model, quantizers)
     _replace_placeholders(model, quantizers)
@@ -176,6 +211,13 @@ def write_quantizers(model: ov.Model, quantizers: dict[str, Quantizer]) -> ov.Mo
     model.set_friendly_name(name)
     _name_reproducibly(model)
     return model
+
+
+def _give_up_names(model: ov.Model) -> None:
+    """Rename what was there before and looks like a part of a quantizer."""
+    for node in model.get_ops():
+        if quantizer_graphs.role_of(node) is not None:
+            node.set_friendly_name(f"original/{node.get_friendly_name()}")
 
 
 def _name_reproducibly(model: ov.Model) -> None:

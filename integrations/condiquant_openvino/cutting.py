@@ -10,7 +10,7 @@ import numpy as np
 import openvino as ov
 import openvino.opset13 as ops
 
-from condiquant_openvino.quantizer_graphs import EXIT, PREFIX, is_encoder
+from condiquant_openvino.quantizer_graphs import EXITS, is_encoder, node_name, role_of
 from condiquant_openvino.saving import core_of_process
 from condiquant_openvino.sites import Array, Arrays, Site
 
@@ -134,7 +134,7 @@ class Pieces:
         self._sources: dict[str, ov.Output] = {}
         for name, value in values.items():
             node = self.nodes[name]
-            if EXIT in name:
+            if role_of(node) in EXITS:
                 self._cut(name, node.output(0), node.output(0).get_target_inputs(), value)
             elif is_encoder(node) and any(bound.size > 1 for bound in _bounds(node)):
                 # Behind no kernel the plugin refuses bounds per channel: its integers are put in.
@@ -143,7 +143,7 @@ class Pieces:
             else:
                 self._cut(name, node.input_value(0), {node.input(0)}, value)
         for label, value in (weights or {}).items():
-            node = self.nodes[PREFIX + label]
+            node = self.nodes[node_name(label)]
             constant = ops.constant(value.reshape(list(node.get_output_shape(0))))
             for port in node.output(0).get_target_inputs():
                 port.replace_source_output(constant.output(0))

@@ -16,10 +16,9 @@ import numpy as np
 import openvino as ov
 
 from condiquant_openvino.quantizer_graphs import (
-    EXIT,
-    PREFIX,
     PRODUCTS,
     constant_values,
+    label_of,
     only_rearranges,
     origin,
     output_channel_axes,
@@ -197,10 +196,7 @@ class _Operand:
         self.product = product
         self.source = product.input_value(index)
         self.node = origin(self.source)
-        name = self.node.get_friendly_name()
-        self.label = ""
-        if name.startswith(PREFIX):
-            self.label = name.removeprefix(PREFIX).removesuffix(EXIT)
+        self.label = label_of(self.node) or ""
         self.is_weight = index == 1 and self.node.get_name() in constants
         self.is_elementwise = bool(self.label) and self.node.get_type_name() == "Add"
         self.quantized = bool(self.label) or self._is_fake_quantize() or self._is_integer()
@@ -255,7 +251,7 @@ class _Operand:
         node = self.node
         while node.inputs() and node.get_type_name() not in _ENDS:
             node = origin(node.input_value(0))
-            if node.get_friendly_name().startswith(PREFIX):
+            if label_of(node) is not None:
                 return str(self.node.get_type_name())
         return ""
 

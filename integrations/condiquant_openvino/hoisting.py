@@ -21,6 +21,7 @@ from condiquant_openvino.quantizer_graphs import (
     constant_values,
     has_weight,
     is_encoder,
+    label_of,
     redirect,
     to_bytes,
 )
@@ -222,7 +223,7 @@ def _merge_selections(tensor: ov.Output, axis: int, apart: set[str]) -> bool:
 def _encode(source: ov.Output, bounds: Bounds, like: _Encoder) -> ov.Output:
     levels, _ = like.kind
     byte = like.convert.get_output_element_type(0)
-    return to_bytes(source, bounds, levels, byte, like.node.get_friendly_name())
+    return to_bytes(source, bounds, levels, byte, label_of(like.node) or "")
 
 
 def _copy(node: ov.Node, source: ov.Output) -> ov.Output:

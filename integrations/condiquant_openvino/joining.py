@@ -6,7 +6,7 @@ import numpy as np
 import openvino as ov
 import openvino.opset13 as ops
 
-from condiquant_openvino.quantizer_graphs import BYTES, EXIT, bytes_of, has_weight, is_encoder
+from condiquant_openvino.quantizer_graphs import Role, bytes_of, has_weight, is_encoder, role_of
 
 
 def join(model: ov.Model) -> None:
@@ -20,7 +20,7 @@ def join(model: ov.Model) -> None:
         to_bytes = bytes_of(encoder)
         widened = to_bytes.input_value(0).get_node()
         decoders = [port.get_node() for port in to_bytes.output(0).get_target_inputs()]
-        if not widened.get_friendly_name().endswith(BYTES) or len(decoders) != 1:
+        if role_of(widened) is not Role.BYTES or len(decoders) != 1:
             continue
         if decoders[0].get_type_name() != "Convert":
             continue
@@ -29,7 +29,7 @@ def join(model: ov.Model) -> None:
         if scaled.get_type_name() != "Multiply":
             continue
         consumers = [port.get_node() for port in scaled.output(0).get_target_inputs()]
-        if not scaled.get_friendly_name().endswith(EXIT) or not all(map(has_weight, consumers)):
+        if role_of(scaled) is not Role.EXIT or not all(map(has_weight, consumers)):
             continue
         lowest, highest = (widened.input_value(i) for i in (1, 2))
         fine = scaled.input_value(1).get_node().data

@@ -11,11 +11,9 @@ import openvino as ov
 from condiquant_openvino.comparison import Example
 from condiquant_openvino.cutting import FloatOperands, Pieces, Runner
 from condiquant_openvino.quantizer_graphs import (
-    EXIT,
-    PREFIX,
     PRODUCTS,
-    TRANSPOSED,
     constant_values,
+    label_of,
     origin,
 )
 from condiquant_openvino.sites import Array, value_range
@@ -65,7 +63,12 @@ def check_layers(
     image, in_float = example.image, Runner(runner.device, F32)
     floats = _float_operands(ir, image, layers, in_float)
     exits = {site.exit: example.quantized[site.label] for site in example.sites}
-    weights = {n: w for n, w in example.expected.quantized.items() if n not in example.quantized}
+    written = set(filter(None, map(label_of, ir.get_ops())))
+    weights = {
+        label: values
+        for label, values in example.expected.quantized.items()
+        if label in written and label not in example.quantized
+    }
     exported = Pieces(ir, example.entries, floats=floats)
     reference = Pieces(ir, exits, weights=weights, floats=floats)
     results = []
@@ -96,18 +99,11 @@ def quantized_products(nodes: Iterable[ov.Node]) -> list[Layer]:
     layers = []
     for node in nodes:
         if node.get_type_name() in PRODUCTS:
-            operands = _quantizer_label(node.input_value(0)), _quantizer_label(node.input_value(1))
-            if operands != (None, None):
-                layers.append(Layer(node.get_friendly_name(), node.get_type_name(), operands))
+            first, second = (label_of(origin(node.input_value(operand))) for operand in (0, 1))
+            if (first, second) != (None, None):
+                name, operator = node.get_friendly_name(), node.get_type_name()
+                layers.append(Layer(name, operator, (first, second)))
     return layers
-
-
-def _quantizer_label(source: ov.Output) -> str | None:
-    """Label of the quantizer whose values ``source`` has."""
-    name = origin(source).get_friendly_name()
-    if not name.startswith(PREFIX):
-        return None
-    return str(name.removesuffix(TRANSPOSED).removesuffix(EXIT).removeprefix(PREFIX))
 
 
 def _float_operands(

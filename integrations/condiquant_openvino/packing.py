@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Collection, Iterator
 from typing import get_args
 
@@ -10,9 +9,8 @@ import numpy as np
 import openvino as ov
 from numpy.typing import NDArray
 
-from condiquant_openvino.conversion import Placeholder, call_label, write_quantizers
+from condiquant_openvino.conversion import Placeholder, write_quantizers
 from condiquant_openvino.quantizer_graphs import (
-    PREFIX,
     PRODUCTS,
     Quantizer,
     only_rearranges,
@@ -40,12 +38,9 @@ def pack(model: ov.Model) -> ov.Model:
     """
     model = model.clone()
     found = _on_lattice(model)
-    labels: Counter[str] = Counter()
     quantizers: dict[str, Quantizer] = {}
     for node, (lower, step, bits, kind, refinement) in found:
-        name = node.get_friendly_name().removeprefix(PREFIX)
-        label = call_label(name, labels[name])
-        labels[name] += 1
+        label = node.get_friendly_name()
         quantizers[label] = Quantizer(label, lower, step, bits, kind, refinement)
         redirect(node.output(0), Placeholder([node.input_value(0)], label).output(0))
     if not quantizers:
@@ -82,7 +77,7 @@ def _grid(node: ov.Node) -> _Grid | None:
     if not (upper > lower).all():
         return None
     kind = _kind(node)
-    step = ((upper.astype(np.float64) - lower) / (2**bits - 1)).astype(np.float32)
+    step = np.asarray((upper.astype(np.float64) - lower) / (2**bits - 1), np.float32)
     if lower.size == 1:
         lower, step = lower.reshape(()), step.reshape(())
     for overflow in get_args(grid.Overflow):

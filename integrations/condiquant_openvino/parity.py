@@ -38,6 +38,7 @@ from condiquant_openvino.cutting import OUTPUT, Runner, cut_sets
 from condiquant_openvino.layer_parity import F32, LayerParity, check_layers
 from condiquant_openvino.saving import read_ir
 from condiquant_openvino.simulation import Rounding
+from condiquant_plugin.intake import check_is_float32
 
 PROPERTIES: Mapping[str, Mapping[str, Any]] = {
     "f32": F32,
@@ -150,9 +151,11 @@ def check_parity(
             choice, which is bfloat16 for float operators on CPUs that have it.
 
     Raises:
-        InputError: if the path is no IR.
+        InputError: if the path is no IR, or the model is not float32 with one output.
     """
     ir = ov_model_or_path if isinstance(ov_model_or_path, ov.Model) else read_ir(ov_model_or_path)
+    check_is_float32(model)
+    inputs = [image.float() for image in inputs]
     examples = [Example(model, ir, image, device) for image in inputs]
     runner = Runner(device, properties)
     parity = _end_to_end_and_stretches(model, ir, inputs, examples, runner)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 
 import numpy as np
 import openvino as ov
@@ -18,10 +19,22 @@ from numpy.typing import NDArray
 
 from condiquant_plugin import grid
 
-PREFIX = "fake_quantize/"
-EXIT = "/exit"
-TRANSPOSED = "/transposed"
-BYTES = "/bytes"
+
+class Role(StrEnum):
+    """What a node of a written quantizer does; stands in front of the label, which users choose."""
+
+    MAIN = "fake_quantize"
+    """Rounds an activation, or gives a packed weight."""
+    BYTES = "fake_quantize.bytes"
+    POSITION = "fake_quantize.position"
+    SCALED = "fake_quantize.scaled"
+    EXIT = "fake_quantize.exit"
+    """Gives the quantized values of an activation."""
+    TRANSPOSED_EXIT = "fake_quantize.transposed_exit"
+    """Gives them with the last two axes swapped against the network."""
+
+
+EXITS = (Role.EXIT, Role.TRANSPOSED_EXIT)
 
 _OUTPUT_CHANNEL_AXES = {
     "Convolution": {0},
@@ -55,6 +68,10 @@ class Quantizer:
         """Whether its integers are i8; else u8. Zero is 0 in both."""
         return bool(self.zero() > 0)
 
+    @property
+    def exit_role(self) -> Role:
+        return Role.TRANSPOSED_EXIT if self.transposed else Role.EXIT
+
     def zero(self) -> NDArray[np.int32]:
         """Position of zero in lattice steps, shape of ``lower``."""
         lower, step = self.lower.astype(np.float64), self.step.astype(np.float64)
@@ -66,6 +83,29 @@ class Quantizer:
             torch.tensor(x), torch.from_numpy(self.lower), torch.from_numpy(self.step), self.bits
         )
         return found.numpy()
+
+
+def node_name(label: str, role: Role = Role.MAIN) -> str:
+    """Friendly name of a node of the quantizer ``label``."""
+    return f"{role}/{label}"
+
+
+def parse_name(name: str) -> tuple[Role, str] | None:
+    """Role and label in a friendly name; None for a node of no quantizer."""
+    role, slash, label = name.partition("/")
+    return (Role(role), label) if slash and role in list(Role) else None
+
+
+def role_of(node: ov.Node) -> Role | None:
+    """What ``node`` does in a quantizer; None if it belongs to none."""
+    parsed = parse_name(node.get_friendly_name())
+    return None if parsed is None else parsed[0]
+
+
+def label_of(node: ov.Node) -> str | None:
+    """Label of the quantizer that ``node`` belongs to; None if it belongs to none."""
+    parsed = parse_name(node.get_friendly_name())
+    return None if parsed is None else parsed[1]
 
 
 def redirect(old: ov.Output, new: ov.Output) -> None:
@@ -118,8 +158,7 @@ def has_weight(node: ov.Node) -> bool:
     if node.get_type_name() not in PRODUCTS:
         return False
     weight = origin(node.input_value(1))
-    name = weight.get_friendly_name()
-    return weight.get_type_name() == "Constant" or (name.startswith(PREFIX) and EXIT not in name)
+    return weight.get_type_name() == "Constant" or role_of(weight) is Role.MAIN
 
 
 def output_channel_axes(product: ov.Node) -> set[int]:
@@ -146,18 +185,18 @@ def encode(x: ov.Output, quantizer: Quantizer) -> ov.Output:
     values = [i * fine for i in integers]
     bounds = [np.array(v, np.float32) for v in (*values, *integers)]
     byte = ov.Type.i8 if quantizer.is_signed else ov.Type.u8
-    return to_bytes(x, bounds, last_code + 1, byte, PREFIX + quantizer.label)
+    return to_bytes(x, bounds, last_code + 1, byte, quantizer.label)
 
 
 def to_bytes(
-    x: ov.Output, bounds: Sequence[NDArray[np.float32]], levels: int, byte: ov.Type, name: str
+    x: ov.Output, bounds: Sequence[NDArray[np.float32]], levels: int, byte: ov.Type, label: str
 ) -> ov.Output:
     """FakeQuantize of ``x`` by its input and output bounds, as bytes."""
-    integers = _fake_quantize(x, bounds, levels, name)
+    integers = _fake_quantize(x, bounds, levels, node_name(label))
     if levels != 256 and not (levels == 16 and byte == ov.Type.u8):
         lowest = np.float32(-128 if byte == ov.Type.i8 else 0)
         extent = [np.array(lowest), np.array(lowest + np.float32(255))]
-        integers = _fake_quantize(integers, extent * 2, 256, name + BYTES)
+        integers = _fake_quantize(integers, extent * 2, 256, node_name(label, Role.BYTES))
     return ops.convert(integers, byte).output(0)
 
 
@@ -175,8 +214,7 @@ def decode(integers: ov.Output, quantizer: Quantizer) -> ov.Output:
     values = ops.convert(integers, np.float32)
     fine = quantizer.step / np.float32(quantizer.refinement)
     result = ops.multiply(values, ops.constant(fine.astype(np.float32)))
-    suffix = EXIT + TRANSPOSED if quantizer.transposed else EXIT
-    result.set_friendly_name(PREFIX + quantizer.label + suffix)
+    result.set_friendly_name(node_name(quantizer.label, quantizer.exit_role))
     return result.output(0)
 
 
@@ -184,15 +222,14 @@ def elementwise(x: ov.Output, quantizer: Quantizer) -> ov.Output:
     """For float kernels: the formula of the simulation, which no transform recognises."""
     lower, step = ops.constant(quantizer.lower), ops.constant(quantizer.step)
     shifted = ops.subtract(x, lower)
-    shifted.set_friendly_name(PREFIX + quantizer.label)
+    shifted.set_friendly_name(node_name(quantizer.label))
     position = ops.divide(shifted, step)
     codes = ops.round(ops.clamp(position, 0.0, 2.0**quantizer.bits - 1), "half_to_even")
     scaled = ops.multiply(codes, step)
-    for node, part in ((position, "/position"), (scaled, "/scaled")):
-        node.set_friendly_name(PREFIX + quantizer.label + part)
+    position.set_friendly_name(node_name(quantizer.label, Role.POSITION))
+    scaled.set_friendly_name(node_name(quantizer.label, Role.SCALED))
     result = ops.add(scaled, lower)
-    suffix = EXIT + TRANSPOSED if quantizer.transposed else EXIT
-    result.set_friendly_name(PREFIX + quantizer.label + suffix)
+    result.set_friendly_name(node_name(quantizer.label, quantizer.exit_role))
     return result.output(0)
 
 
@@ -223,7 +260,7 @@ def weight(
     if int8:
         integers = ops.convert(integers, np.float32)
     result = ops.multiply(integers, ops.constant(scale))
-    result.set_friendly_name(PREFIX + quantizer.label)
+    result.set_friendly_name(node_name(quantizer.label))
     return result.output(0)
 
 
@@ -258,12 +295,7 @@ def _fake_quantize(
 
 def is_encoder(node: ov.Node) -> bool:
     """Whether a node is the FakeQuantize that rounds in :func:`encode`."""
-    name = node.get_friendly_name()
-    return bool(
-        node.get_type_name() == "FakeQuantize"
-        and name.startswith(PREFIX)
-        and not name.endswith((BYTES, EXIT))
-    )
+    return node.get_type_name() == "FakeQuantize" and role_of(node) is Role.MAIN
 
 
 def per_row(values: NDArray, old: tuple[int, ...], new: tuple[int, ...]) -> NDArray:

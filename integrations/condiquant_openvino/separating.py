@@ -7,15 +7,17 @@ import openvino as ov
 import openvino.opset13 as ops
 
 from condiquant_openvino.quantizer_graphs import (
-    BYTES,
-    EXIT,
-    PREFIX,
+    EXITS,
     PRODUCTS,
+    Role,
     bytes_of,
     constant_values,
     has_weight,
     is_encoder,
+    label_of,
+    node_name,
     origin,
+    role_of,
 )
 
 _POST_OPERATORS = {
@@ -62,7 +64,7 @@ def _clamp_between(encoder: ov.Node) -> None:
     """In the kernel of the product the first of two FakeQuantize in a row is lost."""
     lowest, highest = (encoder.input_value(i).get_node().data for i in (3, 4))
     for port in encoder.output(0).get_target_inputs():
-        if port.get_node().get_friendly_name().endswith((BYTES, EXIT)):
+        if role_of(port.get_node()) in (Role.BYTES, *EXITS):
             clamped = ops.clamp(encoder.output(0), float(lowest.min()), float(highest.max()))
             port.replace_source_output(clamped.output(0))
 
@@ -72,7 +74,7 @@ def _round_twice(encoder: ov.Node) -> None:
     integers = [encoder.input_value(i) for i in (3, 4)]
     ports = encoder.output(0).get_target_inputs()
     again = ops.fake_quantize(encoder.output(0), *integers, *integers, 256)
-    again.set_friendly_name(encoder.get_friendly_name() + BYTES)
+    again.set_friendly_name(node_name(label_of(encoder) or "", Role.BYTES))
     for port in ports:
         port.replace_source_output(again.output(0))
 
@@ -111,7 +113,7 @@ def _has_scale(values: ov.Output) -> bool:
     """Whether the scale of a quantized product may be moved behind ``values``."""
     node = values.get_node()
     if node.get_type_name() in PRODUCTS:
-        return any(origin(v).get_friendly_name().startswith(PREFIX) for v in node.input_values())
+        return any(role_of(origin(v)) is not None for v in node.input_values())
     tensors = [
         value
         for value in node.input_values()

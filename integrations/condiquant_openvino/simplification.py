@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
+
 import openvino as ov
 import openvino.opset13 as ops
 from openvino.passes import ConstantFolding, Manager
 
 from condiquant_openvino.quantizer_graphs import constant_values, redirect
+
+_PIXEL_SHUFFLE = re.compile(r"(?:^|/)aten::pixel_shuffle/[^/]+$")
 
 
 def simplify(model: ov.Model) -> None:
@@ -66,6 +70,6 @@ def _shuffle_pixels_at_once(transpose: ov.Node) -> None:
         return
     rows, columns = (d.get_length() for d in parts[2:4])
     # Height and width may be dynamic: that they are the image's is known from the operator's name.
-    if rows != columns or "pixel_shuffle" not in transpose.get_friendly_name():
+    if rows != columns or not _PIXEL_SHUFFLE.search(transpose.get_friendly_name()):
         return
     redirect(merged, ops.depth_to_space(image, "depth_first", rows).output(0))

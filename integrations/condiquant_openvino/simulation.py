@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_map
 from condiquant_openvino.conversion import call_label, labelled
 from condiquant_openvino.sites import Array, value_range
 from condiquant_plugin import FakeQuantizer
+from condiquant_plugin.intake import check_output
 
 _FLOAT32_BITS = 24
 _PRODUCTS = {"linear", "conv2d", "conv_transpose2d", "matmul", "__matmul__", "bmm", "einsum"}
@@ -90,7 +91,7 @@ def simulate(
         handles += [q.register_forward_hook(leave) for q in enabled]
         try:
             with mode or nullcontext():
-                output = model(image)
+                output = check_output(model, model(image))
         finally:
             for handle in handles:
                 handle.remove()

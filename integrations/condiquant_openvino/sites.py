@@ -14,7 +14,14 @@ import openvino as ov
 import openvino.opset13 as ops
 from numpy.typing import NDArray
 
-from condiquant_openvino.quantizer_graphs import EXIT, PREFIX, TRANSPOSED, bytes_of, is_encoder
+from condiquant_openvino.quantizer_graphs import (
+    EXITS,
+    Role,
+    bytes_of,
+    is_encoder,
+    node_name,
+    parse_name,
+)
 from condiquant_openvino.upscaling import compile_ir
 
 Array = NDArray[np.float32]
@@ -110,36 +117,30 @@ class Site:
 def locate(ir: ov.Model, image: Array, device: str) -> list[Site]:
     """All sites, in the order of the graph, for inputs of the shape of ``image``."""
     nodes = {node.get_friendly_name(): node for node in ir.get_ordered_ops()}
-    exits: dict[str, ov.Node] = {}
-    for name, node in nodes.items():
-        if name.startswith(PREFIX) and name.removesuffix(TRANSPOSED).endswith(EXIT):
-            exits[name] = node
+    parsed = {name: found for name in nodes if (found := parse_name(name)) is not None}
+    exits = {name: nodes[name] for name, (role, _) in parsed.items() if role in EXITS}
     encoders = {n.get_friendly_name(): n for n in nodes.values() if is_encoder(n)}
     rounded = {name: _encoder_above(node) for name, node in exits.items()}
-    entries = [PREFIX + _label(name) for name in exits if rounded[name] is None]
+    entries = [node_name(parsed[name][1]) for name in exits if rounded[name] is None]
     shapes = _input_shapes(ir, [*encoders, *entries], image)
     indices = _indices(
         ir, {n: e for n, e in rounded.items() if e is not None}, shapes, image, device
     )
     sites = []
     for name, node in exits.items():
-        label = _label(name)
-        transposed = name.endswith(TRANSPOSED)
+        role, label = parsed[name]
+        transposed = role is Role.TRANSPOSED_EXIT
         encoder = rounded[name]
         if encoder is None:
-            grid = _elementwise_grid(nodes[PREFIX + label])
-            shape = shapes[PREFIX + label]
-            sites.append(Site(label, PREFIX + label, name, transposed, grid, grid, shape, None))
+            entry = node_name(label)
+            grid = _elementwise_grid(nodes[entry])
+            sites.append(Site(label, entry, name, transposed, grid, grid, shapes[entry], None))
         else:
             index = indices.get(name)
             grids = _grids(node, encoders[encoder], shapes[encoder], index)
             shape = shapes[encoder]
             sites.append(Site(label, encoder, name, transposed, *grids, shape, index))
     return sites
-
-
-def _label(exit_name: str) -> str:
-    return exit_name.removesuffix(TRANSPOSED).removesuffix(EXIT).removeprefix(PREFIX)
 
 
 def _encoder_above(node: ov.Node) -> str | None:

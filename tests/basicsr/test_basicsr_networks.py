@@ -5,7 +5,15 @@ from basicsr.archs.swinir_arch import SwinIR
 from basicsr.utils.registry import ARCH_REGISTRY
 from spandrel.architectures.DAT import DAT
 
-from condiquant_basicsr import build_network, network_scale, pad_multiple, upscale
+import condiquant_nncf
+import condiquant_openvino
+from condiquant_basicsr import (
+    build_network,
+    load_network,
+    network_scale,
+    pad_multiple,
+    upscale,
+)
 from condiquant_plugin.errors import InputError
 
 COMPACT = {"type": "SRVGGNetCompact", "num_feat": 8, "num_conv": 2, "upscale": 3}
@@ -111,3 +119,31 @@ def test_image_smaller_than_the_padding(swinir, size):
     output = upscale(swinir, torch.rand(1, 3, *size), 2, 8)
     assert output.shape == (1, 3, 2 * size[0], 2 * size[1])
     assert output.isfinite().all()
+
+
+def test_span_becomes_single_convolutions_that_quantize(tmp_path):
+    torch.manual_seed(0)
+    section = {"type": "SPAN", "num_in_ch": 3, "num_out_ch": 3, "feature_channels": 16}
+    network = build_network(section | {"upscale": 2})
+    crops, path = torch.rand(2, 3, 24, 24), tmp_path / "span.pth"
+    torch.save({"params": network.state_dict()}, path)
+    with torch.no_grad():
+        expected = network(crops)
+    for given in (section | {"upscale": 2}, None):
+        loaded, scale = load_network(given, str(path))
+        with torch.no_grad():
+            torch.testing.assert_close(loaded(crops), expected)
+        assert scale == 2
+    config = condiquant_nncf.QuantizationConfig(scope="all")
+    quantized = condiquant_nncf.quantize_network(loaded, crops, config)
+    name = "block_1.c2_r.0"
+    (report,) = (r for r in quantized.reports if r.name == name)
+    assert report.quantized_output_error_after < report.quantized_output_error_before
+    with torch.no_grad():
+        quantized.model(crops)
+    trained = loaded.get_submodule(name).weight
+    assert (quantized.model.get_submodule(name).weight - trained).abs().max() > 1e-4
+    ir = condiquant_openvino.convert(quantized.model, crops[:1])
+    condiquant_openvino.check_parity(quantized.model, ir, [crops[:1]]).raise_if_broken()
+    with pytest.raises(InputError, match=r"eval_conv.* gets its weight anew"):
+        condiquant_nncf.quantize_network(network, crops, config)

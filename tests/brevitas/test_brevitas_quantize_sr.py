@@ -327,7 +327,7 @@ def broken(where):
         ((Twice(),), {}, "first is used more than once"),
         ((Twice(tied=True),), {}, "first is used more than once"),
         (("swinir", torch.empty(0, 3, 16, 16)), {}, "holds no images"),
-        (("swinir", torch.rand(3, 16, 16)), {}, r"shape \(3, 16, 16\) holds no images"),
+        (("swinir", torch.rand(16, 16)), {}, r"shape \(16, 16\): give \(count, channels"),
         (broken("images"), {}, "NaN or Inf in the calibration images"),
         (broken("weight"), {}, r"NaN or Inf in the \w+ of layers.0.residual_group.blocks.1.mlp"),
     ],
