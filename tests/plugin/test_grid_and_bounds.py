@@ -89,7 +89,9 @@ def test_every_form_rounds_to_the_nearest_code_and_ties_to_the_even_one(bits, fo
 
 
 @given(bit_widths, kinds, lowers, widths, st.integers(0, 2**31))
-def test_values_are_integers_of_the_lattice_in_training_and_inference(bits, kind, lower, width, seed):
+def test_values_are_integers_of_the_lattice_in_training_and_inference(
+    bits, kind, lower, width, seed
+):
     quantizer = FakeQuantizer(bits, kind)
     quantizer.set_bounds(lower, lower + width)
     snapped, refinement = quantizer.snapped(), grid.lattice(bits, kind).refinement
