@@ -15,7 +15,9 @@ def sampled(tensors):
 
 
 @settings(max_examples=10)
-@given(st.lists(st.sampled_from([1, 7, 1000, 2**16, 2**18, 2**18 + 1, 2**20]), min_size=1, max_size=5))
+@given(
+    st.lists(st.sampled_from([1, 7, 1000, 2**16, 2**18, 2**18 + 1, 2**20]), min_size=1, max_size=5)
+)
 def test_the_sample_keeps_its_room_equal_shares_and_the_extremes(sizes):
     *taken, lowest, highest = sampled(
         torch.arange(size, dtype=torch.float64) + place * 2**20 for place, size in enumerate(sizes)

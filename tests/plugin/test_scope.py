@@ -76,5 +76,5 @@ def test_a_scope_without_layers_names_the_remedy(scope, kinds, remedy):
 
 
 def test_a_network_without_layers_is_refused():
-    with pytest.raises(InputError, match="Net has no linear layer.*nothing to quantize"):
+    with pytest.raises(InputError, match=r"Net has no linear layer.*nothing to quantize"):
         select([], "all")
