@@ -205,3 +205,42 @@ def test_bounds_of_more_than_a_million_entries_see_all_channels_alike(channels):
     sample = torch.cat([sample, x.aminmax().min[None, None], x.aminmax().max[None, None]], 1)
     found = bounds.search(x.reshape(1, -1), 3, "activation")
     assert_same_bounds(found, bounds.search(sample, 3, "activation"))
+
+
+@pytest.mark.parametrize("kind", ["weight", "activation"])
+@pytest.mark.parametrize("entries", [100, 2**16, 2**21])
+@pytest.mark.parametrize("bits", [2, 8])
+def test_the_squared_error_of_a_search_is_that_of_its_bounds(bits, entries, kind):
+    x = torch.randn(2, entries) + torch.tensor([[0.5], [-1.0]])
+    found = bounds.search(x, bits, kind)
+    snapped = grid.snap(found.lower, found.upper, bits, kind)
+    lower, step = snapped.lower[:, None], snapped.step[:, None]
+    error = (grid.quantize(x, lower, step, bits) - x).double().square().sum(1)
+    tolerance = 5e-3 if entries < 2**20 else 5e-2  # a sample has few of the clipped entries
+    torch.testing.assert_close(found.squared_error.double(), error, rtol=tolerance, atol=0)
+
+
+@pytest.mark.parametrize("side", ["symmetric", "one_sided"])
+def test_no_finer_choice_of_bounds_is_much_better(side):
+    x = (
+        torch.nn.functional.gelu(torch.randn(1, 20_000))
+        if side == "one_sided"
+        else torch.randn(1, 20_000)
+    )
+    found = bounds.search(x, 4, "activation", side=side)
+    finer = bounds.search(x, 4, "activation", side=side, candidates=1000)
+    assert (
+        float(finer.squared_error)
+        <= float(found.squared_error)
+        <= 1.01 * float(finer.squared_error)
+    )
+
+
+@pytest.mark.parametrize("candidates", [1, 10])
+def test_the_first_candidate_is_the_whole_range(candidates):
+    x = torch.cat([torch.linspace(-3, 5, 17), torch.zeros(3)])[None]
+    found = bounds.search(x, 4, "operand", candidates=candidates)
+    assert (found.lower.item(), found.upper.item()) == pytest.approx((-3, 5), abs=0.04)
+    rows = torch.cat([x, 10 * x])
+    both = bounds.search(rows, 4, "operand", candidates=candidates)
+    assert_same_bounds(both, [torch.cat([bound, 10 * bound]) for bound in found[:2]])
