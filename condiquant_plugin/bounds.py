@@ -66,6 +66,7 @@ def search(
         residue = grid.quantize(centers[row], base, step, bits) - centers[row]
         error[row] = residue.square_() @ counts[row]
     best = error.argmin(1, keepdim=True)
+    error *= rows.shape[1] / counts.sum(1, keepdim=True)  # of long rows a part is counted
     upper = snapped.lower + snapped.step * last_code
     return Bounds(*(t.gather(1, best).squeeze(1) for t in (snapped.lower, upper, error)))
 

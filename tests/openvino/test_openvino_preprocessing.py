@@ -131,6 +131,15 @@ def test_upscaler_runs_it_like_any_other(tmp_path, static):
     torch.testing.assert_close(found * 255, (found * 255).round(), atol=1e-3, rtol=0)
 
 
+def test_upscaler_gives_it_the_nearest_grey_levels(tmp_path):
+    save(take_u8_nhwc(exported(Pointwise())), tmp_path / "u8.xml")
+    levels = np.arange(768).reshape(3, 16, 16) % 256
+    for offset in (-0.49, -0.25, 0.0, 0.25, 0.49):
+        image = ((levels + offset) / 255).astype(np.float32)
+        found = Upscaler(tmp_path / "u8.xml")(image)
+        np.testing.assert_array_equal(np.rint(found[:, ::2, ::2] * 255), levels)
+
+
 def test_what_takes_no_image_is_refused(quantized):
     ir = convert(quantized(nn.Linear(8, 8), torch.rand(1, 4, 8), 4), torch.rand(1, 4, 8))
     with pytest.raises(InputError, match=r"f32\[1,4,8\]"):

@@ -1,12 +1,19 @@
 import copy
 import dataclasses
+import itertools
 
 import pytest
 import torch
 from torch import nn
 
 from condiquant_plugin import FakeQuantizer, InputError, fake_quantizers
-from condiquant_plugin.distillation import DistillationConfig, distill, feature_loss
+from condiquant_plugin.distillation import (
+    DistillationConfig,
+    captured,
+    distill,
+    feature_blocks,
+    feature_loss,
+)
 
 CONFIG = DistillationConfig(iterations=40, validate_every=10, weights_rate=1e-3)
 
@@ -77,6 +84,89 @@ def test_the_checkpoint_that_did_best_on_held_out_crops_is_kept():
     assert all(torch.equal(a, b) for a, b in zip(start, student.parameters(), strict=True))
 
 
+def test_the_best_of_all_validations_is_kept():
+    student, teacher, crops, held_out, weights = networks()
+    config = dataclasses.replace(CONFIG, validate_every=2, iterations=41)
+    seen, kept = {}, {}
+
+    def validate(iteration: int, _loss: float = 0.0) -> None:
+        with torch.no_grad():
+            seen[iteration] = (student(held_out) - teacher(held_out)).abs().mean().item()
+        kept[iteration] = parameters(student)
+
+    validate(0)
+    arguments = {"trainable_weights": weights, "progress": validate}
+    result = distill(student, teacher, crops, held_out, config, **arguments)
+    validated = {i: loss for i, loss in seen.items() if i % 2 == 0 or i == 41}
+    best = min(validated, key=validated.__getitem__)
+    assert result.initial_loss == pytest.approx(seen[0])
+    assert (result.best_iteration, result.best_loss) == (best, pytest.approx(seen[best]))
+    assert result.iterations == len(seen) - 1 == 41
+    assert all(torch.equal(a, b) for a, b in zip(kept[best], student.parameters(), strict=True))
+    later = [loss for i, loss in validated.items() if i > best]
+    assert any(seen[best] < loss < seen[0] for loss in later)
+
+
+def test_a_first_step_moves_every_bound_by_its_rate_times_the_range():
+    student, teacher, crops, held_out, weights = networks()
+    rows = FakeQuantizer(4, "weight", row_blocks=4)
+    student[0].weight_quantizer = rows
+    student[2].input_quantizer.set_bounds(-30.0, 70.0)
+    rows.set_bounds(torch.tensor([-0.1, -0.2, -0.3, -0.4]), torch.tensor([0.1, 0.2, 0.5, 0.6]))
+    before = {n: (q.lower.clone(), q.upper.clone()) for n, q in fake_quantizers(student).items()}
+    start = [w.detach().clone() for w in weights]
+    moved = {}
+
+    def compare(_iteration: int, _loss: float) -> None:
+        for name, quantizer in fake_quantizers(student).items():
+            ends = zip((quantizer.lower, quantizer.upper), before[name], strict=True)
+            moved[name] = torch.stack([(now - old).detach().abs().max() for now, old in ends])
+        steps = [(now - old).abs().max() for now, old in zip(weights, start, strict=True)]
+        moved["weights"] = torch.stack(steps)
+
+    config = DistillationConfig(iterations=1, bounds_rate=1e-2, weights_rate=3e-4)
+    arguments = {"trainable_weights": weights, "progress": compare}
+    distill(student, teacher, crops, held_out, config, **arguments)
+    for name, (lower, upper) in before.items():
+        expected = 1e-2 * (upper - lower).mean().expand(2)
+        torch.testing.assert_close(moved[name], expected, rtol=1e-2, atol=0)
+    torch.testing.assert_close(moved["weights"], torch.full((4,), 3e-4), rtol=1e-2, atol=0)
+
+
+def test_the_rate_falls_to_zero_by_the_last_iteration():
+    student, teacher, crops, held_out, _ = networks()
+    uppers = [student[0].input_quantizer.upper.item()]
+
+    def keep(_iteration: int, _loss: float) -> None:
+        uppers.append(student[0].input_quantizer.upper.item())
+
+    distill(student, teacher, crops, held_out, CONFIG, progress=keep)
+    steps = [abs(b - a) for a, b in itertools.pairwise(uppers)]
+    assert steps[0] == max(steps)
+    assert max(steps[-2:]) < 0.02 * steps[0]
+
+
+def test_the_feature_loss_is_added_in_proportion_to_its_weight():
+    losses = []
+    for feature_weight in (0.0, 0.5, 2.0):
+        student, teacher, crops, held_out, _ = networks()
+        config = dataclasses.replace(CONFIG, iterations=1, feature_weight=feature_weight)
+        arguments = {"blocks": ["0", "2"], "progress": lambda _, loss: losses.append(loss)}
+        distill(student, teacher, crops, held_out, config, **arguments)
+    index = torch.randint(len(crops), (2,), generator=torch.Generator().manual_seed(0))
+    student, *_ = networks()
+    with (
+        torch.no_grad(),
+        captured(student, ["0", "2"]) as ours,
+        captured(teacher, ["0", "2"]) as theirs,
+    ):
+        output = (student(crops[index]) - teacher(crops[index])).abs().mean()
+    features = feature_loss([ours["0"], ours["2"]], [theirs["0"], theirs["2"]])
+    assert features > 0.01
+    for feature_weight, loss in zip((0.0, 0.5, 2.0), losses, strict=True):
+        assert loss == pytest.approx(float(output + feature_weight * features), rel=1e-5)
+
+
 @pytest.mark.parametrize("feature_weight", [0.0, 0.1])
 def test_an_interrupted_run_resumes_to_the_same_end(tmp_path, feature_weight):
     config = dataclasses.replace(CONFIG, feature_weight=feature_weight)
@@ -137,3 +227,36 @@ def test_feature_loss_ignores_scale_and_does_not_depend_on_size():
     small, large = torch.randn(2, 4, 3, 3), torch.randn(2, 64, 30, 30)
     assert feature_loss([small], [3 * small]) < 1e-6
     assert feature_loss([small, large], [-small, -large]).item() == pytest.approx(2.0)
+
+
+def test_feature_loss_is_the_mean_over_samples_and_blocks_of_distances_of_directions():
+    east, north = torch.tensor([[2.0, 0.0]]), torch.tensor([[0.0, 5.0]])
+    samples = feature_loss([torch.cat([east, east])], [torch.cat([north, east])])
+    assert samples.item() == pytest.approx(2**0.5 / 2)
+    assert feature_loss([east, east, east], [north, east, east]).item() == pytest.approx(2**0.5 / 3)
+    assert feature_loss([0 * east], [east]).item() == pytest.approx(1.0)
+
+
+def test_feature_blocks_are_the_nearest_members_of_a_list():
+    block = nn.ModuleDict({"attention": nn.ModuleDict({"qkv": nn.Linear(2, 2)}), "mlp": nn.GELU()})
+    body = nn.ModuleList([block, copy.deepcopy(block)])
+    model = nn.ModuleDict({"head": nn.Linear(2, 2), "body": body, "end": nn.Sequential(nn.ReLU())})
+    layers = ["head", "body.1.attention.qkv", "body.0.mlp", "body.1.mlp", "end.0"]
+    assert feature_blocks(model, layers) == ["body.1", "body.0", "end.0"]
+
+
+def test_a_network_keeps_which_of_its_parameters_are_trained():
+    student, teacher, crops, held_out, _weights = networks()
+    frozen = student[0].conv.bias.requires_grad_(False)
+    needed = []
+
+    def keep(_iteration: int, _loss: float) -> None:
+        needed.append([p.requires_grad for p in student.parameters()])
+
+    config = dataclasses.replace(CONFIG, iterations=1)
+    distill(student, teacher, crops, held_out, config, progress=keep)
+    bounds = {id(b) for q in fake_quantizers(student).values() for b in (q.lower, q.upper)}
+    assert needed == [[id(p) in bounds for p in student.parameters()]]
+    assert [p is not frozen for p in student.parameters()] == [
+        p.requires_grad for p in student.parameters()
+    ]

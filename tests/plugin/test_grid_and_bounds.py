@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from condiquant_plugin import FakeQuantizer, InputError, bounds, grid
+from condiquant_plugin.fake_quantizer import fake_quantize_op
 
 bit_widths = st.integers(2, 8)
 kinds = st.sampled_from(["weight", "activation", "operand"])
@@ -101,6 +102,59 @@ def test_quantized_values_are_levels_and_nearest(bits, kind, overflow, lower, wi
     torch.testing.assert_close(error, nearest, atol=1e-4 * float(snapped.step) + 1e-5, rtol=1e-4)
 
 
+def fake_quantizer(bits, lower, step):
+    quantizer = FakeQuantizer(bits, "activation")
+    quantizer.set_bounds(lower, lower + step * (2**bits - 1))
+    return quantizer
+
+
+QUANTIZED = {
+    "codes": lambda x, *grid_of: grid.codes(x, *grid_of[1:], grid_of[0]) * grid_of[2] + grid_of[1],
+    "values": lambda x, bits, lower, step: grid.quantize(x, lower, step, bits),
+    "values on the lattice": lambda x, bits, lower, step: grid.quantize(x, lower, step, bits, 1),
+    "operator": lambda x, bits, lower, step: fake_quantize_op(x, lower, step, bits, "", "", 1),
+    "training": lambda x, *grid_of: fake_quantizer(*grid_of)(x).detach(),
+    "inference": lambda x, *grid_of: fake_quantizer(*grid_of).requires_grad_(False)(x),
+}
+
+
+@pytest.mark.parametrize("form", QUANTIZED)
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_every_form_rounds_to_the_nearest_code_and_ties_to_the_even_one(bits, form):
+    step, half = torch.tensor(0.25), 2 ** (bits - 1)
+    lower = -half * step
+    codes = torch.arange(2**bits)
+    for offset in (-0.49, -0.25, 0.0, 0.25, 0.49):
+        x = lower + step * (codes + offset)
+        assert torch.equal(QUANTIZED[form](x, bits, lower, step), lower + step * codes)
+    even = 2 * ((codes + 1) // 2)
+    ties = QUANTIZED[form](lower + step * (codes + 0.5), bits, lower, step)
+    assert torch.equal(ties, lower + step * even.clamp_max(2**bits - 1))
+    outside = QUANTIZED[form](torch.tensor([-1e3, 1e3]), bits, lower, step)
+    assert torch.equal(outside, lower + step * torch.tensor([0, 2**bits - 1]))
+
+
+@given(bit_widths, kinds, lowers, widths, st.integers(0, 2**31))
+def test_values_are_integers_of_the_lattice_in_training_and_inference(
+    bits, kind, lower, width, seed
+):
+    quantizer = FakeQuantizer(bits, kind)
+    quantizer.set_bounds(lower, lower + width)
+    snapped, refinement = quantizer.snapped(), grid.lattice(bits, kind).refinement
+    x = torch.empty(64).uniform_(-1, 1, generator=torch.Generator().manual_seed(seed)) * width
+    x = torch.cat([x, lower + x, torch.zeros(1)])
+    trained = quantizer(x).detach()
+    with torch.no_grad():
+        assert torch.equal(quantizer(x), trained)
+    fine = snapped.step / refinement
+    integers = (trained / fine).round()
+    assert torch.equal(trained, integers * fine)
+    codes = grid.codes(x, snapped.lower, snapped.step, bits)
+    assert torch.equal(integers, codes * refinement - snapped.zero)
+    operator = fake_quantize_op(x, snapped.lower, snapped.step, bits, kind, "", refinement)
+    assert torch.equal(operator, trained)
+
+
 @pytest.mark.parametrize("bits", [1, 9, 0, -4, 4.0, "4", True, None])
 def test_bits_outside_2_to_8_are_refused(bits):
     with pytest.raises(InputError, match=r"use an integer from 2 to 8"):
@@ -175,3 +229,66 @@ def test_searched_grids_cover_data_on_either_side_of_zero(bits, kind, overflow, 
     widest = max(high, 0.0) - min(low, 0.0)
     step = 1.3 * widest / (2**bits - 1)
     assert (grid.quantize(x, snapped.lower, snapped.step, bits) - x).abs().max() <= step
+
+
+def assert_same_bounds(found, expected):
+    for mine, theirs in zip(found[:2], expected[:2], strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0.04, atol=0)
+
+
+def test_bounds_of_more_than_a_million_entries_do_not_depend_on_their_order():
+    x = torch.randn(3 * 2**20 + 5) + 0.3
+    by_size = x[x.abs().argsort()]
+    forward, backward, scattered = (
+        bounds.search(rows[None], 4, "activation") for rows in (by_size, by_size.flip(0), x)
+    )
+    assert_same_bounds(forward, scattered)
+    assert_same_bounds(backward, scattered)
+
+
+@pytest.mark.parametrize("channels", [2, 4])
+def test_bounds_of_more_than_a_million_entries_see_all_channels_alike(channels):
+    x = torch.randn(2**20, channels) * torch.linspace(0.01, 1, channels)
+    sample = x[:: 8 * channels].reshape(1, -1)
+    sample = torch.cat([sample, x.aminmax().min[None, None], x.aminmax().max[None, None]], 1)
+    found = bounds.search(x.reshape(1, -1), 3, "activation")
+    assert_same_bounds(found, bounds.search(sample, 3, "activation"))
+
+
+@pytest.mark.parametrize("kind", ["weight", "activation"])
+@pytest.mark.parametrize("entries", [100, 2**16, 2**21])
+@pytest.mark.parametrize("bits", [2, 8])
+def test_the_squared_error_of_a_search_is_that_of_its_bounds(bits, entries, kind):
+    x = torch.randn(2, entries) + torch.tensor([[0.5], [-1.0]])
+    found = bounds.search(x, bits, kind)
+    snapped = grid.snap(found.lower, found.upper, bits, kind)
+    lower, step = snapped.lower[:, None], snapped.step[:, None]
+    error = (grid.quantize(x, lower, step, bits) - x).double().square().sum(1)
+    tolerance = 5e-3 if entries < 2**20 else 5e-2  # a sample has few of the clipped entries
+    torch.testing.assert_close(found.squared_error.double(), error, rtol=tolerance, atol=0)
+
+
+@pytest.mark.parametrize("side", ["symmetric", "one_sided"])
+def test_no_finer_choice_of_bounds_is_much_better(side):
+    x = (
+        torch.nn.functional.gelu(torch.randn(1, 20_000))
+        if side == "one_sided"
+        else torch.randn(1, 20_000)
+    )
+    found = bounds.search(x, 4, "activation", side=side)
+    finer = bounds.search(x, 4, "activation", side=side, candidates=1000)
+    assert (
+        float(finer.squared_error)
+        <= float(found.squared_error)
+        <= 1.01 * float(finer.squared_error)
+    )
+
+
+@pytest.mark.parametrize("candidates", [1, 10])
+def test_the_first_candidate_is_the_whole_range(candidates):
+    x = torch.cat([torch.linspace(-3, 5, 17), torch.zeros(3)])[None]
+    found = bounds.search(x, 4, "operand", candidates=candidates)
+    assert (found.lower.item(), found.upper.item()) == pytest.approx((-3, 5), abs=0.04)
+    rows = torch.cat([x, 10 * x])
+    both = bounds.search(rows, 4, "operand", candidates=candidates)
+    assert_same_bounds(both, [torch.cat([bound, 10 * bound]) for bound in found[:2]])
