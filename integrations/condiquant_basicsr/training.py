@@ -29,7 +29,7 @@ from torch import distributed
 from condiquant_basicsr.condiquant_model import CondiQuantModel
 from condiquant_basicsr.preflight import check_start, check_validation
 from condiquant_basicsr.quantizer import Quantizer
-from condiquant_basicsr.training_data import one_line
+from condiquant_basicsr.training_data import one_line, only_pictures
 from condiquant_basicsr.weights import read_checkpoint
 from condiquant_plugin.distributed import noticing_the_end_of_others
 from condiquant_plugin.errors import InputError
@@ -119,6 +119,7 @@ def _host(
         with (
             _replaced(pipeline, parse_options=parse),
             _replaced(CondiQuantModel, quantizer=quantizer),
+            only_pictures(),
             noticing_the_end_of_others("training") if launcher != "none" else nullcontext(),
         ):
             yield
