@@ -48,7 +48,7 @@ def read_image(path: Path) -> Tensor:
     if pixels.shape[2] < 3:
         _logger.warning("%s: grayscale image repeated to RGB", path)
         pixels = pixels[:, :, :1].repeat(3, axis=2)
-    elif np.shape(_decoded(data, cv2.IMREAD_UNCHANGED))[2:] == (4,):
+    elif _has_alpha(data):
         _logger.warning("%s: alpha channel dropped", path)
     rgb = pixels[:, :, 2::-1]
     return torch.from_numpy(np.ascontiguousarray(rgb.transpose(2, 0, 1)))
@@ -56,6 +56,11 @@ def read_image(path: Path) -> Tensor:
 
 def _decoded(data: NDArray[np.uint8], flags: int) -> NDArray[Any] | None:
     return cv2.imdecode(data, flags) if data.size else None
+
+
+def _has_alpha(data: NDArray[np.uint8]) -> bool:
+    stored = _decoded(data, cv2.IMREAD_UNCHANGED)
+    return stored is not None and stored.shape[2:] == (4,)
 
 
 def pictures(files: Iterable[Path]) -> list[Path]:
