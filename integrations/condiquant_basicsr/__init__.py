@@ -11,6 +11,7 @@ except ImportError as error:
         'condiquant_basicsr needs BasicSR: pip install "condiquant-plugin[basicsr]"'
     ) from error
 
+from condiquant_basicsr.checkpoints import load_state_dict, read_checkpoint
 from condiquant_basicsr.datasets import Pair, TestImage, calibration_crops, test_pairs
 from condiquant_basicsr.images import matlab_downscale, read_image, write_image
 from condiquant_basicsr.metrics import evaluate, evaluate_pair
@@ -23,7 +24,7 @@ from condiquant_basicsr.networks import (
     upscale,
 )
 from condiquant_basicsr.training_data import check_dataset, training_crops, validation_pairs
-from condiquant_basicsr.weights import load_network, load_state_dict, read_checkpoint, resolve
+from condiquant_basicsr.weights import load_network, resolve
 
 __all__ = [
     "Pair",

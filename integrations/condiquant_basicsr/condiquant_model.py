@@ -22,11 +22,11 @@ from torch import Tensor, distributed, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.utils.data import DataLoader, Subset
 
+from condiquant_basicsr.checkpoints import entry_named, save_checkpoint
 from condiquant_basicsr.networks import build_network, folded, pad_multiple, upscale
 from condiquant_basicsr.preflight import LOSS, float_network
 from condiquant_basicsr.quantizer import ENTRY, QuantizedNetwork, Quantizer, read_quantized
 from condiquant_basicsr.training_data import training_crops
-from condiquant_basicsr.weights import entry_named, save_checkpoint
 from condiquant_plugin.distillation import (
     captured,
     feature_loss,

@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from condiquant_basicsr.images import matlab_downscale, read_image, to_tensor, to_uint8
+from condiquant_basicsr.images import matlab_downscale, pictures, read_image, to_tensor, to_uint8
 from condiquant_plugin.errors import InputError
 
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff"}
@@ -119,4 +119,4 @@ def test_pairs(data: Path, set_name: str, scale: int) -> list[Pair]:
 def _images(folder: Path) -> list[Path]:
     if not folder.is_dir():
         raise InputError(f"no such folder: {folder}")
-    return sorted(file for file in folder.iterdir() if file.suffix.lower() in _SUFFIXES)
+    return pictures(file for file in folder.iterdir() if file.suffix.lower() in _SUFFIXES)

@@ -13,10 +13,11 @@ from basicsr.metrics import METRIC_REGISTRY
 from basicsr.models.base_model import BaseModel
 from torch import nn
 
+from condiquant_basicsr.checkpoints import read_checkpoint
 from condiquant_basicsr.networks import input_channels, pad_multiple
 from condiquant_basicsr.quantizer import ENTRY
 from condiquant_basicsr.training_data import one_line
-from condiquant_basicsr.weights import load_network, read_checkpoint, resolve
+from condiquant_basicsr.weights import load_network, resolve
 from condiquant_plugin.errors import InputError
 
 _LOGGER = ("print_freq", "save_checkpoint_freq", "use_tb_logger")

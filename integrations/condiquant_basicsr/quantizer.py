@@ -9,7 +9,8 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from condiquant_basicsr.weights import read_checkpoint, resolve
+from condiquant_basicsr.checkpoints import read_checkpoint
+from condiquant_basicsr.weights import resolve
 from condiquant_plugin.distillation import DistillationConfig
 from condiquant_plugin.errors import InputError
 

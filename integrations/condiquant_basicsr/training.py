@@ -26,11 +26,11 @@ from basicsr.utils import logger as basicsr_logger
 from basicsr.utils import options as basicsr_options
 from torch import distributed
 
+from condiquant_basicsr.checkpoints import read_checkpoint
 from condiquant_basicsr.condiquant_model import CondiQuantModel
 from condiquant_basicsr.preflight import check_start, check_validation
 from condiquant_basicsr.quantizer import Quantizer
-from condiquant_basicsr.training_data import one_line
-from condiquant_basicsr.weights import read_checkpoint
+from condiquant_basicsr.training_data import one_line, only_pictures
 from condiquant_plugin.distributed import noticing_the_end_of_others
 from condiquant_plugin.errors import InputError
 from condiquant_plugin.files import check_writable
@@ -119,6 +119,7 @@ def _host(
         with (
             _replaced(pipeline, parse_options=parse),
             _replaced(CondiQuantModel, quantizer=quantizer),
+            only_pictures(),
             noticing_the_end_of_others("training") if launcher != "none" else nullcontext(),
         ):
             yield

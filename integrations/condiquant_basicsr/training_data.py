@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -12,14 +13,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from basicsr.data import DATASET_REGISTRY
+from basicsr.data import DATASET_REGISTRY, data_util, single_image_dataset
+from basicsr.utils import scandir
 from basicsr.utils.file_client import LmdbBackend
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from condiquant_basicsr.images import is_picture, pictures
 from condiquant_plugin.errors import InputError
 
 _FOLDERS = ("dataroot_gt", "dataroot_lq")
+_SHOWN_FILES = 3
 _PAIRED = "use PairedImageDataset with dataroot_gt (HR images) and dataroot_lq (LR images)"
 _LMDB = (
     "make it with BasicSR's scripts/data_preparation/create_lmdb.py, or use io_backend type: disk"
@@ -144,6 +148,36 @@ def check_dataset(dataset_opt: Mapping[str, Any]) -> None:
 
 
 @contextmanager
+def only_pictures() -> Iterator[None]:
+    """BasicSR's datasets leave out files of their folders that are no pictures."""
+    modules = (data_util, single_image_dataset)
+    before = [module.scandir for module in modules]
+    for module in modules:
+        module.scandir = _scan
+    try:
+        yield
+    finally:
+        for module, scan in zip(modules, before, strict=True):
+            module.scandir = scan
+
+
+def _scan(folder: str, *arguments: Any, full_path: bool = False, **options: Any) -> Iterator[str]:
+    """BasicSR's ``scandir`` of pictures alone."""
+    options["full_path"] = True
+    for file in pictures(map(Path, scandir(folder, *arguments, **options))):
+        yield str(file) if full_path else os.path.relpath(file, folder)
+
+
+def _skipped(options: Mapping[str, Any]) -> list[Path]:
+    """Some of the files that :func:`only_pictures` leaves out."""
+    if (options.get("io_backend") or {}).get("type") == "lmdb":
+        return []
+    folders = [options[key] for key in _FOLDERS if options.get(key)]
+    files = (Path(folder, name) for folder in folders for name in scandir(folder))
+    return [file for file in sorted(files) if not is_picture(file)][:_SHOWN_FILES]
+
+
+@contextmanager
 def _opened(dataset_opt: Mapping[str, Any], scale: int, phase: str) -> Iterator[Dataset]:
     """BasicSR's dataset object with its paths sorted: ``scandir`` knows no order."""
     options = deepcopy(dict(dataset_opt)) | {"scale": scale, "phase": phase}
@@ -154,15 +188,18 @@ def _opened(dataset_opt: Mapping[str, Any], scale: int, phase: str) -> Iterator[
     if kind not in DATASET_REGISTRY:
         raise _error(dataset_opt, f"unknown type {kind!r}: {_PAIRED}")
     try:
-        dataset = DATASET_REGISTRY.get(kind)(options)  # build_dataset would fix the log's file, too
+        with only_pictures():
+            dataset = DATASET_REGISTRY.get(kind)(options)  # build_dataset would fix the log's file
     except KeyError as error:
         raise _error(dataset_opt, f"key {error} is missing: add it") from error
     except (AssertionError, ValueError, TypeError, OSError) as error:
+        skipped = ", ".join(str(file) for file in _skipped(options))
         raise _error(
             dataset_opt,
             f"{one_line(error)} (dataroot_gt={options.get('dataroot_gt')},"
             f" dataroot_lq={options.get('dataroot_lq')}): every HR image needs the LR image that"
-            " filename_tmpl names",
+            " filename_tmpl names"
+            + (f"; these are no pictures, repair or remove them: {skipped}" if skipped else ""),
         ) from error
     if not len(dataset):
         named = " ".join(

@@ -9,18 +9,16 @@ import re
 import subprocess
 import sys
 import tempfile
-import time
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator
+from itertools import takewhile
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import torch
-from safetensors.torch import load_file
 from spandrel import MAIN_REGISTRY, ImageModelDescriptor, UnsupportedModelError
 from torch import Tensor, nn
 
-from condiquant_basicsr import ncnn
+from condiquant_basicsr.checkpoints import load_state_dict
 from condiquant_basicsr.networks import (
     build_network,
     folded,
@@ -28,13 +26,11 @@ from condiquant_basicsr.networks import (
     scale_argument,
 )
 from condiquant_plugin.errors import InputError
-from condiquant_plugin.files import replacing, write_atomic
+from condiquant_plugin.files import write_atomic
 
 _PYPI_SOURCE = re.compile(r"pypi:([A-Za-z0-9._-]+)==([A-Za-z0-9._+!-]+)/(.+)")
-_STATE_KEYS = ("params_ema", "params", "state_dict")
 _SCALES = (1, 2, 3, 4, 8)
-_SHOWN_MISMATCHES = 3
-_SAVE_TRIES = 3
+_SHOWN_NAMES = 3
 _logger = logging.getLogger(__name__)
 
 
@@ -59,49 +55,6 @@ def resolve(source: str, sha256: str | None = None) -> Path:
     if sha256 is not None:
         _check_digest(path.read_bytes(), sha256, str(path))
     return path
-
-
-def load_state_dict(path: Path, param_key: str | None = None) -> dict[str, Tensor]:
-    """Tensors of a checkpoint: ``.safetensors``, ncnn ``.bin`` beside ``.param``, else PyTorch's.
-
-    Args:
-        param_key: entry that holds the weights; by default the first of ``params_ema``, ``params``,
-            ``state_dict``, else the checkpoint itself. As in BasicSR ``params`` stands in for a missing
-            ``params_ema``. A common prefix ``module.`` is dropped.
-
-    Raises:
-        InputError: unreadable, no weights in it, or a NaN or Inf in a tensor.
-    """
-    content = read_checkpoint(path)
-    if param_key is None:
-        key = next((k for k in _STATE_KEYS if isinstance(content.get(k), Mapping)), None)
-    else:
-        key = entry_named(param_key, content, path)
-    state = content if key is None else content[key]
-    if not isinstance(state, Mapping) or not state:
-        raise InputError(f"{path}: holds no weights; give a checkpoint or another param_key")
-    for name, tensor in state.items():
-        if not isinstance(tensor, Tensor):
-            raise InputError(f"{path}: {name!r} is no tensor; choose the weights by param_key")
-        if not tensor.isfinite().all():
-            raise InputError(f"{path}: NaN or Inf in {name}; use a sound checkpoint")
-    prefix = "module." if all(name.startswith("module.") for name in state) else ""
-    return {name.removeprefix(prefix): tensor for name, tensor in state.items()}
-
-
-def entry_named(param_key: str, content: Mapping[str, Any], path: Path) -> str:
-    """``param_key``; as in BasicSR ``params`` stands in for a missing ``params_ema``.
-
-    Raises:
-        InputError: the checkpoint has no such entry.
-    """
-    for key in (param_key, "params" if param_key == "params_ema" else param_key):
-        if key in content:
-            return key
-    keys = ", ".join(str(key) for key in list(content)[:5])
-    raise InputError(
-        f"{path}: no entry {param_key!r}; it has {keys}: correct param_key_g, or leave it out"
-    )
 
 
 def load_network(
@@ -196,92 +149,92 @@ def _check_digest(data: bytes, sha256: str, name: str) -> None:
         )
 
 
-def read_checkpoint(path: Path) -> Mapping[str, Any]:
-    """Content of a checkpoint file, on the CPU: ``.safetensors``, ncnn ``.bin``, else PyTorch's.
-
-    Raises:
-        InputError: not there or unreadable, or no mapping.
-    """
-    suffix = path.suffix.lower()
-    if suffix == ".bin":
-        return ncnn.read_compact(path.with_suffix(".param"), path)
-    try:
-        if suffix == ".safetensors":
-            return load_file(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        reason = str(error).strip().split("\n")[0][:120] or type(error).__name__
-        raise InputError(f"{path}: not a readable checkpoint ({reason})") from error
-    if not isinstance(content, Mapping):
-        raise InputError(f"{path}: holds a {type(content).__name__}, not a state dict")
-    return content
-
-
-def save_checkpoint(content: Mapping[str, Any], path: Path) -> None:
-    """Write a checkpoint, whole or not at all; as in BasicSR an error of the disk gets further tries.
-
-    Raises:
-        InputError: none of them succeeded.
-    """
-    for remaining in reversed(range(_SAVE_TRIES)):
-        try:
-            with replacing(path) as temporary:
-                torch.save(dict(content), temporary)
-            return
-        except (OSError, RuntimeError) as error:  # torch's writer raises the latter
-            if not remaining:
-                raise InputError(
-                    f"cannot write {path} ({' '.join(str(error).split())}): make room on the disk, then"
-                    " run again with --auto_resume"
-                ) from error
-            time.sleep(1)
-
-
 def _recognise(state: dict[str, Tensor], path: Path) -> tuple[nn.Module, int]:
-    try:
-        descriptor = MAIN_REGISTRY.load(dict(state))
-    except UnsupportedModelError as error:
-        raise InputError(f"{path}: spandrel does not know this network; give network_g") from error
-    except Exception as error:
-        reason = " ".join(str(error).split())[:160]
-        raise InputError(f"{path}: spandrel cannot load it ({reason}); give network_g") from error
+    first: Exception | None = None
+    for candidate in _without_prefixes(state):
+        try:
+            descriptor = MAIN_REGISTRY.load(dict(candidate))
+            break
+        except Exception as error:
+            first = first or error
+    else:
+        if isinstance(first, UnsupportedModelError):
+            shown = _some(list(state))
+            raise InputError(
+                f"{path}: spandrel does not know this network of {shown}; give network_g"
+            ) from first
+        reason = " ".join(str(first).split())[:160]
+        raise InputError(f"{path}: spandrel cannot load it ({reason}); give network_g") from first
     channels = (descriptor.input_channels, descriptor.output_channels)
     if not isinstance(descriptor, ImageModelDescriptor) or channels != (3, 3):
         raise InputError(f"{path}: {descriptor.architecture.name} does not map RGB to RGB")
+    _check_types(descriptor.model, candidate, path)
     return folded(descriptor.model), descriptor.scale
 
 
 def _load(
     network: nn.Module, state: dict[str, Tensor], section: dict[str, Any], path: Path
 ) -> None:
+    state = min(_without_prefixes(state), key=lambda each: len(_mismatches(network, each)))
     mismatches = _mismatches(network, state)
     if not mismatches:
+        _check_types(network, state, path)
         network.load_state_dict(state)
         return
-    name = scale_argument(section)
-    for other in _SCALES if name else ():
-        if _fits({**section, str(name): other}, state):
-            asked = section.get(str(name), "the default")
+    argument = scale_argument(section)
+    for other in _SCALES if argument else ():
+        if _fits({**section, str(argument): other}, state):
+            asked = section.get(str(argument), "the default")
             raise InputError(
-                f"{path.name} has weights for scale x{other}, but network_g has {name}: {asked};"
+                f"{path.name} has weights for scale x{other}, but network_g has {argument}: {asked};"
                 " take weights and recipe of one scale"
             )
-    shown = "; ".join(mismatches[:_SHOWN_MISMATCHES])
-    more = len(mismatches) - _SHOWN_MISMATCHES
+    kinds: dict[str, list[str]] = {}
+    for kind, name in mismatches:
+        kinds.setdefault(kind, []).append(name)
+    found = "; ".join(f"{len(names)} {kind} ({_some(names)})" for kind, names in kinds.items())
     raise InputError(
-        f"{path.name} does not fit network_g {section['type']}: {shown}"
-        + (f"; and {more} more" if more > 0 else "")
+        f"{path.name} does not fit network_g {section['type']}: {found}: correct network_g, or give"
+        " the weights of this network"
     )
 
 
-def _mismatches(network: nn.Module, state: dict[str, Tensor]) -> list[str]:
+def _without_prefixes(state: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+    """The state dict, then without the first, the first two ... parts that begin all names."""
+    columns = zip(*(name.split(".")[:-1] for name in state), strict=False)
+    common = takewhile(lambda column: len(set(column)) == 1, columns)
+    for depth in range(len(list(common)) + 1):
+        yield {".".join(name.split(".")[depth:]): tensor for name, tensor in state.items()}
+
+
+def _check_types(network: nn.Module, state: dict[str, Tensor], path: Path) -> None:
+    """Refuse integers in the place of weights: copied, they would be taken for their values."""
     own = network.state_dict()
-    found = [f"missing {name}" for name in own if name not in state]
-    found += [f"unexpected {name}" for name in state if name not in own]
+    for name, tensor in state.items():
+        if name in own:
+            is_weight = own[name].is_floating_point()
+        else:  # spandrel renames some
+            is_weight = name.rpartition(".")[2] in ("weight", "bias")
+        if is_weight and not tensor.is_floating_point():
+            raise InputError(
+                f"{path}: {name} is of {str(tensor.dtype).removeprefix('torch.')}, but weights are"
+                " floats: give the checkpoint from before it was quantized"
+            )
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:_SHOWN_NAMES]) + (", ..." if len(names) > _SHOWN_NAMES else "")
+
+
+def _mismatches(network: nn.Module, state: dict[str, Tensor]) -> list[tuple[str, str]]:
+    """Of each tensor that does not fit: why, and its name."""
+    own = network.state_dict()
+    found = [("missing", name) for name in own if name not in state]
+    found += [("unexpected", name) for name in state if name not in own]
     for name in (name for name in own if name in state):
         theirs, ours = tuple(state[name].shape), tuple(own[name].shape)
         if theirs != ours:
-            found.append(f"{name} is {theirs} instead of {ours}")
+            found.append(("of another shape", f"{name} is {theirs} instead of {ours}"))
     return found
 
 

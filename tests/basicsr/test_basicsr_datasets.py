@@ -3,6 +3,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from condiquant_basicsr import datasets, matlab_downscale, read_image, write_image
 from condiquant_basicsr.images import to_tensor, to_uint8
@@ -46,6 +47,51 @@ def test_unusable_calibration_folders(tmp_path, photographs):
         datasets.calibration_crops([photographs], 4, 40, 3, seed=0)
 
 
+NO_PICTURES = {
+    "._a.png": b"\0\5\x16\7\0\2\0\0Mac OS X",
+    ".DS_Store": b"\0\0\0\1Bud1",
+    "page.jpg": b"<!DOCTYPE html><html>",
+    "download.png": b"",
+    "._b.TIFF": b"\0\5\x16\7",
+}
+
+
+def test_files_that_are_no_pictures_are_skipped_with_one_line(photographs, caplog):
+    expected = datasets.calibration_crops([photographs], 2, 16, 4, seed=0)
+    for name, content in NO_PICTURES.items():
+        (photographs / name).write_bytes(content)
+    assert torch.equal(datasets.calibration_crops([photographs], 2, 16, 4, seed=0), expected)
+    assert len(caplog.messages) == 1
+    assert "no pictures (4): ._a.png, ._b.TIFF, download.png, ..." in caplog.messages[0]
+    assert str(photographs) in caplog.messages[0]
+    for file in photographs.glob("[a-c]*.png"):
+        file.unlink()
+    with pytest.raises(InputError, match=r"no calibration images in .*: give a folder of images"):
+        datasets.calibration_crops([photographs], 2, 16, 4, seed=0)
+
+
+def test_a_broken_picture_is_named_not_skipped(photographs):
+    whole = (photographs / "coffee.png").read_bytes()
+    (photographs / "coffee.png").write_bytes(whole[:20])
+    with pytest.raises(InputError, match=r"coffee\.png is no readable image"):
+        datasets.calibration_crops([photographs], 2, 16, 3, seed=0)
+
+
+def test_a_photograph_held_upright_gives_upright_crops(tmp_path, photograph):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    (tmp_path / "Two" / "HR").mkdir(parents=True)
+    for folder in (tmp_path, tmp_path / "Two" / "HR"):
+        turned = Image.fromarray(np.rot90(photograph[:32, :48]).copy())
+        turned.save(folder / "a.png", exif=exif)
+    (pair,) = datasets.test_pairs(tmp_path, "Two", 2)
+    lr, hr = pair.load(2)
+    assert torch.equal(hr, to_tensor(photograph[:32, :48]))
+    assert lr.shape == (3, 16, 24)
+    crop = datasets.calibration_crops([tmp_path], 1, 32, 1, seed=0)[0]
+    assert any(torch.equal(crop, hr[:, :, left : left + 32]) for left in range(17))
+
+
 @pytest.fixture
 def test_set(tmp_path, photograph):
     folder = tmp_path / "data" / "Two" / "HR"
@@ -64,6 +110,16 @@ def test_missing_lr_images_are_made(test_set):
     full = read_image(test_set / "HR" / "b.png")
     assert torch.equal(hr, full[:, :40, :48])
     assert np.array_equal(to_uint8(lr), matlab_downscale(to_uint8(full), 4))
+
+
+def test_a_test_set_has_its_pictures_alone(test_set):
+    for name, content in NO_PICTURES.items():
+        (test_set / "HR" / name).write_bytes(content)
+    assert [pair.name for pair in datasets.test_pairs(test_set.parent, "Two", 4)] == ["a", "b"]
+    for file in (test_set / "HR").glob("[ab].png"):
+        file.unlink()
+    with pytest.raises(InputError, match=r"no images in .*HR"):
+        datasets.test_pairs(test_set.parent, "Two", 4)
 
 
 def test_lr_images_at_hand_are_used(test_set):

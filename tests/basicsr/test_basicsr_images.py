@@ -4,6 +4,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from condiquant_basicsr import matlab_downscale, read_image, write_image
 from condiquant_basicsr.images import to_tensor, to_uint8
@@ -77,6 +78,62 @@ def test_grayscale_alpha_and_16_bit_are_converted_and_said(tmp_path, photograph,
     assert read_image(tmp_path / "wide.png")[0, 0, 0].item() == pytest.approx(12345 / 65535)
     gray = read_image(tmp_path / "gray.png")
     assert torch.equal(gray[0], gray[2])
+
+
+TURNED_BY_CAMERAS = {
+    1: lambda image: image,
+    2: lambda image: image[:, ::-1],
+    3: lambda image: image[::-1, ::-1],
+    4: lambda image: image[::-1],
+    5: lambda image: image.swapaxes(0, 1),
+    6: lambda image: np.rot90(image, 1),
+    7: lambda image: np.rot90(image, 2).swapaxes(0, 1),
+    8: lambda image: np.rot90(image, -1),
+}
+"""EXIF orientation to what the file then holds of an upright image."""
+
+
+def save_turned(path, image, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    pixels = np.ascontiguousarray(TURNED_BY_CAMERAS[orientation](image))
+    Image.fromarray(pixels).save(path, exif=exif, quality=95)
+
+
+@pytest.mark.parametrize("orientation", TURNED_BY_CAMERAS)
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "tif"])
+@pytest.mark.parametrize("channels", [3, 4, 1])
+def test_photographs_are_read_upright(tmp_path, photograph, suffix, channels, orientation):
+    if (suffix, channels) == ("jpg", 4):
+        pytest.skip("JPEG has no alpha")
+    upright = photograph[:60, :96]
+    stored = {
+        3: upright,
+        4: np.dstack([upright, np.full(upright.shape[:2], 255, np.uint8)]),
+        1: upright[:, :, 0],
+    }[channels]
+    path = tmp_path / f"image.{suffix}"
+    save_turned(path, stored, orientation)
+    expected = to_tensor(upright if channels > 1 else upright[:, :, :1].repeat(3, axis=2))
+    image = read_image(path)
+    assert image.shape == (3, 60, 96)
+    assert (image - expected).abs().mean() < 0.03
+
+
+def test_an_upright_16_bit_image_keeps_its_levels(tmp_path, photograph):
+    wide = photograph[:20, :30, ::-1].astype(np.uint16) * 256 + 7
+    encoded = cv2.imencodeWithMetadata(
+        ".png", np.rot90(wide).copy(), [cv2.IMAGE_METADATA_EXIF], [_exif(6)]
+    )[1]
+    (tmp_path / "wide.png").write_bytes(encoded.tobytes())
+    expected = wide[:, :, ::-1].astype(np.float32) / 65535
+    assert torch.equal(read_image(tmp_path / "wide.png"), torch.tensor(expected).permute(2, 0, 1))
+
+
+def _exif(orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return np.frombuffer(exif.tobytes().removeprefix(b"Exif\0\0"), np.uint8)
 
 
 @pytest.mark.parametrize("content", [None, b"", b"no image"])

@@ -123,6 +123,24 @@ def test_lmdb_gives_the_crops_of_the_folders_and_is_closed(train, lmdb, tmp_path
     assert sample["lq"].shape == (3, 16, 16)
 
 
+@pytest.mark.parametrize("folders", [("hr",), ("hr", "lr")])
+def test_files_that_are_no_pictures_are_skipped(train, tmp_path, caplog, folders):
+    expected = training_crops(train, 2, 4, seed=0)
+    for folder in folders:
+        (tmp_path / folder / "Thumbs.db").write_bytes(b"\xd0\xcf\x11\xe0")
+        (tmp_path / folder / "._a.png").write_bytes(b"\0\5\x16\7")
+        (tmp_path / folder / "page.png").write_bytes(b"<html>")
+    assert torch.equal(training_crops(train, 2, 4, seed=0), expected)
+    assert [pair.name for pair in validation_pairs(train)] == ["a", "b", "c"]
+    validation_pairs(train)[0].load(2)
+    assert len(caplog.messages) == len(folders)
+    for folder in ("hr", "lr"):
+        for file in (tmp_path / folder).glob("[abc].png"):
+            file.unlink()
+    with pytest.raises(InputError, match=r"no images in .*give folders of images"):
+        training_crops(train, 2, 4, seed=0)
+
+
 def test_meta_info_and_template_choose_the_pairs(train, tmp_path):
     for name in "abc":
         (tmp_path / "lr" / f"{name}.png").rename(tmp_path / "lr" / f"{name}x2.png")
@@ -187,6 +205,9 @@ def test_bad_sections_end_in_one_line(train, lmdb, tmp_path):
     (tmp_path / "meta.txt").write_text("d.png (64,64,3)\n")
     refused(r"No such file.*d\.png", {"meta_info_file": str(tmp_path / "meta.txt")})
     (tmp_path / "lr" / "a.png").write_bytes(b"no image")
+    refused(r"images: 2, 3.*no pictures, repair or remove them: .*lr/a\.png$", {})
+    whole = (tmp_path / "lr" / "b.png").read_bytes()
+    (tmp_path / "lr" / "a.png").write_bytes(whole[:20])
     refused(r"cannot use .*a\.png.*repair", {})
 
 

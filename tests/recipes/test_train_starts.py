@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -90,6 +91,13 @@ def test_folders_that_do_not_fit_each_other(job):
     other = job.options["datasets"]["val"]["dataroot_lq"]
     with pytest.raises(InputError, match=r"images: 3, 2\.\): correct the datasets"):
         training.train(job.write(), [f"datasets:train:dataroot_lq={other}"])
+
+
+def test_files_that_are_no_pictures_are_not_trained_on(job):
+    for key in ("dataroot_gt", "dataroot_lq"):
+        Path(job.options["datasets"]["train"][key], "Thumbs.db").write_bytes(b"\xd0\xcf")
+    training.train(job.write(), ["train:total_iter=3"])
+    assert (job.folder / "experiments" / job.options["name"] / "models").is_dir()
 
 
 @pytest.mark.parametrize("folder", ["experiments", "tb_logger"])
