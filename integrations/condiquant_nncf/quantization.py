@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from nncf.torch.function_hook.nncf_graph.nncf_graph_builder import GraphModelWrapper
 from torch import Tensor, nn
 
@@ -60,7 +61,7 @@ def quantize_network(
         batch_size: crops in one forward pass while moments are collected.
 
     Raises:
-        InputError: no crops; bits outside 2-8; a scope without layers; NaN or Inf anywhere; raised in
+        InputError: no crops, or of a size that the network does not take; bits outside 2-8; a scope without layers; NaN or Inf anywhere; raised in
             all processes if in one.
         DistributedError: another process ended or failed.
     """
@@ -68,6 +69,7 @@ def quantize_network(
     with distributed.failing_together("reading the network"):
         if not len(crops):
             raise InputError("no calibration images: give at least one")
+        _check_runs(network, crops[:1])
         wrapped = wrap(network, crops[:1])
         layers = config.find_layers(wrapped)
     scoped = [layer for layer in layers if layer.in_scope]
@@ -86,6 +88,18 @@ def quantize_network(
         )
     model = _with_bounds(wrapped, layers, config, crops[:bounds_crops], seconds)
     return QuantizedNetwork(model, layers, reports, seconds)
+
+
+@torch.no_grad()
+def _check_runs(network: nn.Module, crop: Tensor) -> None:
+    try:
+        network(crop)
+    except RuntimeError as error:
+        height, width = crop.shape[-2:]
+        raise InputError(
+            f"{type(network).__name__} cannot run on crops of {width}x{height}"
+            f" ({' '.join(str(error).split())}): give crops of a size that it takes"
+        ) from error
 
 
 def _with_bounds(

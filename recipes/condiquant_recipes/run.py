@@ -76,6 +76,10 @@ def load_source(recipe: Recipe, data: Path, sets: Sequence[str]) -> Source:
             f"datasets.calibration.crop={calibration.crop} is not a multiple of {multiple}, "
             f"which {type(network).__name__} needs: {remedy}"
         )
+    key, factor = ("datasets.calibration.crop", 1)
+    if training is not None:
+        key, factor = ("datasets.train.gt_size", recipe.scale)
+    basicsr_host.check_crop_size(network, calibration.crop, channels, key, factor)
     test_sets = {name: _test_set(recipe, data, name) for name in sets}
     return Source(
         network, multiple, crops[: calibration.count], crops[calibration.count :], test_sets
@@ -114,6 +118,7 @@ def run(
     *,
     sets: Sequence[str] = (),
     resume: bool = False,
+    overwrite: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Run a recipe; writes ``metrics.json``, ``model.xml``/``.bin``, ``quantized.safetensors``.
@@ -121,19 +126,26 @@ def run(
     Args:
         data: folder that holds the calibration folders and the test sets.
         sets: test sets instead of the recipe's.
-        resume: keep the stages that an earlier call with the same recipe and folder finished.
+        resume: keep the stages that an earlier call with the same recipe and folder finished; those of
+            a finished run are kept anyway.
+        overwrite: drop what another run left in ``out``, or the same one.
 
     Returns:
         The content of ``metrics.json``.
 
     Raises:
-        InputError: on bad input, before anything is computed where possible.
+        InputError: on bad input, or another run in ``out``, before anything is computed where possible.
     """
     progress = progress or Progress()
     torch.manual_seed(recipe.seed)
     names = list(sets or recipe.datasets.test)
     source = load_source(recipe, data, names)
-    workspace = Workspace.create(out, recipe, source.network, data, resume=resume)
+    workspace = Workspace.create(
+        out, recipe, source.network, data, resume=resume, overwrite=overwrite
+    )
+    if workspace.reused:
+        with progress.status(f"keeping the stages that {out} has of this run (not: --overwrite)"):
+            pass
 
     quantized, seconds = _calibrated(workspace, source, recipe, progress)
     float_scores = _evaluated(workspace, "float", source.network, source, recipe, progress)

@@ -12,6 +12,7 @@ import psutil
 import pytest
 import torch
 
+from condiquant_basicsr import build_network
 from condiquant_plugin.errors import InputError
 from condiquant_recipes import training
 from networks import SECTIONS
@@ -72,6 +73,18 @@ def test_crops_must_fit_the_windows(job):
     job.set_weights("swinir.pth")
     with pytest.raises(InputError, match=r"gt_size=36 gives LR crops of 18x18, but SwinIR needs"):
         training.train(job.write(), ["datasets:train:gt_size=36"])
+
+
+def test_crops_must_be_large_enough_for_the_network(job):
+    job.options["network_g"] = {"type": "UpCunet2x"}
+    torch.save({"params": build_network({"type": "UpCunet2x"}).state_dict()}, "net.pth")
+    with pytest.raises(
+        InputError,
+        match=r"UpCunet2x cannot run on crops of 16x16 \(datasets\.train\.gt_size=32\): .*"
+        r"use datasets\.train\.gt_size=64$",
+    ):
+        training.train(job.write(), ["datasets:train:gt_size=32"])
+    assert not (job.folder / "experiments").exists()
 
 
 @pytest.mark.parametrize("key", ["val.save_img", "logger.print_freq"])
