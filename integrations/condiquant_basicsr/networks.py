@@ -103,7 +103,7 @@ def network_scale(network: nn.Module, channels: int = 3) -> int:
 
 
 def smallest_size(network: nn.Module, size: int, channels: int = 3) -> int | None:
-    """The first of ``size``, its double, ... up to 16 times that the network runs on as height and width."""
+    """The first of ``size``, its double, ... 16 times it, that the network takes as height and width."""
     sizes = (size * factor for factor in (1, 2, 4, 8, 16))
     return next((each for each in sizes if _failure(network, each, channels) is None), None)
 

@@ -61,7 +61,8 @@ def quantize_network(
         batch_size: crops in one forward pass while moments are collected.
 
     Raises:
-        InputError: no crops, or of a size that the network does not take; bits outside 2-8; a scope without layers; NaN or Inf anywhere; raised in
+        InputError: no crops, or of a size that the network does not take; bits
+            outside 2-8; a scope without layers; NaN or Inf anywhere; raised in
             all processes if in one.
         DistributedError: another process ended or failed.
     """

@@ -18,7 +18,7 @@ from condiquant_plugin.distillation import DistillationConfig, DistillationResul
 from condiquant_plugin.errors import InputError
 from condiquant_plugin.reconditioning import LayerReport
 from condiquant_recipes import settings
-from condiquant_recipes.exporting import export
+from condiquant_recipes.exporting import check_convertible, export, saying
 from condiquant_recipes.progress import Progress
 from condiquant_recipes.recipe import Recipe
 from condiquant_recipes.workspace import Workspace, save_parameters, write_metrics
@@ -148,13 +148,18 @@ def run(
             pass
 
     quantized, seconds = _calibrated(workspace, source, recipe, progress)
+    if recipe.condiquant.distillation.iterations and workspace.finished("distilled") is None:
+        with progress.status("converting the network, to see that it can be exported"):
+            check_convertible(quantized.model, recipe, source.multiple)
     float_scores = _evaluated(workspace, "float", source.network, source, recipe, progress)
     distilled = _distilled(workspace, quantized, source, recipe, progress)
     seconds["distillation"] = distilled.pop("seconds")
     scores = _evaluated(workspace, "quantized", quantized.model, source, recipe, progress)
     save_parameters(quantized.model, workspace.network_path)
     started = time.perf_counter()
-    ir = export(quantized.model, recipe, source.multiple, workspace.folder, progress)
+    kept = f"the trained network is kept in {out}: once this is mended, run condiquant export {out}"
+    with saying(kept):
+        ir = export(quantized.model, recipe, source.multiple, workspace.folder, progress)
     seconds["export"] = time.perf_counter() - started
 
     metrics = {

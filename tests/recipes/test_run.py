@@ -250,6 +250,34 @@ def test_an_error_of_the_conversion_itself_is_shown(make_job, monkeypatch):
         run_recipe(load_recipe(job.write()), job.data, job.out)
 
 
+def test_what_cannot_be_converted_fails_before_distillation(make_job, monkeypatch):
+    job = make_job("compact")
+    monkeypatch.setattr(run, "distill", None)
+
+    def failing(*_arguments, **_options):
+        raise InputError("no such operator")
+
+    monkeypatch.setattr(exporting.openvino_host, "convert", failing)
+    with pytest.raises(InputError, match=r"^no such operator \(before any distillation, as"):
+        run_recipe(load_recipe(job.write()), job.data, job.out)
+    assert not (job.out / "stages" / "distilled.json").exists()
+
+
+@pytest.mark.parametrize("kind", [InputError, RuntimeError])
+def test_a_failed_export_says_where_the_trained_network_is(make_job, monkeypatch, kind):
+    job = make_job("compact")
+
+    def failing(*_arguments):
+        raise kind("no parity")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(exporting, "check_parities", failing)
+        with pytest.raises(kind, match=rf"no parity \(.* kept in {job.out}: .*condiquant export"):
+            run_recipe(load_recipe(job.write()), job.data, job.out)
+    ir.export_again(job.out, job.out, {}, Progress())
+    assert (job.out / "model.xml").exists()
+
+
 @pytest.mark.parametrize(
     "recipe",
     [f"{n}/x{s}.yml" for n in ("dat_light", "swinir_light") for s in (2, 3, 4)]

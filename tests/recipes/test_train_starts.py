@@ -14,7 +14,7 @@ import torch
 
 from condiquant_basicsr import build_network
 from condiquant_plugin.errors import InputError
-from condiquant_recipes import training
+from condiquant_recipes import exporting, training
 from networks import SECTIONS
 from training_job import TrainingJob
 
@@ -85,6 +85,16 @@ def test_crops_must_be_large_enough_for_the_network(job):
     ):
         training.train(job.write(), ["datasets:train:gt_size=32"])
     assert not (job.folder / "experiments").exists()
+
+
+def test_what_cannot_be_converted_is_not_trained(job, monkeypatch):
+    def failing(*_arguments, **_options):
+        raise InputError("no such operator")
+
+    monkeypatch.setattr(exporting.openvino_host, "convert", failing)
+    with pytest.raises(InputError, match=r"^no such operator \(before any distillation, as"):
+        training.train(job.write())
+    assert not list((job.folder / "experiments").rglob("*.pth"))
 
 
 @pytest.mark.parametrize("key", ["val.save_img", "logger.print_freq"])
