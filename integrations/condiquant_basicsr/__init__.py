@@ -17,6 +17,7 @@ from condiquant_basicsr.images import matlab_downscale, read_image, write_image
 from condiquant_basicsr.metrics import evaluate, evaluate_pair
 from condiquant_basicsr.networks import (
     build_network,
+    check_crop_size,
     folded,
     input_channels,
     network_scale,
@@ -31,6 +32,7 @@ __all__ = [
     "TestImage",
     "build_network",
     "calibration_crops",
+    "check_crop_size",
     "check_dataset",
     "evaluate",
     "evaluate_pair",

@@ -91,17 +91,15 @@ def network_scale(network: nn.Module, channels: int = 3) -> int:
         InputError: the network does not turn (1, C, H, W) into (1, C, s*H, s*W).
     """
     multiple = pad_multiple(network)
-    size = math.ceil(_SMALLEST_PROBE / multiple) * multiple
-    parameter = next(network.parameters())
-    try:
-        with torch.no_grad():
-            shape = tuple(network(parameter.new_zeros(1, channels, size, size)).shape)
-    except Exception as error:
-        message = " ".join(str(error).split())
+    smallest = math.ceil(_SMALLEST_PROBE / multiple) * multiple
+    size = smallest_size(network, smallest, channels)
+    if size is None:
         raise InputError(
             f"{type(network).__name__} does not take {_IMAGES.get(channels, 'an')} image"
-            f" (1, {channels}, {size}, {size}): {message}"
-        ) from error
+            f" (1, {channels}, {smallest}, {smallest}), nor larger ones:"
+            f" {_failure(network, smallest, channels)}"
+        )
+    shape = tuple(_output(network, size, channels).shape)
     scale = shape[-1] // size
     if shape != (1, channels, scale * size, scale * size):
         raise InputError(
@@ -109,6 +107,49 @@ def network_scale(network: nn.Module, channels: int = 3) -> int:
             " only super-resolution with a whole scale is supported"
         )
     return scale
+
+
+def smallest_size(network: nn.Module, size: int, channels: int = 3) -> int | None:
+    """The first of ``size``, its double, ... 16 times it, that the network takes as height and width."""
+    sizes = (size * factor for factor in (1, 2, 4, 8, 16))
+    return next((each for each in sizes if _failure(network, each, channels) is None), None)
+
+
+def check_crop_size(network: nn.Module, size: int, channels: int, key: str, scale: int = 1) -> None:
+    """Run the network once on a black crop.
+
+    Args:
+        size: height and width of LR crops.
+        key: what sets them, times ``scale``.
+
+    Raises:
+        InputError: the network fails on it; names a size on which it does not.
+    """
+    failure = _failure(network, size, channels)
+    if failure is None:
+        return
+    other = smallest_size(network, 2 * size, channels)
+    remedy = "give another network" if other is None else f"use {key}={other * scale}"
+    raise InputError(
+        f"{type(network).__name__} cannot run on crops of {size}x{size} ({key}={size * scale}):"
+        f" {failure}; {remedy}"
+    )
+
+
+def _failure(network: nn.Module, size: int, channels: int) -> str | None:
+    """Why the network does not run on an image of this height and width, if it does not."""
+    try:
+        _output(network, size, channels)
+    except Exception as error:
+        return " ".join(str(error).split()) or type(error).__name__
+    return None
+
+
+@torch.no_grad()
+def _output(network: nn.Module, size: int, channels: int) -> Tensor:
+    parameter = next(network.parameters())
+    output: Tensor = network(parameter.new_zeros(1, channels, size, size))
+    return output
 
 
 def pad_multiple(network: nn.Module, override: int | None = None) -> int:

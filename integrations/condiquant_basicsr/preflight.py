@@ -14,7 +14,7 @@ from basicsr.models.base_model import BaseModel
 from torch import nn
 
 from condiquant_basicsr.checkpoints import read_checkpoint
-from condiquant_basicsr.networks import input_channels, pad_multiple
+from condiquant_basicsr.networks import check_crop_size, input_channels, pad_multiple
 from condiquant_basicsr.quantizer import ENTRY
 from condiquant_basicsr.training_data import one_line
 from condiquant_basicsr.weights import load_network, resolve
@@ -98,6 +98,8 @@ def check_crops(opt: Mapping[str, Any], network: nn.Module) -> None:
             f" {type(network).__name__} needs multiples of {multiple}: use gt_size"
             f" {-(-crop // multiple) * multiple * scale}"
         )
+    channels = input_channels(opt["network_g"])
+    check_crop_size(network, crop, channels, "datasets.train.gt_size", scale)
 
 
 def _check_train(options: Mapping[str, Any]) -> None:

@@ -63,13 +63,15 @@ def quantize_network(
         batch_size: crops in one forward pass while moments are collected.
 
     Raises:
-        InputError: no crops; bits outside 2-8; a scope without layers; NaN or Inf anywhere; raised in
+        InputError: no crops, or of a size that the network does not take; bits
+            outside 2-8; a scope without layers; NaN or Inf anywhere; raised in
             all processes if in one.
         DistributedError: another process ended or failed.
     """
     seconds = {"gram": 0.0, "recondition": 0.0, "bounds": 0.0}
     with distributed.failing_together("reading the network"):
         crops = image_batch(crops, takes=partial(_takes, network))
+        _check_runs(plain_float_copy(network), crops[:1])
         wrapped = wrap(network, crops[:1])
         layers = config.find_layers(wrapped)
     scoped = [layer for layer in layers if layer.in_scope]
@@ -97,6 +99,18 @@ def _takes(network: nn.Module, x: Tensor) -> bool:
     except Exception:
         return False
     return True
+
+
+@torch.no_grad()
+def _check_runs(network: nn.Module, crop: Tensor) -> None:
+    try:
+        network(crop)
+    except RuntimeError as error:
+        height, width = crop.shape[-2:]
+        raise InputError(
+            f"{type(network).__name__} cannot run on crops of {width}x{height}"
+            f" ({' '.join(str(error).split())}): give crops of a size that it takes"
+        ) from error
 
 
 def _with_bounds(

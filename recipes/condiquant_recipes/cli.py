@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 try:
+    import rich
     import typer
     from rich.console import Console
 except ImportError:
@@ -47,6 +48,9 @@ DataOption = Annotated[
 SetsOption = Annotated[
     str, typer.Option(help="Test sets, comma-separated (default: the recipe's).")
 ]
+OverwriteOption = Annotated[
+    bool, typer.Option("--overwrite", help="Drop what the folder holds, and start anew.")
+]
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY.SUB=VALUE", help="Override a recipe key.")
 ]
@@ -61,6 +65,7 @@ LayersOption = Annotated[
 def _progress(quiet: bool) -> Progress:
     from condiquant_recipes.progress import Progress
 
+    rich.reconfigure(stderr=True)  # NNCF shows its own bars on this console
     return Progress(None if quiet else _console)
 
 
@@ -94,6 +99,7 @@ def run(
     resume: Annotated[
         bool, typer.Option("--resume", help="Keep finished stages of this folder.")
     ] = False,
+    overwrite: OverwriteOption = False,
     overrides: SetOption = None,
     quiet: QuietOption = False,
 ) -> None:
@@ -105,10 +111,15 @@ def run(
     section = loaded.condiquant
     out = out or Path("out") / f"{loaded.name}_w{section.weight_bits}a{section.activation_bits}"
     metrics = _hosts("run").run(
-        loaded, folder, out, sets=_split(sets), resume=resume, progress=_progress(quiet)
+        loaded,
+        folder,
+        out,
+        sets=_split(sets),
+        resume=resume,
+        overwrite=overwrite,
+        progress=_progress(quiet),
     )
-    reporting = _hosts("reporting")
-    Console().print(reporting.run_table(metrics))
+    Console().print(_hosts("reporting").run_table(metrics))
     for note in metrics["ir"]["notes"]:
         print(f"note: {note}")
     print(f"metrics: {out / 'metrics.json'}\nIR:      {out / 'model.xml'}")
@@ -290,12 +301,11 @@ def compare(
     resume: Annotated[
         bool, typer.Option("--resume", help="Keep finished methods of this folder.")
     ] = False,
+    overwrite: OverwriteOption = False,
     overrides: SetOption = None,
     quiet: QuietOption = False,
 ) -> None:
     """NNCF's methods, 2DQuant and CondiQuant on the network of a recipe, side by side."""
-    import rich
-
     from condiquant_recipes.recipe_files import find_recipe
 
     loaded = find_recipe(recipe, overrides or [])
@@ -306,7 +316,6 @@ def compare(
         return
     folder = _recipe_data(loaded, data)
     out = out or Path("out") / f"{loaded.name}_compare"
-    rich.reconfigure(stderr=True, quiet=quiet)  # NNCF's own progress bars
     report = _hosts("comparing").compare(
         loaded,
         folder,
@@ -314,13 +323,13 @@ def compare(
         sets=_split(sets),
         methods=_split(methods),
         resume=resume,
+        overwrite=overwrite,
         command=shlex.join(["condiquant", *sys.argv[1:]]),
         progress=_progress(quiet),
     )
     page = _hosts("comparison_page").write_page(report, out)
     Console().print(comparison_table.table(report))
-    for remark in comparison_table.remarks(report):
-        print(remark)
+    print(*comparison_table.remarks(report), sep="\n")
     print(f"figures: {out / 'compare.json'}\npage:    {page}")
 
 

@@ -48,6 +48,7 @@ def compare(
     sets: Sequence[str] = (),
     methods: Sequence[str] = (),
     resume: bool = False,
+    overwrite: bool = False,
     command: str = "",
     progress: Progress | None = None,
 ) -> dict[str, Any]:
@@ -62,7 +63,9 @@ def compare(
             training set.
         sets: test sets instead of the recipe's.
         methods: ids of :func:`condiquant_recipes.comparison_methods.all_methods`; by default all.
-        resume: keep the methods that an earlier call with the same recipe, folder and versions finished.
+        resume: keep the methods that an earlier call with the same recipe, folder and versions finished;
+            those of a finished comparison are kept anyway.
+        overwrite: drop what another comparison left in ``out``, or the same one.
         command: what the report should say it was made with.
 
     Returns:
@@ -94,8 +97,10 @@ def compare(
         source.network,
         data,
         resume=resume,
+        overwrite=overwrite,
         also={"export": recipe.export.model_dump(), "versions": versions},
         stale=(*folders.values(), *old),
+        report=out / _REPORT,
     )
 
     with progress.status("converting the float network"):

@@ -65,7 +65,7 @@ def run_demo(out: Path, progress: Progress, console: Console) -> None:
         try:
             results[variant] = job(resume=True)
         except OtherRunError:
-            results[variant] = job()
+            results[variant] = job(overwrite=True)
     final = out / "distilled"
     picture = out / "side_by_side.png"
     _draw(final / "model.xml", data, picture, progress)

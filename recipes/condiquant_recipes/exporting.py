@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -107,6 +109,32 @@ def export(
         "layer_executions": [asdict(layer) for layer in executions],
         "notes": notes,
     }
+
+
+def check_convertible(model: nn.Module, recipe: Recipe, multiple: int) -> None:
+    """Convert a quantized network for nothing, before it is trained for long.
+
+    Raises:
+        InputError, RuntimeError: OpenVINO cannot convert it.
+    """
+    image = example_image(
+        tile_size(recipe, multiple), channels=basicsr_host.input_channels(recipe.network_g)
+    )
+    if next(model.parameters()).device != image.device:
+        model = deepcopy(model).cpu()
+    with saying("before any distillation, as this network cannot be exported"):
+        openvino_host.convert(model, image, static=True)
+
+
+@contextmanager
+def saying(more: str) -> Iterator[None]:
+    """Add to the message of an error what it means for the user."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{error} ({more})") from error
+    except RuntimeError as error:
+        raise RuntimeError(f"{error} ({more})") from error
 
 
 def _convert(

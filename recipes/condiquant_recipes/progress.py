@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import rich
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -54,4 +55,11 @@ class Progress:
         """A line for a step whose hosts show their own progress or that is short."""
         if self.console is not None:
             self.console.print(f"{description} ...")
-        yield
+            yield
+            return
+        hosts = rich.get_console()  # NNCF's bars are shown on it
+        before, hosts.quiet = hosts.quiet, True
+        try:
+            yield
+        finally:
+            hosts.quiet = before

@@ -18,7 +18,7 @@ from condiquant_plugin.distillation import DistillationConfig, DistillationResul
 from condiquant_plugin.errors import InputError
 from condiquant_plugin.reconditioning import LayerReport
 from condiquant_recipes import settings
-from condiquant_recipes.exporting import export
+from condiquant_recipes.exporting import check_convertible, export, saying
 from condiquant_recipes.progress import Progress
 from condiquant_recipes.recipe import Recipe
 from condiquant_recipes.workspace import Workspace, save_parameters, write_metrics
@@ -76,6 +76,10 @@ def load_source(recipe: Recipe, data: Path, sets: Sequence[str]) -> Source:
             f"datasets.calibration.crop={calibration.crop} is not a multiple of {multiple}, "
             f"which {type(network).__name__} needs: {remedy}"
         )
+    key, factor = ("datasets.calibration.crop", 1)
+    if training is not None:
+        key, factor = ("datasets.train.gt_size", recipe.scale)
+    basicsr_host.check_crop_size(network, calibration.crop, channels, key, factor)
     test_sets = {name: _test_set(recipe, data, name) for name in sets}
     return Source(
         network, multiple, crops[: calibration.count], crops[calibration.count :], test_sets
@@ -114,6 +118,7 @@ def run(
     *,
     sets: Sequence[str] = (),
     resume: bool = False,
+    overwrite: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Run a recipe; writes ``metrics.json``, ``model.xml``/``.bin``, ``quantized.safetensors``.
@@ -121,28 +126,40 @@ def run(
     Args:
         data: folder that holds the calibration folders and the test sets.
         sets: test sets instead of the recipe's.
-        resume: keep the stages that an earlier call with the same recipe and folder finished.
+        resume: keep the stages that an earlier call with the same recipe and folder finished; those of
+            a finished run are kept anyway.
+        overwrite: drop what another run left in ``out``, or the same one.
 
     Returns:
         The content of ``metrics.json``.
 
     Raises:
-        InputError: on bad input, before anything is computed where possible.
+        InputError: on bad input, or another run in ``out``, before anything is computed where possible.
     """
     progress = progress or Progress()
     torch.manual_seed(recipe.seed)
     names = list(sets or recipe.datasets.test)
     source = load_source(recipe, data, names)
-    workspace = Workspace.create(out, recipe, source.network, data, resume=resume)
+    workspace = Workspace.create(
+        out, recipe, source.network, data, resume=resume, overwrite=overwrite
+    )
+    if workspace.reused:
+        with progress.status(f"keeping the stages that {out} has of this run (not: --overwrite)"):
+            pass
 
     quantized, seconds = _calibrated(workspace, source, recipe, progress)
+    if recipe.condiquant.distillation.iterations and workspace.finished("distilled") is None:
+        with progress.status("converting the network, to see that it can be exported"):
+            check_convertible(quantized.model, recipe, source.multiple)
     float_scores = _evaluated(workspace, "float", source.network, source, recipe, progress)
     distilled = _distilled(workspace, quantized, source, recipe, progress)
     seconds["distillation"] = distilled.pop("seconds")
     scores = _evaluated(workspace, "quantized", quantized.model, source, recipe, progress)
     save_parameters(quantized.model, workspace.network_path)
     started = time.perf_counter()
-    ir = export(quantized.model, recipe, source.multiple, workspace.folder, progress)
+    kept = f"the trained network is kept in {out}: once this is mended, run condiquant export {out}"
+    with saying(kept):
+        ir = export(quantized.model, recipe, source.multiple, workspace.folder, progress)
     seconds["export"] = time.perf_counter() - started
 
     metrics = {

@@ -12,11 +12,13 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 import condiquant_nncf as nncf_host
+from condiquant_basicsr import pad_multiple
 from condiquant_basicsr import training as basicsr_training
 from condiquant_basicsr.quantizer import ENTRY, QuantizedNetwork, read_quantized
 from condiquant_plugin import __version__
 from condiquant_plugin.errors import InputError
 from condiquant_recipes import settings
+from condiquant_recipes.exporting import check_convertible
 from condiquant_recipes.recipe import Recipe, explain, recorded
 from condiquant_recipes.run import rebuild
 from condiquant_recipes.training_options import (
@@ -131,6 +133,8 @@ class NNCFQuantizer:
             settings.quantization(self.recipe),
             bounds_crops=self.recipe.condiquant.bounds.crops,
         )
+        if self.distillation.iterations:
+            check_convertible(result.model, self.recipe, pad_multiple(network))
         before, after = (
             median(getattr(report, name) for report in result.reports)
             for name in ("condition_before", "condition_after")

@@ -24,6 +24,10 @@ _RECIPE, _STAGES, _NETWORK = "recipe.yml", "stages", "quantized.safetensors"
 _RESULTS = (_NETWORK, "model.xml", "model.bin", "metrics.json")
 
 
+_DISTILLED = f"{_STAGES}/distilled.json"
+_SHOWN_KEYS = 3
+
+
 class OtherRunError(InputError):
     """The folder holds a run of something else."""
 
@@ -33,6 +37,8 @@ class Workspace:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.reused = False
+        """Whether an earlier run's stages are kept."""
 
     @classmethod
     def create(
@@ -43,18 +49,27 @@ class Workspace:
         data: Path,
         *,
         resume: bool,
+        overwrite: bool = False,
         also: Mapping[str, Any] | None = None,
         stale: Iterable[Path] = (),
+        report: Path | None = None,
     ) -> Workspace:
-        """Make or reopen the folder; without ``resume`` all that an earlier run left is dropped.
+        """Make or reopen the folder.
+
+        What a run that has got as far as a trained network left is dropped only by ``overwrite``: without
+        it, another run is refused, and the same one goes on from its stages. Of others all is dropped
+        but by ``resume``.
 
         Args:
+            resume: go on from the finished stages.
+            overwrite: start anew.
             network, data: the float network and the data folder, which a resumed run must share.
             also: what else it must share, as JSON.
             stale: files and folders to drop where nothing is resumed, beside those of a run.
+            report: what is there once the folder is finished; by default results of a run.
 
         Raises:
-            OtherRunError: ``resume`` with another recipe, other weights, data or version.
+            OtherRunError: another recipe, other weights, data or version.
             InputError: not writable.
         """
         workspace = cls(folder)
@@ -67,14 +82,17 @@ class Workspace:
         }
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            before = workspace.finished("identity") if resume else None
-            if before is not None and before != identity:
-                changed = ", ".join(key for key in identity if identity[key] != before.get(key))
+            results = [report] if report else [folder / name for name in (*_RESULTS, _DISTILLED)]
+            finished = not overwrite and any(path.exists() for path in results)
+            before = workspace.finished("identity") if resume or finished else None
+            changes = workspace._changes(before, identity, recipe, exporting=not resume)
+            if (before or finished) and changes:
                 raise OtherRunError(
-                    f"{folder} holds another run (other {changed}): "
-                    "leave out --resume, or give another --out"
+                    f"{folder} holds another run ({', '.join(changes)}): give another --out, or"
+                    " --overwrite to drop it"
                 )
-            if before is None:
+            workspace.reused = before is not None
+            if not workspace.reused:
                 # The identity first: what an interrupted removal leaves belongs to no run.
                 for path in (folder / _STAGES, *(folder / name for name in _RESULTS), *stale):
                     remove(path)
@@ -86,6 +104,30 @@ class Workspace:
                 f"cannot write to {folder}: {error.strerror}; give another --out"
             ) from error
         return workspace
+
+    def _changes(
+        self,
+        before: Mapping[str, Any] | None,
+        identity: Mapping[str, Any],
+        recipe: Recipe,
+        *,
+        exporting: bool,
+    ) -> list[str]:
+        """What differs from the run in the folder; ``exporting``: the recipe's ``export``, too."""
+        if before is None:
+            return ["of unknown settings"]
+        changes = [f"other {key}" for key in identity if identity[key] != before.get(key)]
+        try:
+            recorded = load_recipe(self.recipe_path)
+        except InputError:
+            return changes
+        ours, theirs = (_flat(each.model_dump()) for each in (recipe, recorded))
+        keys = [
+            f"{key}={theirs.get(key)}, not {ours.get(key)}"
+            for key in ours | theirs
+            if ours.get(key) != theirs.get(key) and (exporting or not key.startswith("export."))
+        ]
+        return changes + keys[:_SHOWN_KEYS]
 
     @classmethod
     def open(cls, folder: Path) -> tuple[Workspace, Recipe]:
@@ -135,6 +177,18 @@ class Workspace:
     def restore(self, stage: str, network: nn.Module) -> None:
         """Load the parameters that a finished stage left."""
         load_parameters(network, self.folder / _STAGES / f"{stage}.safetensors")
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Values of sections by dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= (
+            _flat(value, f"{prefix}{key}.")
+            if isinstance(value, dict)
+            else {f"{prefix}{key}": value}
+        )
+    return flat
 
 
 def remove(path: Path) -> None:

@@ -182,3 +182,18 @@ def test_computed_weights_are_refused():
 
     with pytest.raises(InputError, match="computed"):
         host.quantize_network(Computed(), torch.rand(2, 3, 8, 8), config("edsr"))
+
+
+def test_crops_that_the_network_cannot_run_on():
+    class Padded(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 3, 3)
+
+        def forward(self, image):
+            return self.conv(nn.functional.pad(image, (18, 18, 18, 18), "reflect"))
+
+    with pytest.raises(InputError, match=r"Padded cannot run on crops of 12x16 \(.*\): give crops"):
+        host.quantize_network(
+            Padded(), torch.rand(2, 3, 16, 12), host.QuantizationConfig(scope="all")
+        )

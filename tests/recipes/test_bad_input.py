@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 
-from condiquant_basicsr import write_image
+from condiquant_basicsr import build_network, write_image
 from condiquant_recipes import cli
 from networks import build
 
@@ -169,6 +169,21 @@ def test_crop_that_the_windows_do_not_divide(failing_run):
         lambda job: None, "--set", "datasets.calibration.crop=20", network="swinir"
     )
     assert "24" in message
+
+
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize(("scale", "crop", "right"), [(2, 16, 32), (4, 12, 24), (3, 8, 16)])
+def test_crop_that_is_too_small_for_the_network(failing_run, known, scale, crop, right):
+    section = {"type": f"UpCunet{scale}x"}
+
+    def change(job):
+        torch.save(build_network(section).state_dict(), job.folder / "net.pth")
+        job.recipe |= {"network_g": section if known else None, "scale": scale}
+        job.recipe["datasets"]["calibration"]["crop"] = crop
+
+    message = failing_run(change)
+    assert f"UpCunet{scale}x cannot run on crops of {crop}x{crop}" in message
+    assert message.endswith(f"; use datasets.calibration.crop={right}")
 
 
 def test_missing_data_folder(make_job, capsys, monkeypatch):

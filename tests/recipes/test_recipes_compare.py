@@ -106,7 +106,13 @@ def test_an_interrupted_comparison_keeps_its_finished_methods(job, monkeypatch):
         for key in ("psnr", "ssim", "fidelity", "calibration_seconds", "bin_bytes"):
             assert rows[name][key] == before[key]
 
-    compare(recipe, job.data, job.out, methods=["float"])
+    compare(recipe, job.data, job.out, methods=QUICK[:2])
+    assert len(calls) == 4
+    with pytest.raises(
+        InputError, match=r"another run \(other recipe, seed=0, not 1\): .*--overwrite"
+    ):
+        compare(load_recipe(job.write(), ["seed=1"]), job.data, job.out, methods=["float"])
+    compare(recipe, job.data, job.out, methods=["float"], overwrite=True)
     assert len(calls) == 5
     assert not (job.out / "methods" / QUICK[2]).exists()
     for change, key in (("seed=1", "recipe"), ("export.compress_to_fp16=true", "export")):
@@ -132,7 +138,7 @@ def test_rows_of_nobody_knows_what_are_not_taken(job, tmp_path):
     elsewhere = job.out / "methods/float-simplified"
     elsewhere.symlink_to(tmp_path)
     with pytest.raises(InputError, match=f"cannot remove {elsewhere}: .*; give another --out"):
-        compare(recipe, job.data, job.out, methods=["float"])
+        compare(recipe, job.data, job.out, methods=["float"], overwrite=True)
 
 
 def test_a_method_that_breaks_keeps_its_row_and_is_tried_again(job, monkeypatch):

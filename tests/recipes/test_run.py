@@ -4,6 +4,7 @@ import sys
 
 import pytest
 import torch
+from rich.console import Console
 
 from condiquant_basicsr import read_image, write_image
 from condiquant_openvino import Upscaler, read_metadata
@@ -91,12 +92,79 @@ def test_resuming_another_recipe_is_refused(make_job):
         run_recipe(other, job.data, job.out, resume=True)
 
 
+@pytest.mark.parametrize(
+    ("change", "shown"),
+    [
+        ("condiquant.weight_bits=3", r"other recipe, condiquant\.weight_bits=4, not 3"),
+        ("seed=1", r"other recipe, seed=0, not 1"),
+        ("export.tile=40", r"export\.tile=32, not 40"),
+    ],
+)
+def test_a_finished_run_is_not_overwritten_by_another(make_job, change, shown):
+    job = make_job("compact")
+    metrics = run_recipe(load_recipe(job.write()), job.data, job.out)
+    files = {path: path.read_bytes() for path in job.out.rglob("*") if path.is_file()}
+    other = load_recipe(job.write(), [change])
+    with pytest.raises(
+        InputError,
+        match=rf"holds another run \({shown}\): give another --out, or --overwrite to drop it",
+    ):
+        run_recipe(other, job.data, job.out)
+    assert {p: p.read_bytes() for p in job.out.rglob("*") if p.is_file()} == files
+    anew = run_recipe(other, job.data, job.out, overwrite=True)
+    assert without_times(anew) != without_times(metrics)
+
+
+def test_a_trained_network_is_not_lost_either_where_its_export_failed(make_job):
+    job = make_job("compact")
+    run_recipe(load_recipe(job.write()), job.data, job.out)
+    for name in ("metrics.json", "model.xml", "model.bin", "quantized.safetensors"):
+        (job.out / name).unlink()
+    with pytest.raises(InputError, match="seed=0, not 1"):
+        run_recipe(load_recipe(job.write(), ["seed=1"]), job.data, job.out)
+    for path in (job.out / "stages").glob("distilled*"):
+        path.unlink()
+    run_recipe(load_recipe(job.write(), ["seed=1"]), job.data, job.out)
+
+
+def test_results_of_nobody_knows_what_are_not_overwritten(make_job):
+    job = make_job("compact")
+    job.out.mkdir()
+    (job.out / "model.xml").write_text("<net/>")
+    with pytest.raises(
+        InputError, match=r"another run \(of unknown settings\): give another --out"
+    ):
+        run_recipe(load_recipe(job.write()), job.data, job.out)
+    assert (job.out / "model.xml").read_text() == "<net/>"
+
+
+def test_the_same_finished_run_is_not_computed_again(make_job, monkeypatch, capsys):
+    job = make_job("compact")
+    recipe = load_recipe(job.write())
+    first = run_recipe(recipe, job.data, job.out)
+    monkeypatch.setattr(run.nncf_host, "quantize_network", None)
+    monkeypatch.setattr(run, "distill", None)
+    again = run_recipe(recipe, job.data, job.out, progress=Progress(Console(stderr=True)))
+    assert without_times(again) == without_times(first)
+    assert "keeping the stages" in capsys.readouterr().err
+
+
+def test_without_a_console_nothing_is_shown(make_job, capfd):
+    job = make_job("compact")
+    run_recipe(load_recipe(job.write()), job.data, job.folder / "quiet")
+    assert capfd.readouterr().out == ""
+    run_recipe(
+        load_recipe(job.write()), job.data, job.folder / "loud", progress=Progress(Console())
+    )
+    assert "Statistics collection" in capfd.readouterr().out
+
+
 def test_a_new_run_drops_what_an_older_one_left(make_job):
     job = make_job("compact")
     run_recipe(load_recipe(job.write()), job.data, job.out)
     broken = load_recipe(job.write(), ["condiquant.ignored_scope.names=[nothing]"])
     with pytest.raises(InputError, match="ignored_scope"):
-        run_recipe(broken, job.data, job.out)
+        run_recipe(broken, job.data, job.out, overwrite=True)
     for name in ("metrics.json", "model.xml", "model.bin", "quantized.safetensors"):
         assert not (job.out / name).exists()
     with pytest.raises(InputError, match="no finished run"):
@@ -182,6 +250,34 @@ def test_an_error_of_the_conversion_itself_is_shown(make_job, monkeypatch):
         run_recipe(load_recipe(job.write()), job.data, job.out)
 
 
+def test_what_cannot_be_converted_fails_before_distillation(make_job, monkeypatch):
+    job = make_job("compact")
+    monkeypatch.setattr(run, "distill", None)
+
+    def failing(*_arguments, **_options):
+        raise InputError("no such operator")
+
+    monkeypatch.setattr(exporting.openvino_host, "convert", failing)
+    with pytest.raises(InputError, match=r"^no such operator \(before any distillation, as"):
+        run_recipe(load_recipe(job.write()), job.data, job.out)
+    assert not (job.out / "stages" / "distilled.json").exists()
+
+
+@pytest.mark.parametrize("kind", [InputError, RuntimeError])
+def test_a_failed_export_says_where_the_trained_network_is(make_job, monkeypatch, kind):
+    job = make_job("compact")
+
+    def failing(*_arguments):
+        raise kind("no parity")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(exporting, "check_parities", failing)
+        with pytest.raises(kind, match=rf"no parity \(.* kept in {job.out}: .*condiquant export"):
+            run_recipe(load_recipe(job.write()), job.data, job.out)
+    ir.export_again(job.out, job.out, {}, Progress())
+    assert (job.out / "model.xml").exists()
+
+
 @pytest.mark.parametrize(
     "recipe",
     [f"{n}/x{s}.yml" for n in ("dat_light", "swinir_light") for s in (2, 3, 4)]
@@ -200,6 +296,8 @@ def test_the_command_line_runs_inspects_evaluates_and_upscales(make_job, condiqu
     command += ["--data", str(job.data), "--out", str(job.out), "--quiet"]
     ran = subprocess.run(command, capture_output=True, text=True, cwd=job.folder)
     assert ran.returncode == 0, ran.stderr
+    assert ran.stderr == ""
+    assert "Statistics collection" not in ran.stdout
     assert "W4A4" in ran.stdout
     inspected = condiquant("inspect", job.out / "model.xml", "--json")
     assert json.loads(inspected)["metadata"]["network"] == "tiny"

@@ -12,8 +12,9 @@ import psutil
 import pytest
 import torch
 
+from condiquant_basicsr import build_network
 from condiquant_plugin.errors import InputError
-from condiquant_recipes import training
+from condiquant_recipes import exporting, training
 from networks import SECTIONS
 from training_job import TrainingJob
 
@@ -72,6 +73,28 @@ def test_crops_must_fit_the_windows(job):
     job.set_weights("swinir.pth")
     with pytest.raises(InputError, match=r"gt_size=36 gives LR crops of 18x18, but SwinIR needs"):
         training.train(job.write(), ["datasets:train:gt_size=36"])
+
+
+def test_crops_must_be_large_enough_for_the_network(job):
+    job.options["network_g"] = {"type": "UpCunet2x"}
+    torch.save({"params": build_network({"type": "UpCunet2x"}).state_dict()}, "net.pth")
+    with pytest.raises(
+        InputError,
+        match=r"UpCunet2x cannot run on crops of 16x16 \(datasets\.train\.gt_size=32\): .*"
+        r"use datasets\.train\.gt_size=64$",
+    ):
+        training.train(job.write(), ["datasets:train:gt_size=32"])
+    assert not (job.folder / "experiments").exists()
+
+
+def test_what_cannot_be_converted_is_not_trained(job, monkeypatch):
+    def failing(*_arguments, **_options):
+        raise InputError("no such operator")
+
+    monkeypatch.setattr(exporting.openvino_host, "convert", failing)
+    with pytest.raises(InputError, match=r"^no such operator \(before any distillation, as"):
+        training.train(job.write())
+    assert not list((job.folder / "experiments").rglob("*.pth"))
 
 
 @pytest.mark.parametrize("key", ["val.save_img", "logger.print_freq"])
