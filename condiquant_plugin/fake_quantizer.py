@@ -82,7 +82,7 @@ class FakeQuantizer(nn.Module):
     :mod:`condiquant_plugin.grid`, with a straight-through gradient.
 
     Args:
-        bits: 2 to 8; of 8, weights and operands keep 7 where ``overflow`` is ``"safe"``.
+        bits: 2 to 8; of 8, operands keep 7 where ``overflow`` is ``"safe"``.
         kind: decides the lattice; an ``"operand"`` is a factor of a product of activations.
         row_blocks: number of equal blocks of rows along ``axis``, each with bounds of its own: 1 is
             per tensor, 3 serves a fused qkv, the number of rows is per channel.
@@ -142,15 +142,32 @@ class FakeQuantizer(nn.Module):
             overflow=self.overflow,
         )
         self.set_bounds(found.lower.view_as(self.lower), found.upper.view_as(self.upper))
+        self.set_bounds(*self._fitting_bounds(x.detach()))
+
+    def _fitting_bounds(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The bounds, wide enough for ``x`` that no pair of products overflows."""
+        if not grid.needs_smallest_step(self.bits, self.kind, self.overflow):
+            return self.lower, self.upper
+        rows = x.detach().movedim(self.axis, 0).reshape(x.shape[self.axis], -1)
+        smallest = grid.smallest_step(rows)
+        smallest = smallest.reshape(self.row_blocks, -1).amax(1).view_as(self.lower)
+        step = (self.upper - self.lower) / (2**self.bits - 1)
+        factor = (smallest / step.detach().clamp_min(grid.SMALLEST_STEP)).clamp_min(1)
+        return self.lower * factor, self.upper * factor
 
     @property
     def lattice(self) -> grid.Lattice:
         """What the bounds are snapped to."""
         return grid.lattice(self.bits, self.kind, self.zero_on_grid, self.overflow)
 
-    def snapped(self) -> grid.SnappedGrid:
-        """The grid that is computed with; tensors of shape ``()`` or ``(row_blocks,)``."""
-        lower, upper = self.lower.detach(), self.upper.detach()
+    def snapped(self, x: Tensor | None = None) -> grid.SnappedGrid:
+        """The grid that is computed with; tensors of shape ``()`` or ``(row_blocks,)``.
+
+        Args:
+            x: what is quantized; an 8-bit weight may need a wider grid than at its last search.
+        """
+        lower, upper = (self.lower, self.upper) if x is None else self._fitting_bounds(x)
+        lower, upper = lower.detach(), upper.detach()
         return grid.snap(lower, upper, self.bits, self.kind, self.zero_on_grid, self.overflow)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -159,8 +176,9 @@ class FakeQuantizer(nn.Module):
             self.search_on_next_input = False
         if not self.enabled:
             return x
-        step = ((self.upper - self.lower) / (2**self.bits - 1)).clamp_min(grid.SMALLEST_STEP)
-        lower = self.lower + (self.snapped().lower - self.lower).detach()
+        lower, upper = self._fitting_bounds(x)
+        step = ((upper - lower) / (2**self.bits - 1)).clamp_min(grid.SMALLEST_STEP)
+        lower = lower + (self.snapped(x).lower - lower).detach()
         refinement = self.lattice.refinement
         if torch.jit.is_tracing():
             return fake_quantize_op(

@@ -9,9 +9,10 @@ Snapping leaves ``step`` alone and moves ``lower`` by at most ``step / (2 * refi
 inside the bounds, so what is simulated with snapped bounds is what an 8-bit kernel computes. Bounds that
 exclude zero slide until they touch it.
 
-Kernels of CPUs without VNNI add neighbouring pairs of products in 16 bits, where ``255 * 127 * 2`` does
-not fit. Where ``overflow`` is ``"safe"``, weights and operands of attention keep to 7-bit integers: with
-any byte as the other factor, signed ones shifted by 128 as kernels do, no pair exceeds ``255 * 64 * 2``.
+Kernels of CPUs without VNNI add pairs of products in 16 bits, where ``255 * (127 + 127)`` does not fit.
+With ``overflow="safe"`` weights below 8 bits and operands of attention keep to 7-bit integers, and 8-bit
+weights have a step at which no two codes of a row come to more than 128 (:func:`smallest_step`): with any
+byte as the other factor, signed ones shifted by 128 as kernels do, no pair exceeds ``255 * 128``.
 
 Hardware that knows only one scale and one zero for a tensor (NPUs) needs zero *on the grid*: there the
 lattice is the grid itself, and weights are symmetric.
@@ -22,6 +23,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+import torch
 from torch import Tensor
 
 from condiquant_plugin.errors import InputError, check_choice
@@ -34,7 +36,8 @@ Overflow = Literal["safe", "vnni"]
 """``"safe"``: exact on every x86-64 CPU. ``"vnni"``: all 8 bits of every integer, exact only where kernels
 sum in 32 bits (AVX-VNNI, AVX-512 VNNI, AMX)."""
 DEFAULT_OVERFLOW: Overflow = "safe"
-_HALF_RANGE: dict[Overflow, int] = {"safe": 64, "vnni": 128}
+_LARGEST_PAIR = 128
+"""Of two codes of one sign that are multiplied with bytes up to 255 and added in int16."""
 
 
 def check_bits(bits: int, name: str = "bits") -> int:
@@ -49,18 +52,42 @@ def check_bits(bits: int, name: str = "bits") -> int:
 
 
 def fitting_bits(bits: int, kind: Kind, overflow: Overflow = DEFAULT_OVERFLOW) -> int:
-    """Bits of a grid whose levels kernels can hold: 7 for 8-bit weights and operands where safe.
+    """Bits of a grid whose levels kernels can hold: 7 for 8-bit operands where safe.
 
-    >>> fitting_bits(8, "weight"), fitting_bits(8, "activation"), fitting_bits(8, "weight", "vnni")
+    >>> fitting_bits(8, "operand"), fitting_bits(8, "weight"), fitting_bits(8, "operand", "vnni")
     (7, 8, 8)
     """
-    return min(check_bits(bits), (2 * _half_range(kind, overflow)).bit_length() - 1)
-
-
-def _half_range(kind: Kind, overflow: Overflow) -> int:
-    """Signed integers go from minus this to one less than this."""
     check_choice("overflow", overflow, get_args(Overflow))
-    return _HALF_RANGE["vnni" if kind == "activation" else overflow]
+    return min(check_bits(bits), 7 if kind == "operand" and overflow == "safe" else MAX_BITS)
+
+
+def _half_range(bits: int, kind: Kind, overflow: Overflow) -> int:
+    """Signed integers go from minus this to one less than this."""
+    has_all_bits = kind == "activation" or overflow == "vnni" or bits == MAX_BITS
+    return 128 if has_all_bits else 64
+
+
+def needs_smallest_step(bits: int, kind: Kind, overflow: Overflow) -> bool:
+    """Whether pairs of codes may overflow at a step below :func:`smallest_step`."""
+    return bits == MAX_BITS and kind == "weight" and overflow == "safe"
+
+
+def smallest_step(rows: Tensor) -> Tensor:
+    """Step from which on no two 8-bit codes of a row, of one sign, come to more than 128.
+
+    Args:
+        rows: entries by output channel, shape ``(rows, entries)``.
+
+    Returns:
+        Shape ``(rows,)``.
+
+    >>> smallest_step(torch.tensor([[100.0, -1, 27], [-60, 50, -67]]))
+    tensor([1., 1.])
+    """
+    two = min(2, rows.shape[1])
+    largest = [side.clamp_min(0).topk(two, 1).values.sum(1) for side in (rows, -rows)]
+    # Rounding adds up to a half to each of the two.
+    return torch.maximum(*largest) / (_LARGEST_PAIR - 1)
 
 
 @dataclass(frozen=True)
@@ -99,23 +126,23 @@ def lattice(
         zero_on_grid: the lattice is the grid itself, and zero is code ``2**(bits-1)`` of a weight.
 
     Raises:
-        InputError: more bits than fit, see :func:`fitting_bits`.
+        InputError: more bits than :func:`fitting_bits`.
 
     >>> lattice(4, "activation")
     Lattice(refinement=8, lowest_zero=0, highest_zero=120, zero_spacing=1)
     >>> lattice(8, "activation")
     Lattice(refinement=1, lowest_zero=0, highest_zero=128, zero_spacing=128)
-    >>> lattice(4, "weight"), lattice(4, "weight", overflow="vnni")
-    (Lattice(refinement=4, lowest_zero=0, highest_zero=60, zero_spacing=1), Lattice(refinement=8, lowest_zero=0, highest_zero=120, zero_spacing=1))
+    >>> lattice(4, "weight")
+    Lattice(refinement=4, lowest_zero=0, highest_zero=60, zero_spacing=1)
     >>> lattice(4, "weight", zero_on_grid=True)
     Lattice(refinement=1, lowest_zero=8, highest_zero=8, zero_spacing=1)
     """
     if (fitting := fitting_bits(bits, kind, overflow)) < bits:
         raise InputError(
-            f'{bits}-bit integers of an {kind} overflow on CPUs without VNNI: use {fitting} bits, or '
+            f"{bits}-bit integers of an {kind} overflow on CPUs without VNNI: use {fitting} bits, or "
             'overflow="vnni"'
         )
-    last_code, half = 2**bits - 1, _half_range(kind, overflow)
+    last_code, half = 2**bits - 1, _half_range(bits, kind, overflow)
     if zero_on_grid and kind == "weight":
         return Lattice(1, 2 ** (bits - 1), 2 ** (bits - 1))
     refinement = 1 if zero_on_grid else max((half - 1) // last_code, 1)

@@ -84,8 +84,8 @@ def quantize_sr(
         weight_granularity (str): Bounds per "tensor" (three for a fused qkv) or "channel".
         activation_side (str): How ranges of activations are shrunk: "symmetric", "one_sided", "auto".
         zero_on_grid (bool): Zero is a level of every grid, weights are symmetric, as NPUs and QCDQ need.
-        overflow (str): "safe" is exact on every x86-64 CPU, with 7 bits for 8-bit weights and factors of
-            products; "vnni" keeps all 8 and is exact only on CPUs with VNNI. Default: "safe"
+        overflow (str): "safe" is exact on every x86-64 CPU: 8-bit weights have wider steps, factors of
+            products 7 bits. "vnni" keeps all 8 and is exact only on CPUs with VNNI. Default: "safe"
         reconditioning (Optional, ReconditioningConfig): "auto" is the default of the activations' bits;
             None keeps the weights as trained.
         bounds_crops (int): How many crops the bounds are searched on, in one batch. Default: 32

@@ -123,7 +123,7 @@ class LearnedBoundsQuant(nn.Module):
 
     def _grid(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         quantizer = self.quantizer
-        snapped = quantizer.snapped()
+        snapped = quantizer.snapped(x if x.ndim else None)
         refinement = quantizer.lattice.refinement
         scale = quantizer.spread(snapped.step, x)
         return scale, quantizer.spread(snapped.zero / refinement, x), self.bit_width_impl()

@@ -44,7 +44,7 @@ class QuantizationConfig:
     zero_on_grid: bool = False
     """Zero is a level of every grid and weights are symmetric, as NPUs need it; costs accuracy."""
     overflow: Overflow = DEFAULT_OVERFLOW
-    """``"safe"``: exact on every x86-64 CPU, with 7 bits for 8-bit weights and operands of products.
+    """``"safe"``: exact on every x86-64 CPU; 8-bit weights have wider steps, operands of products 7 bits.
     ``"vnni"``: all 8 bits, exact only on CPUs with VNNI."""
     bounds_inputs: BoundsInputs = "float"
     """Search activation bounds on the float network, or on one that is quantized up to that layer.

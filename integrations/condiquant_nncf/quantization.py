@@ -19,6 +19,7 @@ from condiquant_nncf.learned_bounds import create_quantizers
 from condiquant_nncf.statistics import collect_moments
 from condiquant_nncf.torch_backend import wrap
 from condiquant_plugin import distributed, reconditioning
+from condiquant_plugin.errors import InputError
 from condiquant_plugin.fake_quantizer import FakeQuantizer, fake_quantizers, search_bounds
 from condiquant_plugin.intake import image_batch, plain_float_copy
 from condiquant_plugin.reconditioning import LayerReport, ReconditioningConfig

@@ -22,11 +22,13 @@ from condiquant_openvino import quantizer_graphs
 from condiquant_openvino.compaction import compact
 from condiquant_openvino.hoisting import hoist
 from condiquant_openvino.joining import join
+from condiquant_openvino.overflow import overflowing
 from condiquant_openvino.quantizer_graphs import Quantizer, redirect
 from condiquant_openvino.rearranging import collapse
+from condiquant_openvino.saving import set_metadata
 from condiquant_openvino.separating import separate
 from condiquant_openvino.simplification import simplify
-from condiquant_plugin import FakeQuantizer, InputError, fake_quantizers
+from condiquant_plugin import FakeQuantizer, InputError, fake_quantizers, grid
 from condiquant_plugin.intake import check_is_float32, check_output
 
 _CALL = re.compile(r"#\d+$")
@@ -188,20 +190,24 @@ def convert(
     for port, name in zip(converted.outputs, output_names, strict=False):
         port.get_tensor().set_names({name})
     converted.set_friendly_name(type(model).__name__)
-    return write_quantizers(converted, quantizers)
+    overflow = {quantizer.overflow for quantizer in fake_quantizers(model).values()}
+    return write_quantizers(converted, quantizers, "vnni" if "vnni" in overflow else "safe")
 
 
-def write_quantizers(model: ov.Model, quantizers: dict[str, Quantizer]) -> ov.Model:
+def write_quantizers(
+    model: ov.Model, quantizers: dict[str, Quantizer], overflow: grid.Overflow
+) -> ov.Model:
     """Replace placeholders by what int8 kernels compute, weights packed; ``model`` is used up.
 
     Args:
         quantizers: by the labels of the placeholders.
+        overflow: ``"safe"`` leaves products to float kernels whose integers might overflow in int8.
     """
     name = model.get_friendly_name()
     _give_up_names(model)
     simplify(model)
     _absorb_transposes(model, quantizers)
-    _replace_placeholders(model, quantizers)
+    _replace_placeholders(model, quantizers, overflow)
     model = hoist(model)
     collapse(model)
     join(model)
@@ -210,6 +216,7 @@ def write_quantizers(model: ov.Model, quantizers: dict[str, Quantizer]) -> ov.Mo
     model.validate_nodes_and_infer_types()
     model.set_friendly_name(name)
     _name_reproducibly(model)
+    set_metadata(model, {"overflow": overflow})
     return model
 
 
@@ -259,10 +266,13 @@ def _absorb_transposes(model: ov.Model, quantizers: dict[str, Quantizer]) -> Non
             redirect(product.output(0), absorbed.output(0))
 
 
-def _replace_placeholders(model: ov.Model, quantizers: dict[str, Quantizer]) -> None:
+def _replace_placeholders(
+    model: ov.Model, quantizers: dict[str, Quantizer], overflow: grid.Overflow
+) -> None:
     placeholders = [node for node in model.get_ordered_ops() if isinstance(node, Placeholder)]
+    in_float = overflowing(model, quantizers) if overflow == "safe" else set()
     # All decisions come first: they look at the placeholders around.
-    forms = [_form(node, quantizers) for node in placeholders]
+    forms = [_form(node, quantizers, in_float) for node in placeholders]
     for node, form in zip(placeholders, forms, strict=True):
         quantizer, source = quantizers[node.label], node.input_value(0)
         if form is _Form.ACTIVATION:
@@ -276,10 +286,11 @@ def _replace_placeholders(model: ov.Model, quantizers: dict[str, Quantizer]) -> 
             redirect(replaced, quantizer_graphs.weight(values, quantizer, shape, int8=int8))
 
 
-def _form(node: Placeholder, quantizers: dict[str, Quantizer]) -> _Form:
+def _form(node: Placeholder, quantizers: dict[str, Quantizer], in_float: set[str]) -> _Form:
     quantizer, constant = quantizers[node.label], _is_constant(node.input_value(0).get_node())
     if quantizer.kind != "weight":
-        if quantizer.lower.size == 1 and not constant and _feeds_products_only(node.output(0)):
+        fits_bytes = quantizer.lower.size == 1 and not constant and node.label not in in_float
+        if fits_bytes and _feeds_products_only(node.output(0)):
             return _Form.ACTIVATION
         return _Form.ELEMENTWISE
     if not constant:
@@ -296,7 +307,7 @@ def _form(node: Placeholder, quantizers: dict[str, Quantizer]) -> _Form:
         if (
             not rows <= quantizer_graphs.output_channel_axes(product)
             or not isinstance(source, Placeholder)
-            or _form(source, quantizers) is not _Form.ACTIVATION
+            or _form(source, quantizers, in_float) is not _Form.ACTIVATION
         ):
             return _Form.FLOAT_WEIGHT
     return _Form.INT8_WEIGHT

@@ -39,8 +39,11 @@ def pack(model: ov.Model) -> ov.Model:
     model = model.clone()
     found = _on_lattice(model)
     quantizers: dict[str, Quantizer] = {}
-    for node, (lower, step, bits, kind, refinement) in found:
+    overflow: grid.Overflow = "safe"
+    for node, (lower, step, bits, kind, of_grid) in found:
         label = node.get_friendly_name()
+        refinement = grid.lattice(bits, kind, overflow=of_grid).refinement
+        overflow = "vnni" if "vnni" in (overflow, of_grid) else overflow
         quantizers[label] = Quantizer(label, lower, step, bits, kind, refinement)
         redirect(node.output(0), Placeholder([node.input_value(0)], label).output(0))
     if not quantizers:
@@ -48,11 +51,11 @@ def pack(model: ov.Model) -> ov.Model:
             f"{model.get_friendly_name()} has no low-bit FakeQuantize to pack: quantize it with "
             'condiquant_nncf.quantize(..., then="bounds")'
         )
-    return write_quantizers(model, quantizers)
+    return write_quantizers(model, quantizers, overflow)
 
 
 _Array = NDArray[np.float32]
-_Grid = tuple[_Array, _Array, int, grid.Kind, int]
+_Grid = tuple[_Array, _Array, int, grid.Kind, grid.Overflow]
 
 
 def _on_lattice(model: ov.Model) -> list[tuple[ov.Node, _Grid]]:
@@ -66,7 +69,7 @@ def _on_lattice(model: ov.Model) -> list[tuple[ov.Node, _Grid]]:
 
 
 def _grid(node: ov.Node) -> _Grid | None:
-    """Lower bound, step, bits, kind, refinement; None if the kernels' lattice does not hold the levels."""
+    """Lower bound, step, bits, kind, overflow; None if the kernels' lattice does not hold the levels."""
     bits = _BITS_OF_LEVELS.get(node.get_attributes()["levels"])
     constants = [value.get_node() for value in node.input_values()[1:]]
     if bits is None or any(constant.get_type_name() != "Constant" for constant in constants):
@@ -85,7 +88,7 @@ def _grid(node: ov.Node) -> _Grid | None:
             continue
         cells = grid.lattice(bits, kind, overflow=overflow)
         if _lies_on(cells, lower, step):
-            return lower, step, bits, kind, cells.refinement
+            return lower, step, bits, kind, overflow
     return None
 
 

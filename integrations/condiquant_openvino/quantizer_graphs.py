@@ -77,6 +77,15 @@ class Quantizer:
         lower, step = self.lower.astype(np.float64), self.step.astype(np.float64)
         return np.rint(-lower / step * self.refinement).astype(np.int32)
 
+    def extent(self) -> tuple[int, int]:
+        """Lowest and highest of its integers."""
+        zero, span = self.zero(), (2**self.bits - 1) * self.refinement
+        return int(-zero.max()), int(span - zero.min())
+
+    def integers(self, x: NDArray[np.float32]) -> NDArray[np.int32]:
+        """Lattice integers of ``x``."""
+        return self.codes(x).astype(np.int32) * self.refinement - self.zero()
+
     def codes(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
         """The simulation's own codes, in its own float32 arithmetic."""
         found = grid.codes(
@@ -206,6 +215,16 @@ def bytes_of(encoder: ov.Node) -> ov.Node:
     while node.get_type_name() != "Convert":
         (port,) = node.output(0).get_target_inputs()
         node = port.get_node()
+    return node
+
+
+def encoder_of(exit_node: ov.Node) -> ov.Node | None:
+    """The FakeQuantize whose integers a node of :data:`EXITS` decodes; None for another form."""
+    if exit_node.get_type_name() not in {"Multiply", "FakeQuantize"}:
+        return None
+    node = exit_node
+    while not is_encoder(node):
+        node = node.input_value(0).get_node()
     return node
 
 

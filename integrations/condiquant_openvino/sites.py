@@ -18,6 +18,7 @@ from condiquant_openvino.quantizer_graphs import (
     EXITS,
     Role,
     bytes_of,
+    encoder_of,
     is_encoder,
     node_name,
     parse_name,
@@ -120,7 +121,8 @@ def locate(ir: ov.Model, image: Array, device: str) -> list[Site]:
     parsed = {name: found for name in nodes if (found := parse_name(name)) is not None}
     exits = {name: nodes[name] for name, (role, _) in parsed.items() if role in EXITS}
     encoders = {n.get_friendly_name(): n for n in nodes.values() if is_encoder(n)}
-    rounded = {name: _encoder_above(node) for name, node in exits.items()}
+    found = {name: encoder_of(node) for name, node in exits.items()}
+    rounded = {name: node and node.get_friendly_name() for name, node in found.items()}
     entries = [node_name(parsed[name][1]) for name in exits if rounded[name] is None]
     shapes = _input_shapes(ir, [*encoders, *entries], image)
     indices = _indices(
@@ -141,15 +143,6 @@ def locate(ir: ov.Model, image: Array, device: str) -> list[Site]:
             shape = shapes[encoder]
             sites.append(Site(label, encoder, name, transposed, *grids, shape, index))
     return sites
-
-
-def _encoder_above(node: ov.Node) -> str | None:
-    """Name of the FakeQuantize whose integers ``node`` decodes; None for other forms."""
-    if node.get_type_name() not in {"Multiply", "FakeQuantize"}:
-        return None
-    while not is_encoder(node):
-        node = node.input_value(0).get_node()
-    return str(node.get_friendly_name())
 
 
 def _decoder_input(exit_node: ov.Node) -> ov.Input:

@@ -108,8 +108,8 @@ class CondiQuantSection(_Section):
     ``transformer``; left out: they stay float."""
     weight_granularity: Literal["tensor", "channel"] = "tensor"
     overflow: Overflow = DEFAULT_OVERFLOW
-    """``safe``: exact on every x86-64 CPU, 8-bit weights and operands of attention have 7 bits. ``vnni``: all
-    8 bits, exact only on CPUs with VNNI."""
+    """``safe``: exact on every x86-64 CPU; 8-bit weights have wider steps, operands of attention 7 bits.
+    ``vnni``: all 8 bits, exact only on CPUs with VNNI."""
     recondition: ReconditionSection = ReconditionSection()
     bounds: BoundsSection = BoundsSection()
     distillation: DistillationSection = DistillationSection()

@@ -1,3 +1,4 @@
+from functools import partial
 from itertools import product
 
 import pytest
@@ -36,39 +37,62 @@ def integer_extremes(bits, kind):
     return [(-zero, last - zero) for zero in zeros]
 
 
-@pytest.mark.parametrize(
-    ("first", "second"), [("activation", "weight"), ("operand", "operand")]
-)
+@pytest.mark.parametrize(("first", "second"), [("activation", "weight"), ("operand", "operand")])
 def test_no_pair_of_products_of_safe_integers_overflows_16_bits(first, second):
-    for bits, other_bits in product(range(2, 9), repeat=2):
+    # 8-bit weights have a smallest step instead.
+    widest = 7 if second == "weight" else 8
+    for bits, other_bits in product(range(2, 9), range(2, widest + 1)):
         for low, high in integer_extremes(grid.fitting_bits(bits, first), first):
             # Without VNNI kernels shift signed bytes by 128 and take them for unsigned.
             byte = high + 128 if low < 0 else high
             for lowest, highest in integer_extremes(grid.fitting_bits(other_bits, second), second):
                 # No int8 kernel takes an unsigned second operand of 7 bits.
                 if second == "weight" or lowest < 0:
-                    assert -(2**15) <= 2 * byte * lowest
+                    assert 2 * byte * lowest >= -(2**15)
                     assert 2 * byte * highest < 2**15
 
 
 def test_safe_grids_have_the_bits_that_fit():
-    assert grid.fitting_bits(8, "weight") == grid.fitting_bits(8, "operand") == 7
-    assert grid.fitting_bits(8, "activation") == 8
+    assert grid.fitting_bits(8, "operand") == 7
+    assert grid.fitting_bits(8, "activation") == grid.fitting_bits(8, "weight") == 8
     for bits, kind in product(range(2, 9), ("weight", "activation", "operand")):
         assert grid.fitting_bits(bits, kind, "vnni") == bits
-        assert grid.fitting_bits(bits, kind) == (7 if bits == 8 and kind != "activation" else bits)
+        assert grid.fitting_bits(bits, kind) == (7 if bits == 8 and kind == "operand" else bits)
         assert FakeQuantizer(bits, kind).bits == grid.fitting_bits(bits, kind)
         assert FakeQuantizer(bits, kind, overflow="vnni").bits == bits
     with pytest.raises(InputError, match='use 7 bits, or overflow="vnni"'):
-        grid.lattice(8, "weight")
+        grid.lattice(8, "operand")
     with pytest.raises(InputError, match="overflow='none' is not known: use 'safe' or 'vnni'"):
         FakeQuantizer(8, "weight", overflow="none")
 
 
-@given(bit_widths, kinds, overflows, lowers, widths)
-def test_snapping_keeps_the_step_and_lays_levels_on_the_lattice(
-    bits, kind, overflow, lower, width
+@pytest.mark.parametrize("row_blocks", [1, 3, 12])
+@pytest.mark.parametrize(("shape", "axis"), [((12, 40), 0), ((12, 5, 3, 3), 0), ((7, 12, 2, 2), 1)])
+@given(seed=st.integers(0, 2**31), stretch=st.sampled_from([0.1, 1.0, 3.0]))
+@settings(max_examples=20)
+def test_8_bit_codes_of_a_safe_weight_have_no_pair_above_128(
+    row_blocks, shape, axis, seed, stretch
 ):
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) ** 3
+    safe, vnni = (
+        FakeQuantizer(8, "weight", row_blocks=row_blocks, axis=axis, overflow=overflow)
+        for overflow in ("safe", "vnni")
+    )
+    for quantizer in (safe, vnni):
+        quantizer.search_bounds(weight)
+    assert (safe.upper >= vnni.upper).all()
+    trained = weight.detach() * stretch  # the bounds are those of the weight before
+    snapped = safe.snapped(trained)
+    integers = safe(trained).detach() / safe.spread(snapped.step, trained)
+    rows = integers.movedim(axis, 0).flatten(1).round()
+    torch.testing.assert_close(rows, integers.movedim(axis, 0).flatten(1), atol=1e-3, rtol=0)
+    pairs = torch.stack([s.clamp_min(0).topk(2, 1).values.sum(1) for s in (rows, -rows)])
+    assert pairs.max() <= 128
+    assert pairs.max() >= 126 or stretch < 1 or (safe.upper == vnni.upper).any()
+
+
+@given(bit_widths, kinds, overflows, lowers, widths)
+def test_snapping_keeps_the_step_and_lays_levels_on_the_lattice(bits, kind, overflow, lower, width):
     bits = grid.fitting_bits(bits, kind, overflow)
     low, up = torch.tensor([lower, lower + width], dtype=torch.float64)
     snapped = grid.snap(low, up, bits, kind, overflow=overflow)
@@ -140,9 +164,10 @@ def test_values_are_integers_of_the_lattice_in_training_and_inference(
 ):
     quantizer = FakeQuantizer(bits, kind)
     quantizer.set_bounds(lower, lower + width)
-    snapped, refinement = quantizer.snapped(), grid.lattice(bits, kind).refinement
+    bits, refinement = quantizer.bits, quantizer.lattice.refinement
     x = torch.empty(64).uniform_(-1, 1, generator=torch.Generator().manual_seed(seed)) * width
     x = torch.cat([x, lower + x, torch.zeros(1)])
+    snapped = quantizer.snapped(x)
     trained = quantizer(x).detach()
     with torch.no_grad():
         assert torch.equal(quantizer(x), trained)
@@ -287,8 +312,9 @@ def test_no_finer_choice_of_bounds_is_much_better(side):
 @pytest.mark.parametrize("candidates", [1, 10])
 def test_the_first_candidate_is_the_whole_range(candidates):
     x = torch.cat([torch.linspace(-3, 5, 17), torch.zeros(3)])[None]
-    found = bounds.search(x, 4, "operand", candidates=candidates)
+    search = partial(bounds.search, overflow="vnni", candidates=candidates)
+    found = search(x, 4, "operand")
     assert (found.lower.item(), found.upper.item()) == pytest.approx((-3, 5), abs=0.04)
     rows = torch.cat([x, 10 * x])
-    both = bounds.search(rows, 4, "operand", candidates=candidates)
+    both = search(rows, 4, "operand")
     assert_same_bounds(both, [torch.cat([bound, 10 * bound]) for bound in found[:2]])
