@@ -161,7 +161,9 @@ def refuse_rebuilt(
 
 
 def _equal(value: Tensor | None, before: Tensor) -> bool:
-    return value is not None and value.shape == before.shape and bool(value.equal(before))
+    if value is None or value.shape != before.shape:
+        return False
+    return bool(torch.allclose(value, before, rtol=0, atol=0, equal_nan=True))
 
 
 def _unwrapped(network: nn.Module) -> nn.Module:

@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from condiquant_brevitas.products import factors, stubs_name
-from condiquant_plugin.calls import calling_module
+from condiquant_plugin.calls import Dependence, calling_module
 from condiquant_plugin.errors import InputError
 from condiquant_plugin.scope import Kind, Scope, select_layers
 
@@ -61,8 +61,9 @@ class Layer:
 class _Recorder(TorchFunctionMode):
     """Notes layers and products whose input depends on the image, in the order of computation."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, image: Dependence) -> None:
         super().__init__()
+        self._image = image
         self._names = {module: name for name, module in model.named_modules()}
         self._products: Counter[nn.Module] = Counter()
         self.calls: Counter[nn.Module] = Counter()
@@ -71,7 +72,7 @@ class _Recorder(TorchFunctionMode):
     def note_call(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """Forward pre-hook of every module."""
         self.calls[module] += 1
-        if type(module) in QUANT_LAYERS and (args or (kwargs["input"],))[0].requires_grad:
+        if type(module) in QUANT_LAYERS and self._image.reaches((args or (kwargs["input"],))[0]):
             self.layers.append(Layer(self._names[module], module))
 
     def __torch_function__(
@@ -91,11 +92,11 @@ class _Recorder(TorchFunctionMode):
     def _note_product(self, func: Any, module: nn.Module, multiplied: Sequence[Tensor]) -> None:
         product = self._names[module], self._products[module], func
         self._products[module] += 1
-        if all(factor.requires_grad for factor in multiplied):
+        if all(map(self._image.reaches, multiplied)):
             self.layers.append(Layer(stubs_name(*product[:2]), module, product))
 
     def _note_function(self, func: Any, module: nn.Module, leaves: Sequence[Any]) -> None:
-        if any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves):
+        if any(map(self._image.reaches, leaves)):
             name = ".".join(filter(None, (self._names[module], func.__name__)))
             self.layers.append(Layer(name, module, function=func))
 
@@ -111,8 +112,7 @@ def find_layers(
     """Layers to quantize, in the order in which the network computes them.
 
     Layers whose input does not depend on the image (position-bias tables) are left alone, and so are
-    products with a parameter that are no module. Dependence is seen by gradients: gradient checkpointing
-    is to be off.
+    products with a parameter that are no module.
 
     Args:
         example: one image, ``(1, channels, height, width)``.
@@ -146,8 +146,9 @@ def find_layers(
 
 
 def _record(model: nn.Module, example: Tensor) -> _Recorder:
-    """A value depends on the image if it needs its gradient where nothing else does."""
-    recorder = _Recorder(model)
+    """Values are followed, not gradients: those end where a network detaches or rounds."""
+    image = Dependence()
+    recorder = _Recorder(model, image)
     parameters = [(p, p.requires_grad) for p in model.parameters()]
     hooks = [
         module.register_forward_pre_hook(recorder.note_call, with_kwargs=True)
@@ -156,9 +157,10 @@ def _record(model: nn.Module, example: Tensor) -> _Recorder:
     try:
         for parameter, _ in parameters:
             parameter.requires_grad_(False)
-        with torch.enable_grad(), recorder:
-            # Networks may change their input in place, which a leaf forbids.
-            model(example.clone().detach().requires_grad_().clone())
+        # With gradients PyTorch's attention takes no fast path, which would hide its functions. Networks
+        # may change their input in place, which a leaf forbids.
+        with torch.enable_grad(), recorder, image:
+            model(image.start(example.clone().detach().requires_grad_().clone()))
     finally:
         for hook in hooks:
             hook.remove()

@@ -133,6 +133,9 @@ def factors(func: Any, args: Any, kwargs: Mapping[str, Any]) -> list[Tensor]:
         count = 2
     else:
         return []
+    if func is scaled_dot_product_attention:
+        given = [*args, *(kwargs[name] for name in ("query", "key", "value") if name in kwargs)]
+        return given[:count]
     return [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)][:count]
 
 

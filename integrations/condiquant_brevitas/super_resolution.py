@@ -149,7 +149,7 @@ def quantize_sr(
     model = _with_quantizers(model, layers, _WEIGHT_QUANTIZERS[weight_granularity], weights, inputs)
     settings = default_config(activation_bits) if reconditioning == "auto" else reconditioning
     scoped = [layer.name for layer in layers if layer.in_scope and not layer.product]
-    if settings is None:
+    if settings is None or not scoped:
         report = {name: _unchanged(model, name) for name in scoped}
     else:
         report = _recondition(model, calibration, settings, outside, bounds_crops, batch_size)

@@ -150,7 +150,7 @@ def test_distillation_trains_through_nncfs_hooks():
 
 
 @pytest.mark.parametrize("where", ["weight", "input"])
-def test_nan_names_the_layer(where):
+def test_nan_is_named_where_it_is(where):
     network, images = build("swinir"), crops("swinir")
     block = network.layers[0].residual_group.blocks[1]
     with torch.no_grad():
@@ -158,9 +158,7 @@ def test_nan_names_the_layer(where):
             block.mlp.fc2.weight[0, 0] = float("nan")
         else:
             images[0, 0, 3, 3] = float("inf")
-    expected = (
-        r"blocks\.1\.mlp\.fc2" if where == "weight" else r"layers\.0\.residual_group\.blocks\.0"
-    )
+    expected = r"blocks\.1\.mlp\.fc2" if where == "weight" else "in the calibration images"
     with pytest.raises(InputError, match=expected):
         host.quantize_network(network, images, config("swinir"))
 
