@@ -19,7 +19,7 @@ from condiquant_openvino.quantizer_graphs import (
 from condiquant_openvino.upscaling import compile_ir
 from condiquant_plugin import grid
 
-RANGES = [(-1.3, 2.1), (0.0, 3.0), (-4.0, 0.0)]
+RANGES = [(-1.3, 2.1), (-0.01, 1.2), (0.0, 3.0), (-4.0, 0.0)]
 
 
 def quantizer_of(bits, kind, lower, upper):
