@@ -22,7 +22,7 @@ from condiquant_openvino import quantizer_graphs
 from condiquant_openvino.compaction import compact
 from condiquant_openvino.hoisting import hoist
 from condiquant_openvino.joining import join
-from condiquant_openvino.overflow import overflowing
+from condiquant_openvino.overflow import inexact_in_int8
 from condiquant_openvino.quantizer_graphs import Quantizer, redirect
 from condiquant_openvino.rearranging import collapse
 from condiquant_openvino.saving import set_metadata
@@ -270,7 +270,7 @@ def _replace_placeholders(
     model: ov.Model, quantizers: dict[str, Quantizer], overflow: grid.Overflow
 ) -> None:
     placeholders = [node for node in model.get_ordered_ops() if isinstance(node, Placeholder)]
-    in_float = overflowing(model, quantizers) if overflow == "safe" else set()
+    in_float = inexact_in_int8(model, quantizers) if overflow == "safe" else set()
     # All decisions come first: they look at the placeholders around.
     forms = [_form(node, quantizers, in_float) for node in placeholders]
     for node, form in zip(placeholders, forms, strict=True):

@@ -44,8 +44,11 @@ def largest_pair_sum(inputs: tuple[int, int], rows: NDArray[Any]) -> int:
     return byte * int(np.max(sides))
 
 
-def overflowing(model: ov.Model, quantizers: Mapping[str, Quantizer]) -> set[str]:
-    """Labels of quantizers of activations of which a product may overflow.
+def inexact_in_int8(model: ov.Model, quantizers: Mapping[str, Quantizer]) -> set[str]:
+    """Labels of quantizers of activations of which an int8 product may be wrong on some CPU.
+
+    It may overflow; and deconvolutions of signed inputs halve their weights with AVX-512 without VNNI,
+    which takes even ones only.
 
     Args:
         model: has a node with the quantizer's ``label`` in the place of each.
@@ -55,14 +58,15 @@ def overflowing(model: ov.Model, quantizers: Mapping[str, Quantizer]) -> set[str
         nodes = [origin(value) for value in product.input_values()[:2]]
         factors = [quantizers.get(getattr(node, "label", "")) for node in nodes]
         first, second = factors
-        if first is None or second is None:
+        if first is None or second is None or first.lower.size > 1:
             continue
         constant = nodes[1].input_value(0).get_node()
         if constant.get_type_name() == "Constant":
             rows = _rows(second.integers(constant.data), product)
         else:
             rows = _any_two(second.extent())
-        if largest_pair_sum(first.extent(), rows) > LARGEST_SUM:
+        halved = product.get_type_name() == "ConvolutionBackpropData" and first.is_signed
+        if largest_pair_sum(first.extent(), rows) > LARGEST_SUM or (halved and (rows % 2).any()):
             found |= {q.label for q in factors if q is not None and q.kind != "weight"}
     return found
 

@@ -152,7 +152,9 @@ def _decoder_input(exit_node: ov.Node) -> ov.Input:
 
 def _input_shapes(ir: ov.Model, names: Sequence[str], image: Array) -> dict[str, tuple[int, ...]]:
     static = ir.clone()
-    static.reshape({static.input().any_name: image.shape})
+    # Model.reshape would merge quantizers that compute the same.
+    static.get_parameters()[0].set_partial_shape(ov.PartialShape(list(image.shape)))
+    static.validate_nodes_and_infer_types()
     nodes = {node.get_friendly_name(): node for node in static.get_ops()}
     return {name: tuple(nodes[name].get_input_shape(0)) for name in names}
 

@@ -10,6 +10,7 @@ import condiquant_nncf
 import networks
 from condiquant_openvino import check_parity, convert, halve, read_ir, save
 from condiquant_openvino.comparison import ROOM
+from condiquant_openvino.instruction_sets import lower_instruction_sets
 from condiquant_openvino.parity import PROPERTIES, check_parities
 from condiquant_openvino.simulation import Rounding, record, simulate
 from networks import build
@@ -54,7 +55,12 @@ def test_parity_with_every_property_after_saving_twice(
     again = read_ir(tmp_path / "second.xml")
     images = [image] if static else [image, torch.rand(1, 3, size[1], size[0])]
     parities = check_parities(model, again, images)
-    assert list(parities) == ["f32", "accuracy", "default"]
+    lowered = [name for name in parities if name not in PROPERTIES]
+    assert [name for name in parities if name not in lowered] == list(PROPERTIES)
+    assert set(lowered) >= set(lower_instruction_sets()) - {"SSE41"}
+    for name in lowered:
+        assert parities[name].instruction_set == name
+        assert len(parities[name].layers) == len(parities["f32"].layers)
     for parity in parities.values():
         parity.raise_if_broken()
     in_f32, default = parities["f32"], parities["default"]
