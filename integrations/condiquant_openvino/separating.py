@@ -127,12 +127,13 @@ def _ends_attention(encoder: ov.Node) -> bool:
 
 def _would_take_bias(encoder: ov.Node) -> bool:
     """Whether the transforms take the bias in front into the bounds of an encoder, and drop both."""
-    levels, bias = encoder.get_attributes()["levels"], encoder.input_value(0).get_node()
-    consumers = (
-        bytes_of(encoder).output(0).get_target_inputs() if levels in LEVELS_OF_TRANSFORMS else set()
-    )
-    rearranged = any(port.get_node().get_type_name() != "Convert" for port in consumers)
-    return rearranged and _is_bias(bias)
+    users = [port.get_node() for port in encoder.output(0).get_target_inputs()]
+    joined = any(role_of(node) in EXITS for node in users)
+    if joined or encoder.get_attributes()["levels"] not in LEVELS_OF_TRANSFORMS:
+        return False
+    ports = bytes_of(encoder).output(0).get_target_inputs()
+    rearranged = any(port.get_node().get_type_name() != "Convert" for port in ports)
+    return rearranged and _is_bias(encoder.input_value(0).get_node())
 
 
 def _is_bias(node: ov.Node) -> bool:

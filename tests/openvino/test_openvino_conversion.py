@@ -24,7 +24,7 @@ def constants(model):
     return found
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 5, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 7, 8])
 def test_ir_equals_simulation(convolution_net, bits):
     model = convolution_net(bits)
     ir = convert(model, torch.rand(1, 3, 16, 16))
