@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from condiquant_plugin import bounds, grid
 from condiquant_plugin.errors import InputError
+from condiquant_plugin.sampling import Sample
 
 
 class _FakeQuantize(torch.autograd.Function):
@@ -114,6 +115,7 @@ class FakeQuantizer(nn.Module):
         self.upper = nn.Parameter(torch.ones(shape))
         self.enabled = True
         self.search_on_next_input = False
+        self.sample: Sample | None = None
 
     @torch.no_grad()
     def set_bounds(self, lower: Tensor | float, upper: Tensor | float) -> None:
@@ -171,7 +173,9 @@ class FakeQuantizer(nn.Module):
         return grid.snap(lower, upper, self.bits, self.kind, self.zero_on_grid, self.overflow)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.search_on_next_input:
+        if self.sample is not None:
+            self.sample.add(x)
+        elif self.search_on_next_input:
             self.search_bounds(x)
             self.search_on_next_input = False
         if not self.enabled:
@@ -220,18 +224,29 @@ def fake_quantizers(model: nn.Module) -> dict[str, FakeQuantizer]:
 
 
 @torch.no_grad()
-def search_bounds(model: nn.Module, crops: Tensor, *, quantized_inputs: bool = False) -> None:
-    """DOBI for every fake quantizer in one forward pass over ``crops``.
+def search_bounds(
+    model: nn.Module, crops: Tensor, *, quantized_inputs: bool = False, batch_size: int = 1
+) -> None:
+    """DOBI for every fake quantizer, on a :class:`condiquant_plugin.sampling.Sample` of its inputs.
 
     Args:
-        quantized_inputs: search where everything before is quantized, else on the float network.
+        quantized_inputs: search where everything before is quantized, on all that one forward pass over
+            ``crops`` holds; else on the float network.
+        batch_size: crops in one forward pass through the float network.
     """
     quantizers = list(fake_quantizers(model).values())
     for quantizer in quantizers:
         quantizer.search_on_next_input = True
         quantizer.enabled = quantized_inputs
+        if not quantized_inputs and quantizer.kind != "weight" and quantizer.row_blocks == 1:
+            quantizer.sample = Sample()
     try:
-        model(crops)
+        for batch in [crops] if quantized_inputs else crops.split(batch_size):
+            model(batch)
+        for quantizer in quantizers:
+            if quantizer.sample:
+                quantizer.search_bounds(quantizer.sample.entries())
+                quantizer.search_on_next_input = False
     finally:
         for quantizer in quantizers:
-            quantizer.enabled = True
+            quantizer.enabled, quantizer.sample = True, None

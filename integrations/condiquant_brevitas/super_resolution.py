@@ -38,6 +38,7 @@ from condiquant_plugin.reconditioning import (
     fused_blocks,
     unchanged,
 )
+from condiquant_plugin.sampling import BOUNDS_CROPS
 
 Granularity = Literal["tensor", "channel"]
 _WEIGHT_QUANTIZERS = {
@@ -60,8 +61,8 @@ def quantize_sr(
     zero_on_grid: bool = False,
     overflow: Overflow = DEFAULT_OVERFLOW,
     reconditioning: ReconditioningConfig | Literal["auto"] | None = "auto",
-    bounds_crops: int = 32,
-    batch_size: int = 4,
+    bounds_crops: int = BOUNDS_CROPS,
+    batch_size: int = 1,
     name_blacklist: Collection[str] = (),
 ) -> nn.Module:
     """CondiQuant before distillation: stubs at attention products, reconditioning, learned bounds.
@@ -88,8 +89,9 @@ def quantize_sr(
             products 7 bits. "vnni" keeps all 8 and is exact only on CPUs with VNNI. Default: "safe"
         reconditioning (Optional, ReconditioningConfig): "auto" is the default of the activations' bits;
             None keeps the weights as trained.
-        bounds_crops (int): How many crops the bounds are searched on, in one batch. Default: 32
-        batch_size (int): Crops in one forward pass while moments are collected. Default: 4
+        bounds_crops (int): How many crops the bounds are searched on. Default: 32
+        batch_size (int): Crops in one forward pass. More than one may be faster on a GPU, but takes another
+            sample for the bounds and rounds otherwise than NNCF's pipeline. Default: 1
         name_blacklist (Collection[str]): Layers, or modules with all they hold, to leave float.
 
     Returns:
@@ -153,7 +155,7 @@ def quantize_sr(
         report = {name: _unchanged(model, name) for name in scoped}
     else:
         report = _recondition(model, calibration, settings, outside, bounds_crops, batch_size)
-    search_bounds(model, calibration[:bounds_crops])
+    search_bounds(model, calibration[:bounds_crops], batch_size=batch_size)
     model.report = {name: report[name] for name in scoped}  # type: ignore[assignment]
     return model
 
@@ -230,7 +232,7 @@ def _recondition(
 ) -> dict[str, LayerReport]:
     """Exchange the weights of the quantized layers that are in scope."""
     if settings.objective == "least_squares":
-        search_bounds(model, calibration[:bounds_crops])
+        search_bounds(model, calibration[:bounds_crops], batch_size=batch_size)
     mode = condiquant_mode(
         model, config=settings, update_bias=True, name_blacklist=outside, create_weight_orig=False
     )

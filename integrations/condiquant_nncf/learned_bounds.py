@@ -23,6 +23,7 @@ from condiquant_nncf.layers import Layer
 from condiquant_nncf.statistics import collected, sample_branch, statistic_points
 from condiquant_plugin.errors import InputError
 from condiquant_plugin.fake_quantizer import FakeQuantizer
+from condiquant_plugin.sampling import BOUNDS_CROPS
 
 Placed = tuple[Layer, int | None, FakeQuantizer]
 
@@ -30,7 +31,7 @@ Placed = tuple[Layer, int | None, FakeQuantizer]
 class _BoundsAlgorithm(Algorithm):
     """Searches bounds of layer inputs on a sample of the calibration items."""
 
-    def __init__(self, config: QuantizationConfig | None = None, *, subset_size: int = 300) -> None:
+    def __init__(self, config: QuantizationConfig | None = None, *, subset_size: int = BOUNDS_CROPS) -> None:
         self._config = config or QuantizationConfig()
         if self._config.bounds_inputs != "float":
             raise InputError(
@@ -70,7 +71,7 @@ class _BoundsAlgorithm(Algorithm):
 class InputBounds(_BoundsAlgorithm):
     """Finds the bounds of layer inputs and leaves the model as it is, for :class:`CondiQuant`."""
 
-    def __init__(self, config: QuantizationConfig | None = None, *, subset_size: int = 300) -> None:
+    def __init__(self, config: QuantizationConfig | None = None, *, subset_size: int = BOUNDS_CROPS) -> None:
         super().__init__(config, subset_size=subset_size)
         self._found: dict[str, FakeQuantizer] | None = None
 
