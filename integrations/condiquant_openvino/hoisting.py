@@ -17,6 +17,7 @@ import openvino.opset13 as ops
 from numpy.typing import NDArray
 
 from condiquant_openvino.quantizer_graphs import (
+    LEVELS_OF_TRANSFORMS,
     bytes_of,
     constant_values,
     has_weight,
@@ -98,8 +99,8 @@ def _is_runnable(encoder: _Encoder) -> bool:
     varying = {axis for bound in encoder.bounds for axis, n in enumerate(bound.shape) if n > 1}
     if varying <= {1}:
         return True
-    if encoder.kind[0] == 256:
-        return False  # the low-precision transforms take it apart, and no kernel takes it in
+    if encoder.kind[0] in LEVELS_OF_TRANSFORMS:
+        return False  # taken apart, no kernel takes it in
     if encoder.source.get_partial_shape().is_static:
         return True
     producer = encoder.source.get_node()

@@ -44,6 +44,8 @@ _OUTPUT_CHANNEL_AXES = {
 }
 PRODUCTS = {*_OUTPUT_CHANNEL_AXES, "MatMul"}
 
+LEVELS_OF_TRANSFORMS = {128, 256}
+"""What the low-precision transforms take for bytes, and take apart."""
 _FEW_TABLES = 6
 _PACKED = {2: ov.Type.u2, 3: ov.Type.u3, 4: ov.Type.u4}
 

@@ -8,6 +8,7 @@ import openvino.opset13 as ops
 
 from condiquant_openvino.quantizer_graphs import (
     EXITS,
+    LEVELS_OF_TRANSFORMS,
     PRODUCTS,
     Role,
     bytes_of,
@@ -41,11 +42,13 @@ def separate(model: ov.Model) -> None:
             if _ends_attention(node):
                 _clamp_between(node)
             elif _would_take_bias(node):
-                _round_twice(node)
+                if node.get_attributes()["levels"] == 256:
+                    _round_twice(node)
+                else:
+                    _keep_apart(node)
         elif node.get_type_name() in _NORMS and _has_scale(node.input_value(0)):
             # The scale would be moved past the norm as well, but not into its epsilon.
-            port = node.input(0)
-            port.replace_source_output(_same(port.get_source_output()))
+            _keep_apart(node)
         elif node.get_type_name() in PRODUCTS - {"MatMul"} and _has_scale(node.output(0)):
             ports = node.output(0).get_target_inputs()
             if sum(port.get_node().get_type_name() != "ShapeOf" for port in ports) > 1:
@@ -58,6 +61,11 @@ def separate(model: ov.Model) -> None:
 def _same(values: ov.Output) -> ov.Output:
     """The values, in an operator that the plugin neither removes nor moves a scale past."""
     return ops.power(values, ops.constant(np.float32(1))).output(0)
+
+
+def _keep_apart(node: ov.Node) -> None:
+    """From what computes its input."""
+    node.input(0).replace_source_output(_same(node.input_value(0)))
 
 
 def _clamp_between(encoder: ov.Node) -> None:
@@ -95,7 +103,9 @@ def _ends_attention(encoder: ov.Node) -> bool:
 def _would_take_bias(encoder: ov.Node) -> bool:
     """Whether the transforms take the bias in front into the bounds of an encoder, and drop both."""
     levels, bias = encoder.get_attributes()["levels"], encoder.input_value(0).get_node()
-    consumers = bytes_of(encoder).output(0).get_target_inputs() if levels == 256 else set()
+    consumers = (
+        bytes_of(encoder).output(0).get_target_inputs() if levels in LEVELS_OF_TRANSFORMS else set()
+    )
     rearranged = any(port.get_node().get_type_name() != "Convert" for port in consumers)
     return rearranged and _is_bias(bias)
 

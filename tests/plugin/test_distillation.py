@@ -1,6 +1,7 @@
 import copy
 import dataclasses
 import itertools
+import pickle
 
 import pytest
 import torch
@@ -213,6 +214,25 @@ def test_a_state_of_other_settings_is_refused(tmp_path):
     other = dataclasses.replace(CONFIG, iterations=50)
     with pytest.raises(InputError, match="other distillation settings"):
         distill(student, teacher, crops, held_out, other, checkpoint=state)
+
+
+class Touching:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return type(self.path).touch, (self.path,)
+
+
+def test_a_state_that_holds_code_does_not_run_it(tmp_path):
+    state, made = tmp_path / "distillation.pt", tmp_path / "made"
+    student, teacher, crops, held_out, _ = networks()
+    torch.save({"config": Touching(made)}, state)
+    with pytest.raises(pickle.UnpicklingError):
+        distill(student, teacher, crops, held_out, CONFIG, checkpoint=state)
+    assert not made.exists()
 
 
 def test_a_diverging_loss_is_an_error_that_names_the_rates():

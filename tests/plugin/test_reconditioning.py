@@ -167,3 +167,24 @@ def test_the_default_lowers_the_error_of_the_quantized_output(bits):
     [solution] = recondition([given_problem], reconditioning.default_config(bits))
     report = solution.report
     assert report.quantized_output_error_after < report.quantized_output_error_before
+
+
+@pytest.mark.parametrize("damping", [1e-3, 1e-2, 1.0])
+def test_least_squares_is_damped_in_units_of_the_mean_input_energy(damping):
+    given_problem, *_ = problem(bias=False)
+    [solution] = recondition([given_problem], dataclasses.replace(LEAST_SQUARES, damping=damping))
+    system, cross = (
+        given_problem.moments.quantized_gram[0],
+        given_problem.moments.quantized_cross[0],
+    )
+    pull = damping * system.trace() / len(system) * torch.eye(len(system), dtype=torch.float64)
+    expected = given_problem.weight.double() @ (cross + pull).mT @ torch.linalg.inv(system + pull)
+    torch.testing.assert_close(solution.weight.double(), expected, rtol=1e-3, atol=2e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "blocks"),
+    [("a.qkv", 12, 3), ("qkv", 9, 3), ("a.qkv", 8, 1), ("a.qkv_norm", 9, 1), ("qkv.a", 9, 1)],
+)
+def test_only_a_fused_qkv_has_three_blocks(name, rows, blocks):
+    assert reconditioning.fused_blocks(name, rows) == blocks

@@ -203,3 +203,20 @@ def test_log_prox_moves_singular_values_to_where_the_objective_is_flat(seed, sha
     torch.testing.assert_close(
         (after - before)[n - bottom :].sum(), pull_bottom, atol=1e-5, rtol=1e-5
     )
+
+
+def test_singular_values_that_the_log_prox_would_swap_become_their_mean():
+    weight = matrix(0, (5, 3), 0.1)
+    sigma = torch.linalg.svdvals(spectrum.prox_log_condition(weight, 0.5))
+    mean = torch.linalg.svdvals(weight).mean()
+    torch.testing.assert_close(sigma, mean.expand(3), atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize("decay", [0, 1])
+def test_lifting_steps_fall_to_what_the_matrix_needs(decay):
+    lifts, before = 9, 10
+    while lifts < before:
+        before = lifts
+        _, lifts = spectrum.polar_factor(matrix(0, (6, 5), decay), tolerance=2e-2, lifts=before)
+        assert before - lifts in (0, 1)
+    assert 0 <= lifts < 9

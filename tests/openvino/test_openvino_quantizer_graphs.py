@@ -1,0 +1,110 @@
+"""Every form that a fake quantizer takes in an IR, against the grid that it stands for."""
+
+import numpy as np
+import openvino as ov
+import openvino.opset13 as ops
+import pytest
+import torch
+
+from condiquant_openvino.quantizer_graphs import (
+    Quantizer,
+    decode,
+    elementwise,
+    encode,
+    has_weight,
+    output_channel_axes,
+    weight,
+    without_last_swap,
+)
+from condiquant_openvino.upscaling import compile_ir
+from condiquant_plugin import grid
+
+RANGES = [(-1.3, 2.1), (-0.01, 1.2), (0.0, 3.0), (-4.0, 0.0)]
+
+
+def quantizer_of(bits, kind, lower, upper):
+    cells = grid.lattice(bits, kind)
+    snapped = grid.snap(torch.as_tensor(lower), torch.as_tensor(upper), bits, kind)
+    return Quantizer("x", snapped.lower.numpy(), snapped.step.numpy(), bits, kind, cells.refinement)
+
+
+def expected_of(x, quantizer):
+    tensors = map(torch.from_numpy, (x, quantizer.lower, quantizer.step))
+    return grid.quantize(*tensors, quantizer.bits, quantizer.refinement).numpy()
+
+
+def around_every_code(quantizer):
+    codes = np.arange(-2, 2**quantizer.bits + 2)[:, None] + [-0.49, -0.2, 0.0, 0.2, 0.49]
+    x = quantizer.lower + quantizer.step * codes.ravel()
+    return np.array([*x, -1e3, 1e3], np.float32)
+
+
+@pytest.mark.parametrize(("lower", "upper"), RANGES)
+@pytest.mark.parametrize("bits", [2, 4, 5, 8])
+@pytest.mark.parametrize("form", ["float", "bytes"])
+def test_inputs_are_rounded_as_the_grid_says(form, bits, lower, upper):
+    quantizer = quantizer_of(bits, "activation", lower, upper)
+    x = around_every_code(quantizer)
+    parameter = ops.parameter([-1], np.float32)
+    if form == "float":
+        result = elementwise(parameter.output(0), quantizer)
+    else:
+        result = decode(encode(parameter.output(0), quantizer), quantizer)
+    found = compile_ir(ov.Model([result], [parameter]))([x])[0]
+    atol = 1e-6 * float(quantizer.step) * 2**bits
+    np.testing.assert_allclose(found, expected_of(x, quantizer), rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_bytes_are_signed_where_zero_is_above_the_lowest_level(bits):
+    for lower, is_signed in ((0.0, False), (-1.0, True)):
+        quantizer = quantizer_of(bits, "activation", lower, 1.0)
+        parameter = ops.parameter([-1], np.float32)
+        byte = encode(parameter.output(0), quantizer).get_element_type()
+        assert quantizer.is_signed == is_signed
+        assert byte == (ov.Type.i8 if is_signed else ov.Type.u8)
+
+
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("rows", ["tensor", "few positions of zero", "many positions of zero"])
+@pytest.mark.parametrize("bits", [2, 4, 5, 8])
+def test_stored_weights_are_the_values_of_the_grid(bits, rows, int8):
+    values = np.random.default_rng(0).normal(size=(24, 6)).astype(np.float32)
+    lower = {
+        "tensor": torch.tensor(-1.1),
+        "few positions of zero": torch.tensor([-1.5, -1.0, -0.7]).repeat(8).view(24, 1),
+        "many positions of zero": torch.linspace(-1.9, -0.1, 24).view(24, 1),
+    }[rows]
+    quantizer = quantizer_of(bits, "weight", lower, lower + torch.tensor(2.0))
+    for shape in (None, (4, 6, 6)):
+        stored = weight(values, quantizer, shape, int8=int8)
+        found = compile_ir(ov.Model([stored], []))([])[0]
+        expected = expected_of(values, quantizer).reshape(found.shape)
+        assert found.shape == (shape or values.shape)
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_output_channels_of_a_product_are_where_its_weight_has_them(transposed):
+    x = ops.parameter([1, 5, 3], np.float32)
+    matrix = ops.constant(np.zeros((7, 3) if transposed else (3, 7), np.float32))
+    product = ops.matmul(x, matrix, False, transposed)
+    assert output_channel_axes(product) == {0 if transposed else 1}
+    assert has_weight(product)
+    assert not has_weight(ops.matmul(x, ops.parameter([1, 3, 5], np.float32), False, False))
+    assert not has_weight(ops.add(x, x))
+
+
+@pytest.mark.parametrize(
+    ("order", "rest"),
+    [((0, 2, 1), (0, 1, 2)), ((1, 2, 0), (1, 0, 2)), ((0, 1, 2), None), ((2, 1, 0), None)],
+)
+def test_a_transpose_but_for_its_last_swap(order, rest):
+    values = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
+    x = ops.parameter([2, 3, 4], np.float32)
+    found = without_last_swap(ops.transpose(x, ops.constant(np.array(order))))
+    if rest is None:
+        assert found is None
+        return
+    result = compile_ir(ov.Model([found], [x]))([values])[0]
+    np.testing.assert_array_equal(result, values.transpose(rest))
