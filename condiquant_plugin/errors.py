@@ -11,6 +11,12 @@ class DistributedError(RuntimeError):
     """Another process ended or failed; the message is one line: what was being done and the remedy."""
 
 
+def check_count(name: str, value: int) -> None:
+    """Raise :class:`InputError` unless there is at least one."""
+    if value < 1:
+        raise InputError(f"{name}={value}: use at least 1")
+
+
 def check_choice(name: str, value: object, allowed: Sequence[object]) -> None:
     """Accept one of ``allowed``.
 

@@ -245,7 +245,7 @@ def search_bounds(
             model(batch)
         for quantizer in quantizers:
             if quantizer.sample:
-                quantizer.search_bounds(quantizer.sample.entries())
+                quantizer.search_bounds(quantizer.sample.values())
                 quantizer.search_on_next_input = False
     finally:
         for quantizer in quantizers:

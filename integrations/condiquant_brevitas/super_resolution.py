@@ -22,7 +22,7 @@ from condiquant_brevitas.quantizers import (
 )
 from condiquant_plugin import distillation
 from condiquant_plugin.bounds import Side
-from condiquant_plugin.errors import InputError, check_choice
+from condiquant_plugin.errors import InputError, check_choice, check_count
 from condiquant_plugin.fake_quantizer import FakeQuantizer, search_bounds
 from condiquant_plugin.grid import DEFAULT_OVERFLOW, Overflow, check_bits
 from condiquant_plugin.intake import (
@@ -99,9 +99,9 @@ def quantize_sr(
         that has a weight.
 
     Raises:
-        InputError: no crops; bits outside 2-8; a scope without layers; NaN or Inf anywhere; a network
-            that is quantized already, or does not return one image; a layer in scope that cannot be,
-            such as nn.MultiheadAttention.
+        InputError: no crops; bits outside 2-8; counts below 1; a scope without layers; NaN or Inf
+            anywhere; a network that is quantized already, or does not return one image; a layer in scope
+            that cannot be, such as nn.MultiheadAttention.
 
     Example:
         >>> model = quantize_sr(swinir, crops, weight_bits=3, activation_bits=3)
@@ -109,6 +109,8 @@ def quantize_sr(
     """
     check_bits(weight_bits, "weight_bits")
     check_bits(activation_bits, "activation_bits")
+    check_count("bounds_crops", bounds_crops)
+    check_count("batch_size", batch_size)
     if other_bits is not None:
         check_bits(other_bits, "other_bits")
     check_choice("scope", scope, get_args(Scope))

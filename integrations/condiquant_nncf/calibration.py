@@ -55,4 +55,4 @@ def _takes_single_images(model: Any) -> bool:
     if get_backend(model) is not BackendType.OPENVINO:
         return True
     shapes = [port.get_partial_shape() for port in model.inputs]
-    return all(shape.rank.is_dynamic or len(shape) == 0 or 1 in shape[0] for shape in shapes)
+    return all(s.rank.is_dynamic or len(s) == 0 or s[0].get_min_length() <= 1 for s in shapes)

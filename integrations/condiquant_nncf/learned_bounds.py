@@ -31,7 +31,9 @@ Placed = tuple[Layer, int | None, FakeQuantizer]
 class _BoundsAlgorithm(Algorithm):
     """Searches bounds of layer inputs on a sample of the calibration items."""
 
-    def __init__(self, config: QuantizationConfig | None = None, *, subset_size: int = BOUNDS_CROPS) -> None:
+    def __init__(
+        self, config: QuantizationConfig | None = None, *, subset_size: int = BOUNDS_CROPS
+    ) -> None:
         self._config = config or QuantizationConfig()
         if self._config.bounds_inputs != "float":
             raise InputError(
@@ -71,7 +73,9 @@ class _BoundsAlgorithm(Algorithm):
 class InputBounds(_BoundsAlgorithm):
     """Finds the bounds of layer inputs and leaves the model as it is, for :class:`CondiQuant`."""
 
-    def __init__(self, config: QuantizationConfig | None = None, *, subset_size: int = BOUNDS_CROPS) -> None:
+    def __init__(
+        self, config: QuantizationConfig | None = None, *, subset_size: int = BOUNDS_CROPS
+    ) -> None:
         super().__init__(config, subset_size=subset_size)
         self._found: dict[str, FakeQuantizer] | None = None
 

@@ -25,7 +25,7 @@ from condiquant_nncf.learned_bounds import (
 from condiquant_nncf.statistics import collect_moments
 from condiquant_nncf.torch_backend import wrap
 from condiquant_plugin import distributed, reconditioning
-from condiquant_plugin.errors import InputError
+from condiquant_plugin.errors import InputError, check_count
 from condiquant_plugin.fake_quantizer import FakeQuantizer, fake_quantizers, search_bounds
 from condiquant_plugin.intake import image_batch, plain_float_copy
 from condiquant_plugin.reconditioning import LayerReport, ReconditioningConfig
@@ -73,10 +73,12 @@ def quantize_network(
 
     Raises:
         InputError: no crops, or of a size that the network does not take; bits
-            outside 2-8; a scope without layers; NaN or Inf anywhere; raised in
+            outside 2-8; counts below 1; a scope without layers; NaN or Inf anywhere; raised in
             all processes if in one.
         DistributedError: another process ended or failed.
     """
+    check_count("bounds_crops", bounds_crops)
+    check_count("batch_size", batch_size)
     seconds = {"gram": 0.0, "recondition": 0.0, "bounds": 0.0}
     with distributed.failing_together("reading the network"):
         crops = image_batch(crops, takes=partial(_takes, network))

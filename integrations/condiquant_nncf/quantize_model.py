@@ -21,7 +21,7 @@ from condiquant_nncf.condiquant import CondiQuant
 from condiquant_nncf.configuration import QuantizationConfig
 from condiquant_nncf.learned_bounds import InputBounds, LearnedBoundsQuantization
 from condiquant_plugin.bounds import Side
-from condiquant_plugin.errors import InputError
+from condiquant_plugin.errors import InputError, check_count
 from condiquant_plugin.grid import DEFAULT_OVERFLOW, Overflow
 from condiquant_plugin.reconditioning import LayerReport, ReconditioningConfig
 from condiquant_plugin.sampling import BOUNDS_CROPS
@@ -74,7 +74,12 @@ def create_condiquant_pipeline(
         then: ``"bounds"`` ends with :class:`LearnedBoundsQuantization`, ``"minmax"`` with the steps of
             NNCF's ``create_ptq_pipeline``, ``None`` with reconditioned float weights.
         ptq_arguments: for ``create_ptq_pipeline``.
+
+    Raises:
+        InputError: ``subset_size`` or ``bounds_crops`` below 1.
     """
+    check_count("subset_size", subset_size)
+    check_count("bounds_crops", bounds_crops)
     config = config or QuantizationConfig()
     steps: list[PipelineStep] = []
     following: list[PipelineStep] = []
@@ -142,8 +147,7 @@ def quantize(
     """
     if then not in ("bounds", "minmax"):
         raise InputError(f'then={then!r} is not known: use "bounds" or "minmax"')
-    if subset_size < 1:
-        raise InputError(f"subset_size={subset_size}: use at least 1")
+    check_count("subset_size", subset_size)
     stock = {
         "mode": mode,
         "preset": preset,
@@ -174,9 +178,7 @@ def quantize(
         overflow=ours.overflow,
         recondition=ours.recondition,
     )
-    result, found = _run(
-        model, calibration_dataset, config, then, subset_size, ours.bounds_crops
-    )
+    result, found = _run(model, calibration_dataset, config, then, subset_size, ours.bounds_crops)
     if reports is not None:
         reports.extend(found)
     if then == "minmax":

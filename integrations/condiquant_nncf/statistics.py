@@ -118,7 +118,7 @@ class SampleAggregator(AggregatorBase):
         self._sample.add(x.value)
 
     def _aggregate_impl(self) -> Tensor:
-        return self._sample.entries()
+        return self._sample.values()
 
 
 def statistic_points(
