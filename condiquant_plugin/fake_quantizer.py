@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from condiquant_plugin import bounds, grid
-from condiquant_plugin.errors import InputError
+from condiquant_plugin.errors import check_finite
 from condiquant_plugin.sampling import Sample
 
 
@@ -129,11 +129,7 @@ class FakeQuantizer(nn.Module):
         Raises:
             InputError: if ``x`` has NaN or Inf; names this quantizer.
         """
-        if not all(extreme.isfinite() for extreme in x.aminmax()):
-            raise InputError(
-                f"NaN or Inf in the {self.kind} of {self.name or 'a quantizer'}: "
-                "check the checkpoint and the calibration images"
-            )
+        check_finite(x, f"the {self.kind} of {self.name or 'a quantizer'}")
         rows = x.detach().reshape(1, -1) if self.row_blocks == 1 else self._block_rows(x.detach())
         found = bounds.search(
             rows,
@@ -225,27 +221,34 @@ def fake_quantizers(model: nn.Module) -> dict[str, FakeQuantizer]:
 
 @torch.no_grad()
 def search_bounds(
-    model: nn.Module, crops: Tensor, *, quantized_inputs: bool = False, batch_size: int = 1
+    model: nn.Module,
+    crops: Tensor,
+    *,
+    quantized_inputs: bool = False,
+    batch_size: int | None = None,
 ) -> None:
-    """DOBI for every fake quantizer, on a :class:`condiquant_plugin.sampling.Sample` of its inputs.
+    """DOBI for every fake quantizer.
 
     Args:
-        quantized_inputs: search where everything before is quantized, on all that one forward pass over
-            ``crops`` holds; else on the float network.
-        batch_size: crops in one forward pass through the float network.
+        quantized_inputs: search where everything before is quantized, else on the float network. Takes
+            one forward pass over all ``crops``, whatever ``batch_size``.
+        batch_size: crops in one forward pass, of which a :class:`condiquant_plugin.sampling.Sample` is
+            taken; ``None`` is one pass over all, of which everything is.
     """
+    at_once = quantized_inputs or batch_size is None
+    batches = [crops] if at_once else crops.split(batch_size)
     quantizers = list(fake_quantizers(model).values())
     for quantizer in quantizers:
         quantizer.search_on_next_input = True
         quantizer.enabled = quantized_inputs
-        if not quantized_inputs and quantizer.kind != "weight" and quantizer.row_blocks == 1:
+        if not at_once and quantizer.kind != "weight" and quantizer.row_blocks == 1:
             quantizer.sample = Sample()
     try:
-        for batch in [crops] if quantized_inputs else crops.split(batch_size):
+        for batch in batches:
             model(batch)
         for quantizer in quantizers:
             if quantizer.sample:
-                quantizer.search_bounds(quantizer.sample.values())
+                quantizer.search_bounds(quantizer.sample.entries())
                 quantizer.search_on_next_input = False
     finally:
         for quantizer in quantizers:

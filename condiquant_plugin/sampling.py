@@ -25,7 +25,6 @@ class Sample:
         self._extremes: list[Tensor] = []
         self._share = _MOST_SAMPLES
         self._count = 0
-        self._seen = 0
 
     def __len__(self) -> int:
         """How many tensors have been added."""
@@ -36,7 +35,6 @@ class Sample:
         entries = x.detach().reshape(-1)
         generator = torch.Generator().manual_seed(self._count)
         self._count += 1
-        self._seen += entries.numel()
         if entries.numel() <= self._share:
             places = torch.randperm(entries.numel(), generator=generator)
         else:
@@ -47,11 +45,6 @@ class Sample:
         while sum(map(len, self._samples)) > _MOST_SAMPLES and self._share > 1:
             self._share //= 2
             self._samples = [sample[: self._share].clone() for sample in self._samples]
-
-    def values(self) -> Tensor:
-        """What to search bounds on, one-dimensional: everything, each once, if there was room for it."""
-        entries = self.entries()
-        return entries[:-2] if len(entries) - 2 == self._seen else entries
 
     def entries(self) -> Tensor:
         """What was taken, one-dimensional; the last two entries are the extremes of everything."""

@@ -96,9 +96,9 @@ class LearnedBoundsQuant(nn.Module):
     def init_scale(self) -> None:
         """Search the bounds on what was observed; ``calibration_mode`` calls it on exit."""
         if self._sample is not None:
-            values, self._sample = self._sample.values(), None
-            self._move_to(values.device)
-            self.quantizer.search_bounds(values)
+            entries, self._sample = self._sample.entries(), None
+            self._move_to(entries.device)
+            self.quantizer.search_bounds(entries)
             self.quantizer.search_on_next_input = False
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -118,7 +118,7 @@ class SampleAggregator(AggregatorBase):
         self._sample.add(x.value)
 
     def _aggregate_impl(self) -> Tensor:
-        return self._sample.values()
+        return self._sample.entries()
 
 
 def statistic_points(
