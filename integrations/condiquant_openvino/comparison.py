@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -92,7 +93,8 @@ class Example:
     """
 
     def __init__(self, model: nn.Module, ir: ov.Model, image: Tensor, device: str) -> None:
-        self._model, self._ir, self._tensor = model, ir, image
+        self._model: nn.Module | None = model
+        self._ir, self.tensor = ir, image
         self._rounded: dict[tuple[tuple[str, ...], Rounding], Figures] = {}
         self.image = image.numpy()
         self.expected = record(model, image)
@@ -107,6 +109,18 @@ class Example:
         }
         self.entries = entry_tensors(self.sites, clear)
         """What the nodes that round get, by name."""
+
+    def recorded(self) -> Example:
+        """What torch computed, to be pickled: without the model and the IR."""
+        found = copy(self)
+        found._model, found._ir, found._rounded = None, None, {}
+        return found
+
+    def on(self, ir: ov.Model) -> Example:
+        """A recorded example with its IR."""
+        found = copy(self)
+        found._ir = ir
+        return found
 
     def pieces(self, cuts: Collection[str]) -> Pieces:
         """The IR cut at nodes that round."""
@@ -194,6 +208,7 @@ class Example:
                 return None
             return sites[label].with_other_ties(expected.raw[label], quantized)
 
-        output = simulate(self._model, self._tensor, observe, rounding)
+        assert self._model is not None  # a recorded example has only what torch computed
+        output = simulate(self._model, self.tensor, observe, rounding)
         figures.add_output(output, expected.output)
         return figures

@@ -19,6 +19,8 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import openvino as ov
@@ -35,9 +37,17 @@ from condiquant_openvino.comparison import (
     tolerance,
 )
 from condiquant_openvino.cutting import OUTPUT, Runner, cut_sets
+from condiquant_openvino.instruction_sets import (
+    VARIABLE,
+    lower_instruction_sets,
+    run_with,
+    sums_saturate,
+)
 from condiquant_openvino.layer_parity import F32, LayerParity, check_layers
-from condiquant_openvino.saving import read_ir
+from condiquant_openvino.overflow import LARGEST_SUM, largest_pair_sums
+from condiquant_openvino.saving import core_of_process, read_ir, read_metadata
 from condiquant_openvino.simulation import Rounding
+from condiquant_plugin import InputError, grid
 from condiquant_plugin.intake import check_is_float32
 
 PROPERTIES: Mapping[str, Mapping[str, Any]] = {
@@ -46,9 +56,16 @@ PROPERTIES: Mapping[str, Mapping[str, Any]] = {
     "default": {},
 }
 """What an IR is checked with; bfloat16 is the default of CPUs that have it."""
+_LOWERED = "f32"
+"""Of ``PROPERTIES``, what is checked with lower instruction sets too."""
+_WITHOUT_ALL_KERNELS = "SSE41"
 _SIGNIFICANT_BITS = {"bf16": 8, "f16": 11}
 _FLOAT32_SUM_BITS = 16
 _CANCELLATION = 2.0**-22
+
+
+def _nothing() -> None:
+    return None
 
 
 @dataclass(frozen=True)
@@ -90,7 +107,11 @@ class Parity:
     """Of ``mean_abs``."""
     tie_tolerance: float = TIE_TOLERANCE
     layer_tolerance: float = LAYER_TOLERANCE
-    bisect: Callable[[], Difference | None] = field(default=lambda: None, repr=False, compare=False)
+    largest_pair_sum: tuple[str, int] = ("", 0)
+    """Product whose neighbouring terms may come to most, and how much; 0 where ``overflow`` is ``vnni``."""
+    instruction_set: str = ""
+    """The lowered one, as ``ONEDNN_MAX_CPU_ISA`` has it; empty for the CPU's own."""
+    bisect: Callable[[], Difference | None] = field(default=_nothing, repr=False, compare=False)
     """Looks for the first layer that differs; runs the network some ten times."""
 
     @property
@@ -100,6 +121,12 @@ class Parity:
 
     def complaint(self) -> str | None:
         """What is wrong; None if nothing is."""
+        product, most = self.largest_pair_sum
+        if most > LARGEST_SUM:
+            return (
+                f"two neighbouring terms of {product} may come to {most}, more than the {LARGEST_SUM} that "
+                "int8 kernels hold on CPUs without VNNI"
+            )
         for layer in self.layers:
             if not layer.error <= self.layer_tolerance:
                 return self._complaint(f"in {layer.name}", layer.error, self.layer_tolerance)
@@ -117,8 +144,9 @@ class Parity:
         self, place: str, error: float, allowed: float, whole: str = "the value range"
     ) -> str:
         given = ", ".join(f"{name}={value}" for name, value in self.properties.items())
+        lowered = f" and {VARIABLE}={self.instruction_set}" if self.instruction_set else ""
         return (
-            f"with {given or 'default'} properties the IR differs from the simulation {place}: "
+            f"with {given or 'default'} properties{lowered} the IR differs from the simulation {place}: "
             f"{error:.1e} of {whole}, allowed {allowed:.1e}"
         )
 
@@ -127,6 +155,18 @@ class Parity:
         if (complaint := self.complaint()) is not None:
             first = self.bisect()
             raise RuntimeError(complaint if first is None else f"{complaint}; {first}")
+
+
+@dataclass(frozen=True)
+class _Allowance:
+    """What rounding does to torch, and may do to an IR."""
+
+    cuts: list[list[tuple[list[str], dict[str, float]]]]
+    """For every example the sets of cuts, and at each place the tolerance."""
+    end_to_end: float
+    ties: float
+    layers: float
+    precision: str
 
 
 def check_parity(
@@ -155,11 +195,8 @@ def check_parity(
     """
     ir = ov_model_or_path if isinstance(ov_model_or_path, ov.Model) else read_ir(ov_model_or_path)
     check_is_float32(model)
-    inputs = [image.float() for image in inputs]
-    examples = [Example(model, ir, image, device) for image in inputs]
-    runner = Runner(device, properties)
-    parity = _end_to_end_and_stretches(model, ir, inputs, examples, runner)
-    return _with_layers(parity, ir, examples, runner, max_layers)
+    examples = [Example(model, ir, image.float(), device) for image in inputs]
+    return _parity(ir, examples, Runner(device, properties), model, max_layers)[0]
 
 
 def check_parities(
@@ -167,75 +204,146 @@ def check_parities(
 ) -> dict[str, Parity]:
     """Parity by name of ``PROPERTIES``, up to the first that is broken.
 
-    In ``f32`` as :func:`check_parity` has it; with the others without layers and flipped codes.
+    In ``f32`` as :func:`check_parity` has it, and on the first input again with every lower instruction
+    set that the CPU has, by their names, where OpenVINO runs such a network at all (on SSE4.1 it has no
+    LayerNorm); with the others without layers and flipped codes.
+
+    Raises:
+        InputError: as :func:`check_parity`.
     """
     examples = [Example(model, ir, image, device) for image in inputs]
     parities: dict[str, Parity] = {}
     for name, properties in PROPERTIES.items():
+        in_full = name == _LOWERED
         runner = Runner(device, properties)
-        parity = _end_to_end_and_stretches(model, ir, inputs, examples, runner)
-        if name == "f32":
-            parity = _with_layers(parity, ir, examples, runner, None)
+        parity, allowance = _parity(ir, examples, runner, model, None if in_full else 0, in_full)
         parities[name] = parity
-        if not parity.ok:
+        if in_full and parity.ok and device == "CPU" and _overflow(ir) == "safe":
+            recorded = [examples[0].recorded()]
+            for lower in lower_instruction_sets():
+                if (found := _parity_with(lower, ir, recorded, runner, allowance)) is not None:
+                    parities[lower] = found
+        if not all(found.ok for found in parities.values()):
             break
     return parities
 
 
-def _end_to_end_and_stretches(
-    model: nn.Module,
+def _parity(
     ir: ov.Model,
-    inputs: Sequence[Tensor],
     examples: Sequence[Example],
     runner: Runner,
-) -> Parity:
+    model: nn.Module,
+    max_layers: int | None,
+    with_codes: bool = True,
+) -> tuple[Parity, _Allowance]:
+    overflow = _overflow(ir)
+    if overflow == "vnni" and sums_saturate():
+        raise InputError(
+            "the IR is for CPUs with VNNI (overflow=vnni), and this one has none: check it on one that "
+            "has, or quantize with overflow=safe"
+        )
     network = runner.compile(ir)
     precision = str(network.get_property("INFERENCE_PRECISION_HINT").get_type_name())
     rounding = _rounding(ir, precision)
-    free, shortest, rounded_free, rounded_shortest = (Figures() for _ in range(4))
-    found: dict[str, list[InputParity]] = defaultdict(list)
+    allowance = _allowance(ir, examples, rounding, precision)
+    parity = _measured(ir, examples, runner, allowance, max_layers, with_codes)
+    images = [example.tensor for example in examples]
+    bisect = partial(find_first_difference, model, ir, images, runner, rounding)
+    sums = largest_pair_sums(ir) if overflow == "safe" else {}
+    most = max(sums.items(), key=lambda item: item[1], default=("", 0))
+    return replace(parity, bisect=bisect, largest_pair_sum=most), allowance
+
+
+def _overflow(ir: ov.Model) -> str:
+    return str(read_metadata(ir).get("overflow", grid.DEFAULT_OVERFLOW))
+
+
+def _parity_with(
+    instruction_set: str,
+    ir: ov.Model,
+    recorded: Sequence[Example],
+    runner: Runner,
+    allowance: _Allowance,
+) -> Parity | None:
+    """None where OpenVINO has no kernels for the network."""
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "model.xml"
+        ov.save_model(ir, path, compress_to_fp16=False)
+        parity = run_with(instruction_set, _measured_file, path, recorded, runner, allowance)
+    if parity is None and instruction_set != _WITHOUT_ALL_KERNELS:
+        raise RuntimeError(f"with {VARIABLE}={instruction_set} OpenVINO cannot compile the IR")
+    return parity and replace(parity, instruction_set=instruction_set)
+
+
+def _measured_file(
+    path: Path, recorded: Sequence[Example], runner: Runner, allowance: _Allowance
+) -> Parity | None:
+    ir = core_of_process().read_model(path)
+    try:
+        runner.compile(ir)
+    except RuntimeError:
+        return None
+    examples = [example.on(ir) for example in recorded]
+    return _measured(ir, examples, runner, allowance, None, with_codes=False)
+
+
+def _allowance(
+    ir: ov.Model, examples: Sequence[Example], rounding: Rounding, precision: str
+) -> _Allowance:
+    whole, shortest = Figures(), Figures()
+    cuts = []
     for example in examples:
+        whole.add(example.rounded((), rounding))
+        sets = cut_sets(ir, example.sites)
+        by_rounding = [example.rounded(places, rounding) for places in sets]
+        cuts.append([(c, f.tolerances()) for c, f in zip(sets, by_rounding, strict=True)])
+        shortest.add(by_rounding[-1])
+    in_float = precision not in _SIGNIFICANT_BITS
+    return _Allowance(
+        cuts,
+        end_to_end=whole.tolerances()[OUTPUT],
+        ties=tolerance(TIE_TOLERANCE, shortest.flip_rate),
+        layers=LAYER_TOLERANCE if in_float else ROOM * 2.0**-rounding.results,
+        precision="f32" if in_float else precision,
+    )
+
+
+def _measured(
+    ir: ov.Model,
+    examples: Sequence[Example],
+    runner: Runner,
+    allowance: _Allowance,
+    max_layers: int | None,
+    with_codes: bool,
+) -> Parity:
+    network = runner.compile(ir)
+    free, shortest, codes = Figures(), Figures(), Figures()
+    found: dict[str, list[InputParity]] = defaultdict(list)
+    for example, sets in zip(examples, allowance.cuts, strict=False):
         free.add(example.from_image(network))
-        rounded_free.add(example.rounded((), rounding))
-        for cuts in cut_sets(ir, example.sites):
-            by_rounding = example.rounded(cuts, rounding)
-            tolerances = by_rounding.tolerances()
+        for cuts, tolerances in sets:
             by_ir = example.between(cuts, runner, tolerances)
             for place, error in by_ir.inputs.items():
                 found[place].append(InputParity(place, error, tolerances[place]))
         shortest.add(by_ir)
-        rounded_shortest.add(by_rounding)
+        if with_codes:
+            codes.add(example.codes_from_image(runner))
     places = [*(site.label for site in examples[0].sites), OUTPUT]
-    in_float = precision not in _SIGNIFICANT_BITS
     return Parity(
         mean_abs=free.mean_abs,
         max_abs=free.max_abs,
-        code_flip_rate=None,
+        code_flip_rate=codes.flip_rate if with_codes else None,
         stretch_mean_abs=shortest.mean_abs,
         stretch_max_abs=shortest.max_abs,
         tie_rate=shortest.flip_rate,
         inputs=[max(found[place], key=lambda e: e.error / e.tolerance) for place in places],
+        layers=[] if max_layers == 0 else check_layers(ir, examples[0], runner, max_layers),
         properties=runner.properties,
-        precision="f32" if in_float else precision,
-        end_to_end_tolerance=rounded_free.tolerances()[OUTPUT],
-        tie_tolerance=tolerance(TIE_TOLERANCE, rounded_shortest.flip_rate),
-        layer_tolerance=LAYER_TOLERANCE if in_float else ROOM * 2.0**-rounding.results,
-        bisect=partial(find_first_difference, model, ir, inputs, runner, rounding),
+        precision=allowance.precision,
+        end_to_end_tolerance=allowance.end_to_end,
+        tie_tolerance=allowance.ties,
+        layer_tolerance=allowance.layers,
     )
-
-
-def _with_layers(
-    parity: Parity,
-    ir: ov.Model,
-    examples: Sequence[Example],
-    runner: Runner,
-    max_layers: int | None,
-) -> Parity:
-    codes = Figures()
-    for example in examples:
-        codes.add(example.codes_from_image(runner))
-    layers = [] if max_layers == 0 else check_layers(ir, examples[0], runner, max_layers)
-    return replace(parity, layers=layers, code_flip_rate=codes.flip_rate)
 
 
 def _rounding(ir: ov.Model, precision: str) -> Rounding:

@@ -46,6 +46,8 @@ def separate(model: ov.Model) -> None:
                     _round_twice(node)
                 else:
                     _keep_apart(node)
+            elif _ends_grouped_sum(node):
+                _keep_out_of_kernel(node)
         elif node.get_type_name() in _NORMS and _has_scale(node.input_value(0)):
             # The scale would be moved past the norm as well, but not into its epsilon.
             _keep_apart(node)
@@ -66,6 +68,29 @@ def _same(values: ov.Output) -> ov.Output:
 def _keep_apart(node: ov.Node) -> None:
     """From what computes its input."""
     node.input(0).replace_source_output(_same(node.input_value(0)))
+
+
+def _keep_out_of_kernel(node: ov.Node) -> None:
+    """By the one operator that changes no value and is not taken in by the kernel before it."""
+    lowest = ops.constant(np.finfo(np.float32).min)
+    node.input(0).replace_source_output(ops.maximum(node.input_value(0), lowest).output(0))
+
+
+def _ends_grouped_sum(encoder: ov.Node) -> bool:
+    """Whether an encoder rounds the sum of a grouped int8 convolution and another tensor.
+
+    Of a dynamic shape a kernel that takes in both gives something else.
+    """
+    total = encoder.input_value(0).get_node()
+    if total.get_type_name() != "Add" or total.get_output_partial_shape(0).is_static:
+        return False
+    for value in total.input_values():
+        node = value.get_node()
+        if _is_bias(node):
+            node = node.input_value(0).get_node()
+        if node.get_type_name() == "GroupConvolution" and _has_scale(node.output(0)):
+            return not _is_bias(total)
+    return False
 
 
 def _clamp_between(encoder: ov.Node) -> None:

@@ -121,8 +121,8 @@ def locate(ir: ov.Model, image: Array, device: str) -> list[Site]:
     parsed = {name: found for name in nodes if (found := parse_name(name)) is not None}
     exits = {name: nodes[name] for name, (role, _) in parsed.items() if role in EXITS}
     encoders = {n.get_friendly_name(): n for n in nodes.values() if is_encoder(n)}
-    found = {name: encoder_of(node) for name, node in exits.items()}
-    rounded = {name: node and node.get_friendly_name() for name, node in found.items()}
+    above = {name: encoder_of(node) for name, node in exits.items()}
+    rounded = {name: node and node.get_friendly_name() for name, node in above.items()}
     entries = [node_name(parsed[name][1]) for name in exits if rounded[name] is None]
     shapes = _input_shapes(ir, [*encoders, *entries], image)
     indices = _indices(

@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from condiquant_openvino.instruction_sets import warn_of_overflow
 from condiquant_openvino.saving import core_of_process, read_ir, read_metadata
 from condiquant_plugin import InputError
 
@@ -32,6 +33,7 @@ def compile_ir(
         InputError: if there is no such device.
     """
     core = core_of_process()
+    warn_of_overflow(model)
     if device.split(".")[0].split(":")[0] not in {"AUTO", "MULTI", "HETERO"} | {
         name.split(".")[0] for name in core.available_devices
     }:
