@@ -58,7 +58,7 @@ def _contracts(equation: Any) -> bool:
 
 
 def product_name(module: str, index: int) -> str:
-    """Name of the ``index``-th product that a module computes, the same for a traced and a hooked one."""
+    """Name of the ``index``-th product that a module computes, counted as :func:`factors` finds them."""
     return f"{module}/matmul/{index}"
 
 

@@ -48,10 +48,10 @@ class AdvancedCondiQuantParameters:
     """``None`` is whether ``target_device`` is the NPU."""
     overflow: Overflow = DEFAULT_OVERFLOW
     """Only ``then="bounds"``: NNCF's int8 has ``overflow_fix``."""
-    bounds_crops: int = BOUNDS_CROPS
-    """Images that bounds are searched on, at most ``subset_size``."""
     nncf: AdvancedQuantizationParameters | None = None
     """NNCF's own, for ``then="minmax"``."""
+    bounds_crops: int = BOUNDS_CROPS
+    """Images that bounds are searched on, at most ``subset_size``."""
 
 
 def create_condiquant_pipeline(
