@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from condiquant_plugin import bounds, grid
-from condiquant_plugin.errors import InputError
+from condiquant_plugin.errors import check_finite
+from condiquant_plugin.sampling import Sample
 
 
 class _FakeQuantize(torch.autograd.Function):
@@ -114,6 +115,7 @@ class FakeQuantizer(nn.Module):
         self.upper = nn.Parameter(torch.ones(shape))
         self.enabled = True
         self.search_on_next_input = False
+        self.sample: Sample | None = None
 
     @torch.no_grad()
     def set_bounds(self, lower: Tensor | float, upper: Tensor | float) -> None:
@@ -127,11 +129,7 @@ class FakeQuantizer(nn.Module):
         Raises:
             InputError: if ``x`` has NaN or Inf; names this quantizer.
         """
-        if not all(extreme.isfinite() for extreme in x.aminmax()):
-            raise InputError(
-                f"NaN or Inf in the {self.kind} of {self.name or 'a quantizer'}: "
-                "check the checkpoint and the calibration images"
-            )
+        check_finite(x, f"the {self.kind} of {self.name or 'a quantizer'}")
         rows = x.detach().reshape(1, -1) if self.row_blocks == 1 else self._block_rows(x.detach())
         found = bounds.search(
             rows,
@@ -171,7 +169,9 @@ class FakeQuantizer(nn.Module):
         return grid.snap(lower, upper, self.bits, self.kind, self.zero_on_grid, self.overflow)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.search_on_next_input:
+        if self.sample is not None:
+            self.sample.add(x)
+        elif self.search_on_next_input:
             self.search_bounds(x)
             self.search_on_next_input = False
         if not self.enabled:
@@ -220,18 +220,36 @@ def fake_quantizers(model: nn.Module) -> dict[str, FakeQuantizer]:
 
 
 @torch.no_grad()
-def search_bounds(model: nn.Module, crops: Tensor, *, quantized_inputs: bool = False) -> None:
-    """DOBI for every fake quantizer in one forward pass over ``crops``.
+def search_bounds(
+    model: nn.Module,
+    crops: Tensor,
+    *,
+    quantized_inputs: bool = False,
+    batch_size: int | None = None,
+) -> None:
+    """DOBI for every fake quantizer.
 
     Args:
-        quantized_inputs: search where everything before is quantized, else on the float network.
+        quantized_inputs: search where everything before is quantized, else on the float network. Takes
+            one forward pass over all ``crops``, whatever ``batch_size``.
+        batch_size: crops in one forward pass, of which a :class:`condiquant_plugin.sampling.Sample` is
+            taken; ``None`` is one pass over all, of which everything is.
     """
+    at_once = quantized_inputs or batch_size is None
+    batches = [crops] if at_once else crops.split(batch_size)
     quantizers = list(fake_quantizers(model).values())
     for quantizer in quantizers:
         quantizer.search_on_next_input = True
         quantizer.enabled = quantized_inputs
+        if not at_once and quantizer.kind != "weight" and quantizer.row_blocks == 1:
+            quantizer.sample = Sample()
     try:
-        model(crops)
+        for batch in batches:
+            model(batch)
+        for quantizer in quantizers:
+            if quantizer.sample:
+                quantizer.search_bounds(quantizer.sample.entries())
+                quantizer.search_on_next_input = False
     finally:
         for quantizer in quantizers:
-            quantizer.enabled = True
+            quantizer.enabled, quantizer.sample = True, None

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from condiquant_plugin.errors import InputError
+from condiquant_plugin.errors import check_finite
 
 _CHUNK = 8192
 
@@ -167,10 +167,7 @@ def moments(
     Raises:
         InputError: if the inputs hold NaN or Inf.
     """
-    if not all(extreme.isfinite() for extreme in x.aminmax()):
-        raise InputError(
-            f"NaN or Inf in the input of {name}: check the checkpoint and the calibration images"
-        )
+    check_finite(x, f"the input of {name}")
     rows = unfold(x.detach(), geometry)
     result = Moments(rows.shape[1], _product(rows, rows), rows.double().sum(1))
     if quantized is not None:

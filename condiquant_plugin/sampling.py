@@ -1,10 +1,15 @@
-"""A bounded sample of tensors that arrive one after another, to search bounds on."""
+"""What bounds are searched on, the same in every host: a bounded sample of a few images' values.
+
+Images pass the network one by one, so that neither the sample nor a rounding tie depends on batches.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+BOUNDS_CROPS = 32
+"""Images whose values bounds are searched on."""
 _MOST_SAMPLES = 2**18
 
 
@@ -20,6 +25,10 @@ class Sample:
         self._extremes: list[Tensor] = []
         self._share = _MOST_SAMPLES
         self._count = 0
+
+    def __len__(self) -> int:
+        """How many tensors have been added."""
+        return self._count
 
     def add(self, x: Tensor) -> None:
         """Take entries of ``x``, any shape but empty."""

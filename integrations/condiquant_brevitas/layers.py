@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from condiquant_brevitas.products import factors, stubs_name
-from condiquant_plugin.calls import Dependence, calling_module
+from condiquant_brevitas.products import stubs_name
+from condiquant_plugin.calls import Dependence, calling_module, factors
 from condiquant_plugin.errors import InputError
 from condiquant_plugin.scope import Kind, Scope, select_layers
 

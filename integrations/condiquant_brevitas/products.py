@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from functools import cache, wraps
 from typing import Any
 
@@ -17,23 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from condiquant_plugin.calls import calling_module
+from condiquant_plugin.calls import calling_module, factors
 
 STUBS = "product_stubs"
-_PRODUCTS = frozenset(
-    {
-        torch.matmul,
-        torch.bmm,
-        torch.mm,
-        Tensor.matmul,
-        Tensor.bmm,
-        Tensor.mm,
-        Tensor.__matmul__,
-        Tensor.__rmatmul__,
-    }
-)
 
 
 class ProductOperand(nn.Identity):
@@ -123,29 +111,6 @@ class _ProductMode(TorchFunctionMode):
         if stubs is None:
             return func(*args, **kwargs)
         return stubs(func, args, kwargs)
-
-
-def factors(func: Any, args: Any, kwargs: Mapping[str, Any]) -> list[Tensor]:
-    """What a call multiplies, if it is a product of two matrices or a fused attention; else nothing."""
-    if func is scaled_dot_product_attention:
-        count = 3
-    elif func in _PRODUCTS or (func is torch.einsum and _contracts(args[0])):
-        count = 2
-    else:
-        return []
-    if func is scaled_dot_product_attention:
-        given = [*args, *(kwargs[name] for name in ("query", "key", "value") if name in kwargs)]
-        return given[:count]
-    return [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)][:count]
-
-
-def _contracts(equation: Any) -> bool:
-    """Whether an einsum has two factors and sums over an index that both have."""
-    if not isinstance(equation, str) or equation.count(",") != 1:
-        return False
-    inputs, _, result = equation.partition("->")
-    first, second = map(set, inputs.split(","))
-    return bool((first & second) - set(result) - set(" ."))
 
 
 def stubs_name(holder: str, index: int) -> str:

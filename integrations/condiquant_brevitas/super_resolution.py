@@ -22,7 +22,7 @@ from condiquant_brevitas.quantizers import (
 )
 from condiquant_plugin import distillation
 from condiquant_plugin.bounds import Side
-from condiquant_plugin.errors import InputError, check_choice
+from condiquant_plugin.errors import InputError, check_choice, check_count
 from condiquant_plugin.fake_quantizer import FakeQuantizer, search_bounds
 from condiquant_plugin.grid import DEFAULT_OVERFLOW, Overflow, check_bits
 from condiquant_plugin.intake import (
@@ -38,6 +38,7 @@ from condiquant_plugin.reconditioning import (
     fused_blocks,
     unchanged,
 )
+from condiquant_plugin.sampling import BOUNDS_CROPS
 
 Granularity = Literal["tensor", "channel"]
 _WEIGHT_QUANTIZERS = {
@@ -60,8 +61,8 @@ def quantize_sr(
     zero_on_grid: bool = False,
     overflow: Overflow = DEFAULT_OVERFLOW,
     reconditioning: ReconditioningConfig | Literal["auto"] | None = "auto",
-    bounds_crops: int = 32,
-    batch_size: int = 4,
+    bounds_crops: int = BOUNDS_CROPS,
+    batch_size: int = 1,
     name_blacklist: Collection[str] = (),
 ) -> nn.Module:
     """CondiQuant before distillation: stubs at attention products, reconditioning, learned bounds.
@@ -88,8 +89,9 @@ def quantize_sr(
             products 7 bits. "vnni" keeps all 8 and is exact only on CPUs with VNNI. Default: "safe"
         reconditioning (Optional, ReconditioningConfig): "auto" is the default of the activations' bits;
             None keeps the weights as trained.
-        bounds_crops (int): How many crops the bounds are searched on, in one batch. Default: 32
-        batch_size (int): Crops in one forward pass while moments are collected. Default: 4
+        bounds_crops (int): How many crops the bounds are searched on. Default: 32
+        batch_size (int): Crops in one forward pass. More than one may be faster on a GPU, but takes another
+            sample for the bounds and rounds otherwise than NNCF's pipeline. Default: 1
         name_blacklist (Collection[str]): Layers, or modules with all they hold, to leave float.
 
     Returns:
@@ -97,9 +99,9 @@ def quantize_sr(
         that has a weight.
 
     Raises:
-        InputError: no crops; bits outside 2-8; a scope without layers; NaN or Inf anywhere; a network
-            that is quantized already, or does not return one image; a layer in scope that cannot be,
-            such as nn.MultiheadAttention.
+        InputError: no crops; bits outside 2-8; counts below 1; a scope without layers; NaN or Inf
+            anywhere; a network that is quantized already, or does not return one image; a layer in scope
+            that cannot be, such as nn.MultiheadAttention.
 
     Example:
         >>> model = quantize_sr(swinir, crops, weight_bits=3, activation_bits=3)
@@ -107,6 +109,8 @@ def quantize_sr(
     """
     check_bits(weight_bits, "weight_bits")
     check_bits(activation_bits, "activation_bits")
+    check_count("bounds_crops", bounds_crops)
+    check_count("batch_size", batch_size)
     if other_bits is not None:
         check_bits(other_bits, "other_bits")
     check_choice("scope", scope, get_args(Scope))
@@ -153,7 +157,7 @@ def quantize_sr(
         report = {name: _unchanged(model, name) for name in scoped}
     else:
         report = _recondition(model, calibration, settings, outside, bounds_crops, batch_size)
-    search_bounds(model, calibration[:bounds_crops])
+    search_bounds(model, calibration[:bounds_crops], batch_size=batch_size)
     model.report = {name: report[name] for name in scoped}  # type: ignore[assignment]
     return model
 
@@ -230,7 +234,7 @@ def _recondition(
 ) -> dict[str, LayerReport]:
     """Exchange the weights of the quantized layers that are in scope."""
     if settings.objective == "least_squares":
-        search_bounds(model, calibration[:bounds_crops])
+        search_bounds(model, calibration[:bounds_crops], batch_size=batch_size)
     mode = condiquant_mode(
         model, config=settings, update_bias=True, name_blacklist=outside, create_weight_orig=False
     )

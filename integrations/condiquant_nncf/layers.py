@@ -30,7 +30,8 @@ class Layer:
 
     name: str
     """Module name of a layer with a weight, on both backends where the graph keeps it, else NNCF's node
-    name; the latter for a product. A further use of the same weight has ``#1``, ``#2`` … behind it."""
+    name. Of a product, :func:`condiquant_plugin.calls.product_name` on torch, else NNCF's node name. A
+    further use of the same weight has ``#1``, ``#2`` … behind it."""
     node: NNCFNode = field(repr=False)
     geometry: LayerGeometry = LayerGeometry()
     weight_node: NNCFNode | None = field(default=None, repr=False)

@@ -21,8 +21,9 @@ from condiquant_nncf.backend import (
 from condiquant_nncf.configuration import QuantizationConfig
 from condiquant_nncf.layers import Layer
 from condiquant_nncf.statistics import collected, sample_branch, statistic_points
-from condiquant_plugin.errors import InputError
+from condiquant_plugin.errors import InputError, check_finite
 from condiquant_plugin.fake_quantizer import FakeQuantizer
+from condiquant_plugin.sampling import BOUNDS_CROPS
 
 Placed = tuple[Layer, int | None, FakeQuantizer]
 
@@ -30,7 +31,9 @@ Placed = tuple[Layer, int | None, FakeQuantizer]
 class _BoundsAlgorithm(Algorithm):
     """Searches bounds of layer inputs on a sample of the calibration items."""
 
-    def __init__(self, config: QuantizationConfig | None = None, *, subset_size: int = 300) -> None:
+    def __init__(
+        self, config: QuantizationConfig | None = None, *, subset_size: int = BOUNDS_CROPS
+    ) -> None:
         self._config = config or QuantizationConfig()
         if self._config.bounds_inputs != "float":
             raise InputError(
@@ -48,11 +51,15 @@ class _BoundsAlgorithm(Algorithm):
         """Samples of the layers' inputs.
 
         Raises:
-            InputError: a quantized model, or one without a layer in scope.
+            InputError: a quantized model, or one without a layer in scope; NaN or Inf in a weight.
         """
         backend = get_float_backend(model, graph)
+        layers = self._layers(backend)
+        for layer in layers:  # before they spoil the inputs of others
+            if layer.weight_node is not None:
+                check_finite(backend.weight(layer), f"the weight of {layer.name}")
         branch = sample_branch(self._subset_size)
-        return statistic_points(backend, self._layers(backend), branch, self._algorithm_key)
+        return statistic_points(backend, layers, branch, self._algorithm_key)
 
     def _layers(self, backend: CondiQuantAlgoBackend) -> list[Layer]:
         return self._config.find_layers(backend)
@@ -70,7 +77,9 @@ class _BoundsAlgorithm(Algorithm):
 class InputBounds(_BoundsAlgorithm):
     """Finds the bounds of layer inputs and leaves the model as it is, for :class:`CondiQuant`."""
 
-    def __init__(self, config: QuantizationConfig | None = None, *, subset_size: int = 300) -> None:
+    def __init__(
+        self, config: QuantizationConfig | None = None, *, subset_size: int = BOUNDS_CROPS
+    ) -> None:
         super().__init__(config, subset_size=subset_size)
         self._found: dict[str, FakeQuantizer] | None = None
 

@@ -7,7 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+import nncf
 import torch
+from nncf.quantization.algorithms.pipeline import Pipeline
 from nncf.torch.function_hook.nncf_graph.nncf_graph_builder import GraphModelWrapper
 from torch import Tensor, nn
 
@@ -15,14 +17,19 @@ from condiquant_nncf.backend import CondiQuantAlgoBackend, get_algo_backend
 from condiquant_nncf.condiquant import recondition
 from condiquant_nncf.configuration import QuantizationConfig
 from condiquant_nncf.layers import Layer
-from condiquant_nncf.learned_bounds import create_quantizers
+from condiquant_nncf.learned_bounds import (
+    InputBounds,
+    LearnedBoundsQuantization,
+    create_quantizers,
+)
 from condiquant_nncf.statistics import collect_moments
 from condiquant_nncf.torch_backend import wrap
 from condiquant_plugin import distributed, reconditioning
-from condiquant_plugin.errors import InputError
+from condiquant_plugin.errors import InputError, check_count
 from condiquant_plugin.fake_quantizer import FakeQuantizer, fake_quantizers, search_bounds
 from condiquant_plugin.intake import image_batch, plain_float_copy
 from condiquant_plugin.reconditioning import LayerReport, ReconditioningConfig
+from condiquant_plugin.sampling import BOUNDS_CROPS
 
 
 @dataclass(frozen=True)
@@ -48,8 +55,8 @@ def quantize_network(
     crops: Tensor,
     config: QuantizationConfig,
     *,
-    bounds_crops: int = 32,
-    batch_size: int = 4,
+    bounds_crops: int = BOUNDS_CROPS,
+    batch_size: int = 1,
 ) -> QuantizedNetwork:
     """CondiQuant before distillation: recondition the weights, then search bounds.
 
@@ -60,21 +67,25 @@ def quantize_network(
         network: float network, left untouched; see :func:`condiquant_plugin.intake.plain_float_copy`.
         crops: calibration inputs, ``(count, channels, height, width)``, or what
             :func:`condiquant_plugin.intake.image_batch` makes them of.
-        bounds_crops: how many of them the bounds are searched on, in one batch.
-        batch_size: crops in one forward pass while moments are collected.
+        bounds_crops: how many of them the bounds are searched on.
+        batch_size: crops in one forward pass. More than one may be faster on a GPU, but takes another
+            sample for the bounds and rounds otherwise than :func:`create_condiquant_pipeline`.
 
     Raises:
         InputError: no crops, or of a size that the network does not take; bits
-            outside 2-8; a scope without layers; NaN or Inf anywhere; raised in
+            outside 2-8; counts below 1; a scope without layers; NaN or Inf anywhere; raised in
             all processes if in one.
         DistributedError: another process ended or failed.
     """
+    check_count("bounds_crops", bounds_crops)
+    check_count("batch_size", batch_size)
     seconds = {"gram": 0.0, "recondition": 0.0, "bounds": 0.0}
     with distributed.failing_together("reading the network"):
         crops = image_batch(crops, takes=partial(_takes, network))
         _check_runs(plain_float_copy(network), crops[:1])
         wrapped = wrap(network, crops[:1])
         layers = config.find_layers(wrapped)
+    bounds_batches = crops[:bounds_crops].split(batch_size)
     scoped = [layer for layer in layers if layer.in_scope]
     settings = config.reconditioning()
     if settings is None:
@@ -83,13 +94,11 @@ def quantize_network(
     else:
         quantizers: Mapping[str, FakeQuantizer] | None = None
         if settings.objective == "least_squares":
-            as_trained = wrap(wrapped.model, wrapped.example_input)
-            quantized = _with_bounds(as_trained, scoped, config, crops[:bounds_crops], seconds)
-            quantizers = input_quantizers(quantized)
+            quantizers = _input_bounds(wrapped, scoped, config, bounds_batches, seconds)
         reports = _recondition(
             wrapped, scoped, crops.split(batch_size), settings, quantizers, seconds
         )
-    model = _with_bounds(wrapped, layers, config, crops[:bounds_crops], seconds)
+    model = _with_bounds(wrapped, layers, config, bounds_batches, seconds)
     return QuantizedNetwork(model, layers, reports, seconds)
 
 
@@ -118,17 +127,41 @@ def _with_bounds(
     wrapped: GraphModelWrapper,
     layers: Sequence[Layer],
     config: QuantizationConfig,
-    crops: Tensor,
+    batches: Sequence[Tensor],
     seconds: dict[str, float],
 ) -> nn.Module:
     """Put quantizers into ``wrapped``, with bounds that are the same in all processes."""
     started = time.perf_counter()
     with distributed.failing_together("searching bounds"):
-        model = insert_quantizers(wrapped, layers, config)
-        search_bounds(model, crops, quantized_inputs=config.bounds_inputs == "quantized")
+        if config.bounds_inputs == "quantized":
+            model = insert_quantizers(wrapped, layers, config)
+            search_bounds(model, torch.cat(list(batches)), quantized_inputs=True)
+        else:
+            algorithm = LearnedBoundsQuantization(config, subset_size=len(batches))
+            model = Pipeline([[algorithm]]).run(wrapped, nncf.Dataset(batches)).model
     distributed.broadcast_bounds(model)
     seconds["bounds"] += time.perf_counter() - started
     return model
+
+
+def _input_bounds(
+    wrapped: GraphModelWrapper,
+    layers: Sequence[Layer],
+    config: QuantizationConfig,
+    batches: Sequence[Tensor],
+    seconds: dict[str, float],
+) -> dict[str, FakeQuantizer]:
+    """Input quantizer of every layer with a weight, by layer name; ``wrapped`` stays as it is."""
+    if config.bounds_inputs == "quantized":
+        as_trained = wrap(wrapped.model, wrapped.example_input)
+        return input_quantizers(_with_bounds(as_trained, layers, config, batches, seconds))
+    started = time.perf_counter()
+    with distributed.failing_together("searching bounds"):
+        algorithm = InputBounds(config, subset_size=len(batches))
+        Pipeline([[algorithm]]).run(wrapped, nncf.Dataset(batches))
+    distributed.broadcast_bounds(nn.ModuleList(algorithm.quantizers.values()))
+    seconds["bounds"] += time.perf_counter() - started
+    return algorithm.quantizers
 
 
 def _recondition(

@@ -12,17 +12,19 @@ import nncf
 from nncf.common.logging import nncf_logger
 from nncf.common.utils.backend import BackendType
 from nncf.quantization.advanced_parameters import AdvancedQuantizationParameters
-from nncf.quantization.algorithms.pipeline import Pipeline
+from nncf.quantization.algorithms.pipeline import Pipeline, PipelineStep
 from nncf.quantization.algorithms.post_training.pipeline import create_ptq_pipeline
 
 from condiquant_nncf.backend import check_backend
+from condiquant_nncf.calibration import CalibrationPipeline
 from condiquant_nncf.condiquant import CondiQuant
 from condiquant_nncf.configuration import QuantizationConfig
 from condiquant_nncf.learned_bounds import InputBounds, LearnedBoundsQuantization
 from condiquant_plugin.bounds import Side
-from condiquant_plugin.errors import InputError
+from condiquant_plugin.errors import InputError, check_count
 from condiquant_plugin.grid import DEFAULT_OVERFLOW, Overflow
 from condiquant_plugin.reconditioning import LayerReport, ReconditioningConfig
+from condiquant_plugin.sampling import BOUNDS_CROPS
 from condiquant_plugin.scope import Scope
 
 Then = Literal["bounds", "minmax"]
@@ -48,39 +50,53 @@ class AdvancedCondiQuantParameters:
     """Only ``then="bounds"``: NNCF's int8 has ``overflow_fix``."""
     nncf: AdvancedQuantizationParameters | None = None
     """NNCF's own, for ``then="minmax"``."""
+    bounds_crops: int = BOUNDS_CROPS
+    """Images that bounds are searched on, at most ``subset_size``."""
 
 
 def create_condiquant_pipeline(
     config: QuantizationConfig | None = None,
     *,
     subset_size: int = 300,
+    bounds_crops: int = BOUNDS_CROPS,
     then: Then | None = "bounds",
     **ptq_arguments: Any,
 ) -> Pipeline:
     """Steps: :class:`InputBounds` where the objective needs it, :class:`CondiQuant`, and what follows.
 
+    Batches of images in the dataset pass the network one image at a time in our steps, as in
+    :func:`quantize_network`.
+
     Args:
         config: for all steps; ``recondition=None`` leaves out the first two.
-        subset_size: calibration items to use.
+        subset_size: calibration images to use; NNCF's steps count items.
+        bounds_crops: how many of them the bounds are searched on.
         then: ``"bounds"`` ends with :class:`LearnedBoundsQuantization`, ``"minmax"`` with the steps of
             NNCF's ``create_ptq_pipeline``, ``None`` with reconditioned float weights.
         ptq_arguments: for ``create_ptq_pipeline``.
+
+    Raises:
+        InputError: ``subset_size`` or ``bounds_crops`` below 1.
     """
+    check_count("subset_size", subset_size)
+    check_count("bounds_crops", bounds_crops)
     config = config or QuantizationConfig()
-    steps = []
+    steps: list[PipelineStep] = []
+    following: list[PipelineStep] = []
+    bounds_size = min(subset_size, bounds_crops)
     settings = config.reconditioning()
     if settings is not None:
         bounds = None
         if settings.objective == "least_squares":
-            bounds = InputBounds(config, subset_size=subset_size)
+            bounds = InputBounds(config, subset_size=bounds_size)
             steps.append([bounds])
         steps.append([CondiQuant(config, subset_size=subset_size, input_bounds=bounds)])
     if then == "bounds":
-        steps.append([LearnedBoundsQuantization(config, subset_size=subset_size)])
+        steps.append([LearnedBoundsQuantization(config, subset_size=bounds_size)])
     elif then == "minmax":
         ptq = create_ptq_pipeline(subset_size=subset_size, **ptq_arguments)
-        steps.extend(ptq.pipeline_steps)
-    return Pipeline(steps)
+        following = ptq.pipeline_steps
+    return CalibrationPipeline(steps, following)
 
 
 def quantize(
@@ -110,7 +126,7 @@ def quantize(
         mode: only ``then="minmax"``.
         preset: only ``then="minmax"``.
         target_device: ``NPU`` puts zero on every grid; else only ``then="minmax"``.
-        subset_size: calibration items to use.
+        subset_size: calibration images to use; NNCF's int8 counts items.
         fast_bias_correction: only ``then="minmax"``.
         model_type: ``TRANSFORMER`` quantizes linear layers and the products of attention; ``None``
             quantizes these and convolutions, all but the first and the last layer.
@@ -131,8 +147,7 @@ def quantize(
     """
     if then not in ("bounds", "minmax"):
         raise InputError(f'then={then!r} is not known: use "bounds" or "minmax"')
-    if subset_size < 1:
-        raise InputError(f"subset_size={subset_size}: use at least 1")
+    check_count("subset_size", subset_size)
     stock = {
         "mode": mode,
         "preset": preset,
@@ -163,7 +178,7 @@ def quantize(
         overflow=ours.overflow,
         recondition=ours.recondition,
     )
-    result, found = _run(model, calibration_dataset, config, subset_size, then)
+    result, found = _run(model, calibration_dataset, config, then, subset_size, ours.bounds_crops)
     if reports is not None:
         reports.extend(found)
     if then == "minmax":
@@ -201,13 +216,21 @@ def _warn_of_unused(
 
 
 def _run(
-    model: Any, dataset: nncf.Dataset, config: QuantizationConfig, subset_size: int, then: Then
+    model: Any,
+    dataset: nncf.Dataset,
+    config: QuantizationConfig,
+    then: Then,
+    subset_size: int,
+    bounds_crops: int,
 ) -> tuple[Any, list[LayerReport]]:
     """Our part: a quantized model, or for ``"minmax"`` a reconditioned one."""
     kind = check_backend(model)
     example = _first_item(dataset)
     pipeline = create_condiquant_pipeline(
-        config, subset_size=subset_size, then="bounds" if then == "bounds" else None
+        config,
+        subset_size=subset_size,
+        bounds_crops=bounds_crops,
+        then="bounds" if then == "bounds" else None,
     )
     with _readable_errors():
         if kind is BackendType.OPENVINO:

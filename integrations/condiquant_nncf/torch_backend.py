@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import nncf
@@ -16,6 +18,8 @@ from nncf.common.graph.transformations.commands import TargetType
 from nncf.common.graph.transformations.layout import TransformationLayout
 from nncf.torch.function_hook import get_hook_storage, is_wrapped, wrap_model
 from nncf.torch.function_hook.commands import PT2ConstUpdateCommand, PT2InsertionCommand
+from nncf.torch.function_hook.hook_executor_mode import FunctionHookMode, OpMeta
+from nncf.torch.function_hook.hook_storage import HookStorage
 from nncf.torch.function_hook.nncf_graph.nncf_graph_builder import GraphModelWrapper
 from nncf.torch.graph.transformations.commands import PTTargetPoint
 from nncf.torch.model_graph_manager import get_const_data, get_const_node
@@ -27,7 +31,7 @@ from torch.utils._pytree import tree_map_only
 from condiquant_nncf.backend import CondiQuantAlgoBackend, Solved
 from condiquant_nncf.fake_quantizer import HookFakeQuantizer
 from condiquant_nncf.layers import Layer, same_padding
-from condiquant_plugin.calls import calling_module
+from condiquant_plugin.calls import calling_module, factors, product_name
 from condiquant_plugin.errors import InputError
 from condiquant_plugin.fake_quantizer import FakeQuantizer
 from condiquant_plugin.gram import LayerGeometry
@@ -68,11 +72,11 @@ def wrap(network: nn.Module, example_input: Any) -> GraphModelWrapper:
             "NNCF cannot hook into a bare nn.Sequential: make it a child of an nn.Module"
         )
     example_input = as_float32(example_input)
-    rebuilt = frozenset[str]()
+    rebuilt, products = frozenset[str](), dict[str, str]()
     if not is_wrapped(copy):  # else it may have quantizers that NNCF compiles C++ for
 
         def run(model: nn.Module) -> Any:
-            with _KeywordCalls(model):
+            with _ProductNames(model, products), _KeywordCalls(model):
                 if isinstance(example_input, dict):
                     return model(**example_input)
                 inputs = example_input if isinstance(example_input, tuple) else (example_input,)
@@ -80,7 +84,7 @@ def wrap(network: nn.Module, example_input: Any) -> GraphModelWrapper:
 
         rebuilt = frozenset(rebuilt_parameters(copy, run))
     wrapped = _Wrapped(wrap_model(copy), example_input)
-    wrapped.rebuilt = rebuilt
+    wrapped.rebuilt, wrapped.products = rebuilt, products
     return wrapped
 
 
@@ -90,9 +94,32 @@ def as_float32(inputs: Any) -> Any:
 
 
 class _Wrapped(GraphModelWrapper):
-    """Knows as well which parameters a forward pass overwrites."""
+    """Knows as well which parameters a forward pass overwrites, and which module computes a product."""
 
     rebuilt: frozenset[str] = frozenset()
+    products: Mapping[str, str] = MappingProxyType({})
+    """Names of products by NNCF's node names, which leave out modules inside an ``nn.ModuleList``."""
+
+
+class _ProductNames(FunctionHookMode):
+    """Names products after the module that computes them."""
+
+    def __init__(self, model: nn.Module, found: dict[str, str]) -> None:
+        super().__init__(model, HookStorage())
+        self._names = {module: name for name, module in model.named_modules()}
+        self._products: Counter[nn.Module] = Counter()
+        self._found = found
+
+    def execute_pre_hooks(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], op_meta: OpMeta
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Called for every function, which ``op_meta`` gives the name of its node."""
+        if factors(op_meta.func, args, kwargs):
+            module = self.module_call_stack[-1]
+            name = product_name(self._names[module], self._products[module])
+            self._found[op_meta.op_name] = name
+            self._products[module] += 1
+        return super().execute_pre_hooks(args, kwargs, op_meta)
 
 
 class _KeywordCalls(TorchFunctionMode):
@@ -178,7 +205,9 @@ class PTCondiQuantAlgoBackend(CondiQuantAlgoBackend):
         """Describe a node that :meth:`is_layer`."""
         ports = self.activation_ports(node)
         if len(ports) == 2:
-            return Layer(node.node_name, node, activation_ports=ports)
+            products: Mapping[str, str] = getattr(self.model, "products", {})
+            name = products.get(node.node_name, node.node_name)
+            return Layer(name, node, activation_ports=ports)
         weight_port = 1 - ports[0]
         weight_node = self._constant(node, weight_port, "weight")
         if weight_node is None:

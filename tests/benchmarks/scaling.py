@@ -60,7 +60,11 @@ def work(rank: int, processes: int, crops: int, busy: bool, folder: str) -> None
         dist.all_reduce, dist.broadcast = counting(all_reduce, sent), counting(broadcast, sent)
         config = nncf_host.QuantizationConfig(recondition=ReconditioningConfig(objective))
         result = nncf_host.quantize_network(
-            source.network, source.crops[:crops], config, bounds_crops=max(crops // 4, 1)
+            source.network,
+            source.crops[:crops],
+            config,
+            bounds_crops=max(crops // 4, 1),
+            batch_size=4,
         )
         found = {"seconds": result.seconds, "sent": dict(sent)}
         torch.save(found, f"{folder}/{processes}-{rank}-{objective}.pt")

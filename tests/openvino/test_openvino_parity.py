@@ -129,7 +129,7 @@ def shift_bias(model, _ir, name):
         (scale_weight, "layers.0.residual_group.blocks.1.mlp.fc1", "blocks.1.mlp.fc1"),
         (scale_weight, "layers.1.residual_group.blocks.0.attn.qkv", "blocks.0.attn.qkv"),
         (shift_bias, "layers.0.residual_group.blocks.1.attn.proj", "blocks.1.attn.proj"),
-        (move_bounds_of_values, "attn/matmul/3", "attn/matmul/3"),
+        (move_bounds_of_values, "layers.0.residual_group.blocks.1.attn/matmul/1", "attn/matmul/1"),
     ],
 )
 def test_the_first_layer_that_differs_is_found_in_attention(window_attention, change, name, layer):

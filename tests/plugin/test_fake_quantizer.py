@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from condiquant_plugin import FakeQuantizer, InputError
 from condiquant_plugin.fake_quantizer import search_bounds
+from condiquant_plugin.sampling import Sample
 
 
 def reference(x, quantizer):
@@ -135,3 +136,29 @@ def test_bounds_of_all_quantizers_in_one_forward_pass(quantized_inputs):
     with pytest.raises(InputError):
         search_bounds(model, x / 0)
     assert all(quantizer.enabled for quantizer in model)
+
+
+def test_bounds_are_searched_on_the_sample_of_single_images():
+    model = torch.nn.Sequential(FakeQuantizer(4, "activation"))
+    sizes = []
+    model.register_forward_pre_hook(lambda _, x: sizes.append(len(x[0])))
+    images = torch.randn(3, 2**17, generator=torch.Generator().manual_seed(0))
+    search_bounds(model, images, batch_size=1)
+    sample = Sample()
+    for image in images:
+        sample.add(image)
+    expected = FakeQuantizer(4, "activation")
+    expected.search_bounds(sample.entries())
+    assert (model[0].lower, model[0].upper) == (expected.lower, expected.upper)
+    assert (model[0].sample, model[0].search_on_next_input) == (None, False)
+    search_bounds(model, images, batch_size=2)
+    search_bounds(model, images, quantized_inputs=True, batch_size=1)
+    assert sizes == [1, 1, 1, 2, 1, 3]
+
+
+def test_a_quantizer_that_no_image_reaches_is_searched_later():
+    model = torch.nn.Sequential(FakeQuantizer(4, "activation"), torch.nn.Linear(3, 3))
+    model[1].unused = FakeQuantizer(4, "activation")
+    search_bounds(model, torch.randn(2, 3), batch_size=1)
+    assert model[1].unused.search_on_next_input
+    assert not model[0].search_on_next_input
