@@ -5,7 +5,7 @@ A ``bits``-bit grid has ``L = 2**bits`` levels ``lower + code * step`` with ``co
 
 8-bit kernels compute with integers whose zero is exact. A low-bit grid fits them when it lies on a
 *lattice*: ``level = (refinement * code - zero) * step / refinement`` with an integer ``zero``.
-Snapping leaves ``step`` alone and moves ``lower`` by at most ``step / (2 * refinement)`` where zero lies
+Snapping leaves ``step`` alone and moves ``lower`` by at most ``step / refinement`` where zero lies
 inside the bounds, so what is simulated with snapped bounds is what an 8-bit kernel computes. Bounds that
 exclude zero slide until they touch it.
 
@@ -170,7 +170,7 @@ def snap(
     zero_on_grid: bool = False,
     overflow: Overflow = DEFAULT_OVERFLOW,
 ) -> SnappedGrid:
-    """Move ``lower`` to the lattice, keeping the step.
+    """Move ``lower`` to the lattice, keeping the step; zero is on no tie between two levels.
 
     Args:
         lower, upper: finite bounds of any equal shape; ``upper <= lower`` gives a tiny step.
@@ -181,6 +181,9 @@ def snap(
     zero = (position.round() * cells.zero_spacing + cells.lowest_zero).clamp(
         cells.lowest_zero, cells.highest_zero
     )
+    # Of values that are exactly 0 there are many: none may lie on a tie, where kernels round either way.
+    on_tie = 2 * (zero % cells.refinement) == cells.refinement
+    zero = zero + on_tie * torch.where(position < position.round(), -1.0, 1.0)
     return SnappedGrid(-zero * (step / cells.refinement), step, zero)
 
 

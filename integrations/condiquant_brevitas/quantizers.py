@@ -41,14 +41,14 @@ class LearnedBoundsWeightPerTensor(_LearnedBounds):
     proxy_class = WeightQuantProxyFromInjector
     kind = "weight"
 
-
-class LearnedBoundsWeightPerChannel(LearnedBoundsWeightPerTensor):
-    """4-bit weights, bounds per output channel."""
-
     @value
     def axis(module: Any) -> int:  # one layer, or all that share the quantizer
         first: Any = module if isinstance(module, nn.Module) else module[0]
         return int(first.output_channel_dim)
+
+
+class LearnedBoundsWeightPerChannel(LearnedBoundsWeightPerTensor):
+    """4-bit weights, bounds per output channel."""
 
     @value
     def row_blocks(tracked_parameter_list: list[nn.Parameter], axis: int) -> int:

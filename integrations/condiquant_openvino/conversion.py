@@ -114,6 +114,8 @@ def _labelled_calls(model: nn.Module) -> Iterator[None]:
             calls[quantizer] += 1
 
         handles = [q.register_forward_pre_hook(enter) for q in quantizers.values()]
+        # A tracer reads parametrized weights before the forward pass.
+        handles.append(model.register_forward_pre_hook(lambda *_: calls.clear()))
         try:
             handles.append(
                 model.register_forward_hook(lambda m, _, output: check_output(m, output))

@@ -25,8 +25,8 @@ import torch
 from condiquant_openvino.saving import core_of_process, read_metadata
 
 VARIABLE = "ONEDNN_MAX_CPU_ISA"
-_SETS = ("SSE41", "AVX2", "AVX512_CORE")
-"""Those without VNNI that kernels differ for, each with all before it."""
+_SETS = ("AVX2", "AVX512_CORE")
+"""Those without VNNI, each with all before it; on SSE4.1 OpenVINO 2026.4 fails with float networks too."""
 _logger = logging.getLogger(__name__)
 _Result = TypeVar("_Result")
 
@@ -74,8 +74,8 @@ def lower_instruction_sets() -> list[str]:
     if given in _SETS:
         return list(_SETS[: _SETS.index(given)])
     capability = torch.backends.cpu.get_cpu_capability()
-    highest = {"AVX512": 2, "AVX2": 1}.get(capability, 0)
-    return list(_SETS[: highest + (0 if sums_saturate() else 1)])
+    below = {"AVX512": 1}.get(capability, 0)
+    return list(_SETS[: below if sums_saturate() else below + 1])
 
 
 def run_with(instruction_set: str, function: Callable[..., _Result], *arguments: Any) -> _Result:

@@ -63,12 +63,8 @@ def check_layers(
     image, in_float = example.image, Runner(runner.device, F32)
     floats = _float_operands(ir, image, layers, in_float)
     exits = {site.exit: example.quantized[site.label] for site in example.sites}
-    written = set(filter(None, map(label_of, ir.get_ops())))
-    weights = {
-        label: values
-        for label, values in example.expected.quantized.items()
-        if label in written and label not in example.quantized
-    }
+    written = set(filter(None, map(label_of, ir.get_ops()))) - set(example.quantized)
+    weights = {label: example.expected.quantized[label] for label in written}
     exported = Pieces(ir, example.entries, floats=floats)
     reference = Pieces(ir, exits, weights=weights, floats=floats)
     results = []

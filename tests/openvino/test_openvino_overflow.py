@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from condiquant_openvino import check_parity, convert, layer_executions, read_metadata
+from condiquant_openvino import check_parity, convert, layer_executions, parity, read_metadata
 from condiquant_openvino.instruction_sets import (
     VARIABLE,
     lower_instruction_sets,
@@ -131,7 +131,7 @@ def test_operands_that_may_overflow_stay_float_and_are_right():
 
 
 @pytest.mark.parametrize(
-    ("low", "lowest", "form"), [(-1.0, -0.14, "f32"), (-1.0, -0.13, "int8"), (0.0, -0.14, "int8")]
+    ("low", "lowest", "form"), [(-1.0, -0.14, "f32"), (-1.0, -0.11, "int8"), (0.0, -0.14, "int8")]
 )
 def test_deconvolutions_of_signed_inputs_have_even_weights_or_are_float(low, lowest, form):
     """With AVX-512 without VNNI the plugin halves their weights."""
@@ -190,25 +190,52 @@ def test_an_ir_that_may_overflow_is_refused_from_its_integers():
 
 def test_lower_instruction_sets_are_those_below_this_process():
     sets = lower_instruction_sets()
-    assert sets[0] == "SSE41"
-    for lower in sets:
+    assert sets in ([], ["AVX2"], ["AVX2", "AVX512_CORE"])
+    for lower in ("AVX2", *sets):
         assert run_with(lower, sums_saturate)
-        assert run_with(lower, lower_instruction_sets) == sets[: sets.index(lower)]
+        assert run_with(lower, lower_instruction_sets) == sets[: sets.index(lower) if sets else 0]
 
 
 def test_an_error_in_a_lower_instruction_set_is_one_line_that_names_it():
     with pytest.raises(
-        RuntimeError, match=rf"^with {VARIABLE}=SSE41: ValueError: invalid literal.*$"
+        RuntimeError, match=rf"^with {VARIABLE}=AVX2: ValueError: invalid literal.*$"
     ):
-        run_with("SSE41", int, "x")
+        run_with("AVX2", int, "x")
 
 
-def test_parity_is_checked_with_every_lower_instruction_set():
+def test_parity_is_checked_with_every_lower_instruction_set(monkeypatch):
+    monkeypatch.setattr(parity, "lower_instruction_sets", lambda: ["AVX2"])
     torch.manual_seed(0)
     model, x = Layer(nn.Conv2d(8, 8, 3), 4), torch.rand(1, 8, 12, 12)
     ir = convert(with_bounds(model, (0.0, 1.0), (-0.1, 0.1)), x)
     parities = check_parities(model, ir, [x])
-    assert [p.instruction_set for p in parities.values()] == ["", *lower_instruction_sets(), "", ""]
+    assert {name: found.instruction_set for name, found in parities.items()} == {
+        "f32": "", "AVX2": "AVX2", "accuracy": "", "default": "",
+    }  # fmt: skip
+    assert all(found.ok for found in parities.values())
+    assert len(parities["AVX2"].layers) == 1
+    assert parities["AVX2"].inputs == parities["f32"].inputs or lower_instruction_sets()
+
+
+def test_what_differs_with_a_lower_instruction_set_names_it(monkeypatch):
+    """Saturating sums, were the integers not looked at."""
+    monkeypatch.setattr(parity, "lower_instruction_sets", lambda: ["AVX2"])
+    monkeypatch.setattr(parity, "sums_saturate", lambda: False)
+    model, x = _vnni()
+    ir = convert(model, x)
+    ir.set_rt_info('{"overflow": "safe"}', ["condiquant"])
+    monkeypatch.setattr(parity, "largest_pair_sums", lambda _: {})
+    found = list(check_parities(model, ir, [0.8 + 0.2 * x]).values())[-1]
+    expected = "" if sums_saturate() else "AVX2"  # here it differs without lowering, too
+    assert found.instruction_set == expected
+    assert (f"{VARIABLE}=AVX2" in found.complaint()) == bool(expected)
+    assert found.complaint().startswith("with INFERENCE_PRECISION_HINT=f32 properties")
+
+
+def test_a_changed_weight_is_found_before_any_lower_instruction_set():
+    torch.manual_seed(0)
+    model, x = Layer(nn.Conv2d(8, 8, 3), 4), torch.rand(1, 8, 12, 12)
+    ir = convert(with_bounds(model, (0.0, 1.0), (-0.1, 0.1)), x)
     broken = ir.clone()
     weight = next(
         n for n in broken.get_ops() if n.get_friendly_name() == "fake_quantize/layer.weight"

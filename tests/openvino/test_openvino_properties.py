@@ -57,7 +57,7 @@ def test_parity_with_every_property_after_saving_twice(
     parities = check_parities(model, again, images)
     lowered = [name for name in parities if name not in PROPERTIES]
     assert [name for name in parities if name not in lowered] == list(PROPERTIES)
-    assert set(lowered) >= set(lower_instruction_sets()) - {"SSE41"}
+    assert lowered == lower_instruction_sets()
     for name in lowered:
         assert parities[name].instruction_set == name
         assert len(parities[name].layers) == len(parities["f32"].layers)

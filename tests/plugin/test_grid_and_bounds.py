@@ -104,7 +104,22 @@ def test_snapping_keeps_the_step_and_lays_levels_on_the_lattice(bits, kind, over
     assert snapped.zero == snapped.zero.round()
     inside = cells.lowest_zero < snapped.zero < cells.highest_zero
     if inside and cells.zero_spacing == 1:
-        assert abs(snapped.lower - low) <= snapped.step / (2 * cells.refinement) * (1 + 1e-9)
+        moved = abs(snapped.lower - low) / (snapped.step / cells.refinement)
+        assert moved <= 1 + 1e-6
+        nearest = (-low / snapped.step * cells.refinement).round()
+        assert moved <= 0.5 + 1e-6 or 2 * (nearest % cells.refinement) == cells.refinement
+
+
+@given(bit_widths, kinds, overflows, lowers, widths)
+def test_zero_is_on_no_tie(bits, kind, overflow, lower, width):
+    bits = grid.fitting_bits(bits, kind, overflow)
+    ends = torch.tensor([lower, lower + width], dtype=torch.float64)
+    snapped = grid.snap(*ends, bits, kind, overflow=overflow)
+    cells = grid.lattice(bits, kind, overflow=overflow)
+    assert cells.lowest_zero <= snapped.zero <= cells.highest_zero
+    around = torch.tensor([-1e-6, 0.0, 1e-6], dtype=torch.float64) * snapped.step
+    codes = grid.codes(around, snapped.lower, snapped.step, bits)
+    assert len(codes.unique()) == 1
 
 
 @given(bit_widths, kinds, overflows, lowers, widths, st.integers(0, 2**31))
