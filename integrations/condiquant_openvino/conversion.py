@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from enum import Enum, auto
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import openvino as ov
@@ -23,14 +23,18 @@ from condiquant_openvino.compaction import compact
 from condiquant_openvino.hoisting import hoist
 from condiquant_openvino.joining import join
 from condiquant_openvino.overflow import inexact_in_int8
+from condiquant_openvino.pointwise import convolve
 from condiquant_openvino.quantizer_graphs import Quantizer, redirect
 from condiquant_openvino.rearranging import collapse
 from condiquant_openvino.saving import set_metadata
 from condiquant_openvino.separating import separate
 from condiquant_openvino.simplification import simplify
 from condiquant_plugin import FakeQuantizer, InputError, fake_quantizers, grid
+from condiquant_plugin.errors import check_choice
 from condiquant_plugin.intake import check_is_float32, check_output
 
+InstructionSet = Literal["vnni", "avx2"]
+"""What the kernels that are meant are fast on: with VNNI or without."""
 _CALL = re.compile(r"#\d+$")
 
 
@@ -131,6 +135,7 @@ def convert(
     example_input: Tensor,
     *,
     static: bool = False,
+    isa: InstructionSet = "vnni",
     input_names: Sequence[str] = ("image",),
     output_names: Sequence[str] = ("upscaled",),
 ) -> ov.Model:
@@ -145,6 +150,7 @@ def convert(
             ``img_size``, where attention masks are constants. Inputs that are not images keep their
             shape.
         static: keep the example's height and width.
+        isa: instruction set that the graph is fast on; it is right on all.
 
     Raises:
         InputError: if OpenVINO cannot convert the model, or it is not float32 with one output.
@@ -193,32 +199,43 @@ def convert(
         port.get_tensor().set_names({name})
     converted.set_friendly_name(type(model).__name__)
     overflow = {quantizer.overflow for quantizer in fake_quantizers(model).values()}
-    return write_quantizers(converted, quantizers, "vnni" if "vnni" in overflow else "safe")
+    return write_quantizers(converted, quantizers, "vnni" if "vnni" in overflow else "safe", isa)
 
 
 def write_quantizers(
-    model: ov.Model, quantizers: dict[str, Quantizer], overflow: grid.Overflow
+    model: ov.Model,
+    quantizers: dict[str, Quantizer],
+    overflow: grid.Overflow,
+    isa: InstructionSet,
 ) -> ov.Model:
     """Replace placeholders by what int8 kernels compute, weights packed; ``model`` is used up.
 
     Args:
         quantizers: by the labels of the placeholders.
         overflow: ``"safe"`` leaves products to float kernels whose integers might overflow in int8.
+        isa: without VNNI a whole attention is one kernel in float only, and linear layers are slow.
+
+    Raises:
+        InputError: an instruction set that is not known.
     """
+    check_choice("isa", isa, get_args(InstructionSet))
     name = model.get_friendly_name()
     _give_up_names(model)
     simplify(model)
     _absorb_transposes(model, quantizers)
-    _replace_placeholders(model, quantizers, overflow)
+    _replace_placeholders(model, quantizers, overflow, attention_in_float=isa == "avx2")
     model = hoist(model)
     collapse(model)
+    if isa == "avx2":
+        convolve(model)
+        model = hoist(model)
     join(model)
     separate(model)
     compact(model)
     model.validate_nodes_and_infer_types()
     model.set_friendly_name(name)
     _name_reproducibly(model)
-    set_metadata(model, {"overflow": overflow})
+    set_metadata(model, {"overflow": overflow, "isa": isa})
     return model
 
 
@@ -269,17 +286,22 @@ def _absorb_transposes(model: ov.Model, quantizers: dict[str, Quantizer]) -> Non
 
 
 def _replace_placeholders(
-    model: ov.Model, quantizers: dict[str, Quantizer], overflow: grid.Overflow
+    model: ov.Model,
+    quantizers: dict[str, Quantizer],
+    overflow: grid.Overflow,
+    attention_in_float: bool,
 ) -> None:
     placeholders = [node for node in model.get_ordered_ops() if isinstance(node, Placeholder)]
-    in_float = inexact_in_int8(model, quantizers) if overflow == "safe" else set()
+    inexact = inexact_in_int8(model, quantizers) if overflow == "safe" else set()
     # All decisions come first: they look at the placeholders around.
-    forms = [_form(node, quantizers, in_float) for node in placeholders]
+    forms = [_form(node, quantizers, inexact) for node in placeholders]
     for node, form in zip(placeholders, forms, strict=True):
         quantizer, source = quantizers[node.label], node.input_value(0)
         if form is _Form.ACTIVATION:
             codes = quantizer_graphs.encode(source, quantizer)
-            redirect(node.output(0), quantizer_graphs.decode(codes, quantizer))
+            in_float = attention_in_float and quantizer.kind == "operand"
+            values = quantizer_graphs.decode(codes, quantizer, in_float=in_float)
+            redirect(node.output(0), values)
         elif form is _Form.ELEMENTWISE:
             redirect(node.output(0), quantizer_graphs.elementwise(source, quantizer))
         else:

@@ -16,12 +16,15 @@ import numpy as np
 import openvino as ov
 
 from condiquant_openvino.quantizer_graphs import (
+    EXITS,
     PRODUCTS,
     constant_values,
+    is_in_float,
     label_of,
     only_rearranges,
     origin,
     output_channel_axes,
+    role_of,
 )
 
 INT8 = "int8"
@@ -263,6 +266,8 @@ class _Operand:
             if self.is_scaled_along_its_inputs():
                 return "weight quantized per input channel"
             return "weight in float form"
+        if role_of(self.node) in EXITS and is_in_float(self.node):
+            return "attention in float, as for isa=avx2"
         if not self.is_weight and (self.is_elementwise or self._is_fake_quantize()):
             if self.is_per_channel():
                 return "input quantized per channel"

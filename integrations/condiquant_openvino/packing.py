@@ -9,7 +9,7 @@ import numpy as np
 import openvino as ov
 from numpy.typing import NDArray
 
-from condiquant_openvino.conversion import Placeholder, write_quantizers
+from condiquant_openvino.conversion import InstructionSet, Placeholder, write_quantizers
 from condiquant_openvino.quantizer_graphs import (
     PRODUCTS,
     Quantizer,
@@ -23,7 +23,7 @@ _BITS_OF_LEVELS = {2**bits: bits for bits in range(grid.MIN_BITS, grid.MAX_BITS 
 _LATTICE_TOLERANCE = 1e-3
 
 
-def pack(model: ov.Model) -> ov.Model:
+def pack(model: ov.Model, *, isa: InstructionSet = "vnni") -> ov.Model:
     """Write the FakeQuantize nodes of a model as :func:`condiquant_openvino.convert` writes quantizers.
 
     Taken are those on the lattice of :mod:`condiquant_plugin.grid`, as
@@ -32,6 +32,7 @@ def pack(model: ov.Model) -> ov.Model:
 
     Args:
         model: left untouched; its input must have batch 1 for the same graph as from PyTorch.
+        isa: see :func:`condiquant_openvino.convert`.
 
     Raises:
         InputError: if there is no such node.
@@ -51,7 +52,7 @@ def pack(model: ov.Model) -> ov.Model:
             f"{model.get_friendly_name()} has no low-bit FakeQuantize to pack: quantize it with "
             'condiquant_nncf.quantize(..., then="bounds")'
         )
-    return write_quantizers(model, quantizers, overflow)
+    return write_quantizers(model, quantizers, overflow, isa)
 
 
 _Array = NDArray[np.float32]

@@ -220,6 +220,24 @@ def bytes_of(encoder: ov.Node) -> ov.Node:
     return node
 
 
+def same(values: ov.Output) -> ov.Output:
+    """The values, in an operator that the plugin neither removes nor moves a scale past."""
+    return ops.power(values, ops.constant(np.float32(1))).output(0)
+
+
+def is_in_float(exit_node: ov.Node) -> bool:
+    """Whether :func:`decode` gave its values to a float kernel."""
+    return bool(exit_node.input_value(0).get_node().get_type_name() == "Power")
+
+
+def decoded_integers(exit_node: ov.Node) -> ov.Output:
+    """The bytes that :func:`decode` got."""
+    convert = exit_node.input_value(0).get_node()
+    if is_in_float(exit_node):
+        convert = convert.input_value(0).get_node()
+    return convert.input_value(0)
+
+
 def encoder_of(exit_node: ov.Node) -> ov.Node | None:
     """The FakeQuantize whose integers a node of :data:`EXITS` decodes; None for another form."""
     if exit_node.get_type_name() not in {"Multiply", "FakeQuantize"}:
@@ -230,9 +248,15 @@ def encoder_of(exit_node: ov.Node) -> ov.Node | None:
     return node
 
 
-def decode(integers: ov.Output, quantizer: Quantizer) -> ov.Output:
-    """Values of the integers that :func:`encode` gives."""
+def decode(integers: ov.Output, quantizer: Quantizer, *, in_float: bool = False) -> ov.Output:
+    """Values of the integers that :func:`encode` gives.
+
+    Args:
+        in_float: for a float kernel, though int8 could multiply them.
+    """
     values = ops.convert(integers, np.float32)
+    if in_float:
+        values = same(values.output(0)).get_node()
     fine = quantizer.step / np.float32(quantizer.refinement)
     result = ops.multiply(values, ops.constant(fine.astype(np.float32)))
     result.set_friendly_name(node_name(quantizer.label, quantizer.exit_role))

@@ -19,6 +19,7 @@ from condiquant_openvino.quantizer_graphs import (
     node_name,
     origin,
     role_of,
+    same,
 )
 
 _POST_OPERATORS = {
@@ -55,19 +56,14 @@ def separate(model: ov.Model) -> None:
             ports = node.output(0).get_target_inputs()
             if sum(port.get_node().get_type_name() != "ShapeOf" for port in ports) > 1:
                 # The kernel would take in, for all consumers, what one of them multiplies with.
-                same = _same(node.output(0))
+                unmoved = same(node.output(0))
                 for port in ports:
-                    port.replace_source_output(same)
-
-
-def _same(values: ov.Output) -> ov.Output:
-    """The values, in an operator that the plugin neither removes nor moves a scale past."""
-    return ops.power(values, ops.constant(np.float32(1))).output(0)
+                    port.replace_source_output(unmoved)
 
 
 def _keep_apart(node: ov.Node) -> None:
     """From what computes its input."""
-    node.input(0).replace_source_output(_same(node.input_value(0)))
+    node.input(0).replace_source_output(same(node.input_value(0)))
 
 
 def _keep_out_of_kernel(node: ov.Node) -> None:

@@ -18,6 +18,7 @@ from condiquant_openvino.quantizer_graphs import (
     EXITS,
     Role,
     bytes_of,
+    decoded_integers,
     encoder_of,
     is_encoder,
     node_name,
@@ -145,11 +146,6 @@ def locate(ir: ov.Model, image: Array, device: str) -> list[Site]:
     return sites
 
 
-def _decoder_input(exit_node: ov.Node) -> ov.Input:
-    """Where the integers go in."""
-    return exit_node.input_value(0).get_node().input(0)
-
-
 def _input_shapes(ir: ov.Model, names: Sequence[str], image: Array) -> dict[str, tuple[int, ...]]:
     static = ir.clone()
     # Model.reshape would merge quantizers that compute the same.
@@ -176,14 +172,14 @@ def _indices(
             continue
         codes = bytes_of(nodes[encoder]).output(0)
         if encoder not in parameters:
-            if _decoder_input(nodes[exit_name]).get_source_output() == codes:
+            if decoded_integers(nodes[exit_name]) == codes:
                 continue
             if np.prod(shapes[encoder]) > _MOST_INDICES:
                 raise ValueError(f"{encoder}: too large for a parity check, give a smaller input")
             parameters[encoder] = ops.parameter(codes.get_partial_shape(), np.float32)
             for target in codes.get_target_inputs():
                 target.replace_source_output(parameters[encoder].output(0))
-        outputs[exit_name] = _decoder_input(nodes[exit_name]).get_source_output()
+        outputs[exit_name] = decoded_integers(nodes[exit_name])
     if not outputs:
         return {}
     model = ov.Model(list(outputs.values()), [*clone.get_parameters(), *parameters.values()])

@@ -32,7 +32,7 @@ def ir(exported_convolutions):
 
 def test_metadata_survives_saving(ir, tmp_path):
     metadata = {"scale": 4, "weight_bits": 4, "name": "é", "sizes": [1, 2.5, None]}
-    assert read_metadata(ir) == {"overflow": "safe"}
+    assert read_metadata(ir) == {"overflow": "safe", "isa": "vnni"}
     set_metadata(ir, metadata)
     assert read_metadata(ir) == metadata
     save(ir, tmp_path / "model.xml")
