@@ -23,7 +23,6 @@ from condiquant_openvino.compaction import compact
 from condiquant_openvino.hoisting import hoist
 from condiquant_openvino.joining import join
 from condiquant_openvino.overflow import inexact_in_int8
-from condiquant_openvino.pointwise import convolve
 from condiquant_openvino.quantizer_graphs import Quantizer, redirect
 from condiquant_openvino.rearranging import collapse
 from condiquant_openvino.saving import set_metadata
@@ -213,7 +212,8 @@ def write_quantizers(
     Args:
         quantizers: by the labels of the placeholders.
         overflow: ``"safe"`` leaves products to float kernels whose integers might overflow in int8.
-        isa: without VNNI a whole attention is one kernel in float only, and linear layers are slow.
+        isa: without VNNI linear layers are faster in float, and a whole attention is one kernel in
+            float only; convolutions are int8 in both.
 
     Raises:
         InputError: an instruction set that is not known.
@@ -223,12 +223,9 @@ def write_quantizers(
     _give_up_names(model)
     simplify(model)
     _absorb_transposes(model, quantizers)
-    _replace_placeholders(model, quantizers, overflow, attention_in_float=isa == "avx2")
+    _replace_placeholders(model, quantizers, overflow, linear_in_float=isa == "avx2")
     model = hoist(model)
     collapse(model)
-    if isa == "avx2":
-        convolve(model)
-        model = hoist(model)
     join(model)
     separate(model)
     compact(model)
@@ -289,18 +286,22 @@ def _replace_placeholders(
     model: ov.Model,
     quantizers: dict[str, Quantizer],
     overflow: grid.Overflow,
-    attention_in_float: bool,
+    linear_in_float: bool,
 ) -> None:
     placeholders = [node for node in model.get_ordered_ops() if isinstance(node, Placeholder)]
-    inexact = inexact_in_int8(model, quantizers) if overflow == "safe" else set()
+    in_float = inexact_in_int8(model, quantizers) if overflow == "safe" else set()
+    if linear_in_float:
+        in_float |= _inputs_of_linear_layers(model, quantizers)
+        in_float |= {n.label for n in placeholders if _source_type(n) == "Softmax"}
     # All decisions come first: they look at the placeholders around.
-    forms = [_form(node, quantizers, inexact) for node in placeholders]
+    forms = [_form(node, quantizers, in_float) for node in placeholders]
     for node, form in zip(placeholders, forms, strict=True):
         quantizer, source = quantizers[node.label], node.input_value(0)
         if form is _Form.ACTIVATION:
             codes = quantizer_graphs.encode(source, quantizer)
-            in_float = attention_in_float and quantizer.kind == "operand"
-            values = quantizer_graphs.decode(codes, quantizer, in_float=in_float)
+            # Queries, keys and values are moved as bytes all the same; the softmax map stays in its kernel.
+            operand = linear_in_float and quantizer.kind == "operand"
+            values = quantizer_graphs.decode(codes, quantizer, in_float=operand)
             redirect(node.output(0), values)
         elif form is _Form.ELEMENTWISE:
             redirect(node.output(0), quantizer_graphs.elementwise(source, quantizer))
@@ -310,8 +311,23 @@ def _replace_placeholders(
             redirect(replaced, quantizer_graphs.weight(values, quantizer, shape, int8=int8))
 
 
+def _source_type(node: Placeholder) -> str:
+    return str(node.input_value(0).get_node().get_type_name())
+
+
+def _inputs_of_linear_layers(model: ov.Model, quantizers: dict[str, Quantizer]) -> set[str]:
+    """Labels of their quantizers."""
+    sources = [
+        quantizer_graphs.origin(node.input_value(0))
+        for node in model.get_ordered_ops()
+        if node.get_type_name() == "MatMul"
+    ]
+    labels = {node.label for node in sources if isinstance(node, Placeholder)}
+    return {label for label in labels if quantizers[label].kind == "activation"}
+
+
 def _form(node: Placeholder, quantizers: dict[str, Quantizer], in_float: set[str]) -> _Form:
-    quantizer, constant = quantizers[node.label], _is_constant(node.input_value(0).get_node())
+    quantizer, constant = quantizers[node.label], _source_type(node) == "Constant"
     if quantizer.kind != "weight":
         fits_bytes = quantizer.lower.size == 1 and not constant and node.label not in in_float
         if fits_bytes and _feeds_products_only(node.output(0)):
