@@ -104,11 +104,12 @@ def quantize_network(
 
 @torch.no_grad()
 def _takes(network: nn.Module, x: Tensor) -> bool:
+    """Whether the network gives for ``x`` something of as many axes: means of colours add one."""
     try:
-        plain_float_copy(network)(x)
+        output = plain_float_copy(network)(x)
     except Exception:
         return False
-    return True
+    return isinstance(output, Tensor) and output.ndim == x.ndim
 
 
 @torch.no_grad()
