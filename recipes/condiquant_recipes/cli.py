@@ -176,17 +176,15 @@ def export(
         str | None,
         typer.Option(help="CPU, or NPU: zero on every grid, static; untested on the device."),
     ] = None,
+    isa: Annotated[
+        str | None, typer.Option(help="Fast with vnni or avx2, right on both; auto: as this CPU.")
+    ] = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
     """Export a trained experiment, or a finished run once more with other shapes or for a device."""
-    given = {
-        "static": static,
-        "tile": tile,
-        "compress_to_fp16": fp16,
-        "u8_nhwc": u8_nhwc,
-        "device": device,
-    }
+    given = {"static": static, "tile": tile, "compress_to_fp16": fp16, "u8_nhwc": u8_nhwc}
+    given |= {"device": device, "isa": isa}
     changes = {key: value for key, value in given.items() if value is not None}
     target = out or folder
     check_writable(target)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import asdict
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import openvino as ov
@@ -15,13 +17,19 @@ from torch import Tensor, nn
 
 import condiquant_basicsr as basicsr_host
 import condiquant_openvino as openvino_host
+from condiquant_openvino.conversion import InstructionSet
 from condiquant_openvino.execution import int8_share, layer_executions
+from condiquant_openvino.instruction_sets import sums_saturate
 from condiquant_openvino.parity import check_parities
 from condiquant_openvino.upscaling import compile_ir, next_multiple
 from condiquant_plugin import __version__
 from condiquant_plugin.errors import InputError
+from condiquant_plugin.fake_quantizer import fake_quantizers
 from condiquant_recipes.progress import Progress
 from condiquant_recipes.recipe import Recipe, with_export
+
+_TIMED = 7
+"""Runs of each network in a comparison of latencies."""
 
 
 def export(
@@ -44,13 +52,15 @@ def export(
             ``zero_on_grid_mean_abs`` and ``zero_on_grid_max_abs`` of the output.
 
     Returns:
-        Sizes, figures, what each layer runs as on the CPU plugin, and ``notes``: one-line sentences
-        that the user should read.
+        Sizes, figures, what each layer runs as on the CPU plugin, ``latency_ratio`` to the float network
+        on this CPU, and ``notes``: one-line sentences that the user should read.
 
     Raises:
-        InputError: a network that must keep its traced size, with ``export.static: false``.
+        InputError: a network that must keep its traced size, with ``export.static: false``; grids that
+            this CPU cannot check.
         RuntimeError: if parity fails; no IR is written then.
     """
+    check_overflow(recipe)
     section = recipe.export
     channels = basicsr_host.input_channels(recipe.network_g)
     if section.u8_nhwc and channels != 3:
@@ -99,12 +109,20 @@ def export(
         )
     calibrated = with_export(recipe, {"device": "CPU"}) if moved else recipe
     metadata = _metadata(recipe, multiple, static) | {"recipe_sha256": calibrated.digest()}
-    openvino_host.set_metadata(ir, metadata | {"parity": figures})
+    of_ir = {key: openvino_host.read_metadata(ir)[key] for key in ("overflow", "isa")}
+    openvino_host.set_metadata(ir, metadata | of_ir | {"parity": figures})
     executions = layer_executions(ir, compile_ir(ir))
     sizes = openvino_host.save(ir, out / "model.xml")
+    ratio = latency_ratio(model, out / "model.xml", images[0])
+    if ratio > 1:
+        notes.append(
+            f"on this CPU the float network is faster: the IR takes {ratio:.2f} of its time"
+        )
     return {
         **sizes,
         **figures,
+        **of_ir,
+        "latency_ratio": ratio,
         "int8_share": int8_share(executions),
         "layer_executions": [asdict(layer) for layer in executions],
         "notes": notes,
@@ -137,6 +155,49 @@ def saying(more: str) -> Iterator[None]:
         raise RuntimeError(f"{error} ({more})") from error
 
 
+def latency_ratio(model: nn.Module, ir: Path, image: Tensor) -> float:
+    """Latency of an IR over that of the network without its quantizers, run in turns on this CPU.
+
+    Args:
+        image: what both are run on, of the IR's size if it is static.
+    """
+    quantizers = fake_quantizers(model).values()
+    with TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)
+        for quantizer in quantizers:
+            quantizer.enabled = False
+        try:
+            shape = ov.PartialShape(list(image.shape))
+            in_float = ov.convert_model(model, example_input=image, input=[shape])
+        finally:
+            for quantizer in quantizers:
+                quantizer.enabled = True
+        path = Path(folder) / "float.xml"
+        ov.save_model(in_float, path, compress_to_fp16=False)
+        shapes = {"data_shape": tuple(image.shape)}
+        if openvino_host.read_ir(ir).input().get_element_type() == ov.Type.u8:
+            shapes = {}
+        measured = openvino_host.compare_latency(
+            {"float": path, "ir": ir}, iterations=_TIMED, hint="latency", **shapes
+        )
+    return float(measured["ir"]["ratio"])
+
+
+def _isa(recipe: Recipe) -> InstructionSet:
+    if recipe.export.isa == "auto":
+        return "avx2" if sums_saturate() else "vnni"
+    return recipe.export.isa
+
+
+def check_overflow(recipe: Recipe) -> None:
+    """Raise InputError if this CPU cannot check the IR of a recipe, before anything is computed."""
+    if recipe.condiquant.overflow == "vnni" and sums_saturate():
+        raise InputError(
+            "condiquant.overflow=vnni is for CPUs with VNNI, and this one, which would check the IR, has"
+            " none: use condiquant.overflow=safe, or another machine"
+        )
+
+
 def _convert(
     model: nn.Module, recipe: Recipe, multiple: int
 ) -> tuple[ov.Model, list[Tensor], dict[str, openvino_host.Parity]]:
@@ -148,7 +209,7 @@ def _convert(
         images = images_of_two_sizes(size, multiple, channels)
         for traced in images:
             try:
-                ir = openvino_host.convert(model, traced)
+                ir = openvino_host.convert(model, traced, isa=_isa(recipe))
             except InputError:  # static it may convert
                 continue
             if not all(_takes(ir, each, recipe.scale) for each in images):
@@ -159,7 +220,7 @@ def _convert(
                 continue
             except RuntimeError:
                 _checked(model, ir, [traced])  # raises what is wrong at any size
-    ir = openvino_host.convert(model, image, static=True)
+    ir = openvino_host.convert(model, image, static=True, isa=_isa(recipe))
     parities = _checked(model, ir, [image])
     if recipe.export.static is False:
         raise InputError(
@@ -215,7 +276,6 @@ def _metadata(recipe: Recipe, multiple: int, static: bool) -> dict[str, Any]:
         "activation_bits": section.activation_bits,
         "other_bits": section.other_bits,
         "scope": section.scope,
-        "overflow": section.overflow,
         "compress_to_fp16": recipe.export.compress_to_fp16,
         "pad_multiple": multiple,
         "static": static,

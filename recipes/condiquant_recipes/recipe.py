@@ -126,6 +126,8 @@ class ExportSection(_Section):
     """Take and give 8-bit images of shape ``(1, height, width, 3)``."""
     device: Literal["CPU", "NPU"] = "CPU"
     """``NPU``: zero on every grid, symmetric weights, static shapes; untested on the device."""
+    isa: Literal["auto", "vnni", "avx2"] = "auto"
+    """What the IR is fast on, CPUs with VNNI or without; it is right on both. ``auto``: as this CPU."""
 
     @model_validator(mode="after")
     def _npu_is_static(self) -> ExportSection:

@@ -18,7 +18,7 @@ from condiquant_plugin.distillation import DistillationConfig, DistillationResul
 from condiquant_plugin.errors import InputError
 from condiquant_plugin.reconditioning import LayerReport
 from condiquant_recipes import settings
-from condiquant_recipes.exporting import check_convertible, export, saying
+from condiquant_recipes.exporting import check_convertible, check_overflow, export, saying
 from condiquant_recipes.progress import Progress
 from condiquant_recipes.recipe import Recipe
 from condiquant_recipes.workspace import Workspace, save_parameters, write_metrics
@@ -50,6 +50,7 @@ def load_source(recipe: Recipe, data: Path, sets: Sequence[str]) -> Source:
     Raises:
         InputError: whatever is missing or does not fit.
     """
+    check_overflow(recipe)
     if (channels := basicsr_host.input_channels(recipe.network_g)) != 3:
         raise InputError(
             f"{recipe.name} takes {channels}-channel images, but run and compare need RGB:"

@@ -18,7 +18,7 @@ from condiquant_basicsr.quantizer import ENTRY, QuantizedNetwork, read_quantized
 from condiquant_plugin import __version__
 from condiquant_plugin.errors import InputError
 from condiquant_recipes import settings
-from condiquant_recipes.exporting import check_convertible
+from condiquant_recipes.exporting import check_convertible, check_overflow
 from condiquant_recipes.recipe import Recipe, explain, recorded
 from condiquant_recipes.run import rebuild
 from condiquant_recipes.training_options import (
@@ -61,7 +61,9 @@ def train(
     quantizer = None
     if options.get("model_type") == MODEL_TYPE:
         autocast = training_section(options).autocast
-        quantizer = NNCFQuantizer(recipe_from_options(options), autocast=autocast)
+        recipe = recipe_from_options(options)
+        check_overflow(recipe)
+        quantizer = NNCFQuantizer(recipe, autocast=autocast)
     basicsr_training.train(
         options, file, quantizer, launcher=launcher, auto_resume=auto_resume, debug=debug
     )
