@@ -118,6 +118,9 @@ def tables(report: dict[str, Any], *, layers: bool = False) -> Iterator[Table]:
         "of time (less is faster), of frames/s (more is faster); int8: share of the convolutions "
         "and matrix products"
     )
+    first, *others = models
+    if slower := [name for name in others if (models[name]["ratio"] or 0) > 1]:
+        table.caption += f"; on this machine {first} is faster than {', '.join(slower)}"
     yield table
     if layers:
         for name, model in models.items():

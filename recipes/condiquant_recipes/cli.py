@@ -183,8 +183,8 @@ def export(
     quiet: QuietOption = False,
 ) -> None:
     """Export a trained experiment, or a finished run once more with other shapes or for a device."""
-    given = {"static": static, "tile": tile, "compress_to_fp16": fp16, "u8_nhwc": u8_nhwc}
-    given |= {"device": device, "isa": isa}
+    given: dict[str, object] = {"static": static, "tile": tile, "compress_to_fp16": fp16}
+    given |= {"u8_nhwc": u8_nhwc, "device": device, "isa": isa}
     changes = {key: value for key, value in given.items() if value is not None}
     target = out or folder
     check_writable(target)

@@ -174,11 +174,12 @@ def latency_ratio(model: nn.Module, ir: Path, image: Tensor) -> float:
                 quantizer.enabled = True
         path = Path(folder) / "float.xml"
         ov.save_model(in_float, path, compress_to_fp16=False)
-        shapes = {"data_shape": tuple(image.shape)}
-        if openvino_host.read_ir(ir).input().get_element_type() == ov.Type.u8:
-            shapes = {}
+        takes_u8 = openvino_host.read_ir(ir).input().get_element_type() == ov.Type.u8
         measured = openvino_host.compare_latency(
-            {"float": path, "ir": ir}, iterations=_TIMED, hint="latency", **shapes
+            {"float": path, "ir": ir},
+            data_shape=None if takes_u8 else tuple(image.shape),
+            iterations=_TIMED,
+            hint="latency",
         )
     return float(measured["ir"]["ratio"])
 
