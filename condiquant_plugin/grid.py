@@ -183,7 +183,7 @@ def snap(
     )
     # Of values that are exactly 0 there are many: none may lie on a tie, where kernels round either way.
     on_tie = 2 * (zero % cells.refinement) == cells.refinement
-    zero = zero + on_tie * torch.where(position < position.round(), -1.0, 1.0)
+    zero = zero + on_tie * (1 - 2 * (position < position.round()).to(zero.dtype))
     return SnappedGrid(-zero * (step / cells.refinement), step, zero)
 
 

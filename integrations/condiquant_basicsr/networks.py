@@ -155,13 +155,27 @@ def _output(network: nn.Module, size: int, channels: int) -> Tensor:
 def pad_multiple(network: nn.Module, override: int | None = None) -> int:
     """Number that H and W of an input must be multiples of; ``override`` wins where given.
 
-    It is the least common multiple of all window and split sizes in the network, else 1.
+    It is the least common multiple of all window and split sizes in the network and of what spandrel
+    requires of an architecture of its own, else 1.
     """
     if override is not None:
         return override
     if isinstance(network, RRDBNet):  # it unshuffles pixels to reach scales below 4
         return {1: 4, 2: 2}.get(network.scale, 1)
-    return math.lcm(*(size for module in network.modules() for size in _window_sizes(module)))
+    windows = [size for module in network.modules() for size in _window_sizes(module)]
+    return math.lcm(*windows, _multiple_of_spandrel(network))
+
+
+def _multiple_of_spandrel(network: nn.Module) -> int:
+    module = type(network).__module__
+    for support in MAIN_REGISTRY:
+        if module.startswith(f"{type(support.architecture).__module__}."):
+            try:
+                described = support.architecture.load(network.state_dict())
+            except Exception:  # folded, or with another state dict than it was published with
+                return 1
+            return int(described.size_requirements.multiple_of)
+    return 1
 
 
 def upscale(network: nn.Module, image: Tensor, scale: int, multiple: int) -> Tensor:

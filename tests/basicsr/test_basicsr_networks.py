@@ -147,3 +147,12 @@ def test_span_becomes_single_convolutions_that_quantize(tmp_path):
     condiquant_openvino.check_parity(quantized.model, ir, [crops[:1]]).raise_if_broken()
     with pytest.raises(InputError, match=r"eval_conv.* gets its weight anew"):
         condiquant_nncf.quantize_network(network, crops, config)
+
+
+def test_multiples_that_spandrel_requires_of_its_architectures():
+    network = build_network({"type": "UpCunet2x_fast"}).eval()
+    multiple = pad_multiple(network)
+    assert multiple == 4
+    assert upscale(network, torch.rand(1, 3, 61, 50), 2, multiple).shape == (1, 3, 122, 100)
+    with pytest.raises(RuntimeError):
+        network(torch.rand(1, 3, 61, 50))

@@ -115,5 +115,5 @@ def test_networks_are_the_same_bits_in_all_processes(results, count, case):
 @pytest.mark.parametrize("count", COUNTS[1:])
 def test_input_errors_reach_all_processes_as_in_one(results, count):
     (alone,) = results[1]
-    assert "NaN or Inf in the input of" in alone["errors"][0]
+    assert "NaN or Inf in the calibration images" in alone["errors"][0]
     assert all(result["errors"] == alone["errors"] for result in results[count])

@@ -40,7 +40,7 @@ class Job:
                 "bounds": {"crops": 4},
                 "distillation": {"iterations": 6, "validate_every": 2},
             },
-            "export": {"tile": 24 if name == "swinir" else 32, "static": name == "dat"},
+            "export": {"tile": 24 if name == "swinir" else 32, "static": name == "dat", "isa": "vnni"},
         }  # fmt: skip
 
     def write(self) -> Path:

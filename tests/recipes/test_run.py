@@ -17,7 +17,8 @@ from condiquant_recipes.run import run as run_recipe
 
 
 def without_times(metrics):
-    return {k: v for k, v in metrics.items() if k != "seconds"}
+    ir = {k: v for k, v in metrics["ir"].items() if k not in ("latency_ratio", "notes")}
+    return {k: v for k, v in metrics.items() if k != "seconds"} | {"ir": ir}
 
 
 @pytest.mark.parametrize(("name", "bits"), [("swinir", 4), ("dat", 2), ("edsr", 2), ("compact", 4)])
@@ -156,7 +157,7 @@ def test_without_a_console_nothing_is_shown(make_job, capfd):
     run_recipe(
         load_recipe(job.write()), job.data, job.folder / "loud", progress=Progress(Console())
     )
-    assert "Statistics collection" in capfd.readouterr().out
+    assert "reconditioning weights" in capfd.readouterr().out
 
 
 def test_a_new_run_drops_what_an_older_one_left(make_job):
@@ -187,7 +188,7 @@ def test_masks_do_not_become_constants(make_job, name):
     job.recipe["export"] = {"static": False, "tile": size}
     job.recipe["condiquant"]["distillation"]["iterations"] = 0
     metrics = run_recipe(load_recipe(job.write()), job.data, job.out)
-    assert metrics["ir"]["notes"] == []
+    assert not [note for note in metrics["ir"]["notes"] if "float network is faster" not in note]
     assert read_metadata(job.out / "model.xml")["static"] is False
     scores = ir.evaluate(job.out / "model.xml", job.data, ["Tiny"], "CPU", Progress())
     assert scores["Tiny"]["psnr"] == pytest.approx(metrics["quantized"]["Tiny"]["psnr"], abs=0.1)
@@ -226,9 +227,10 @@ def test_a_failed_parity_check_leaves_no_ir(make_job, monkeypatch, offset, wrong
     def off_by_an_offset(model, image, **options):
         with torch.no_grad():
             bias = model.get_parameter("conv_last.bias")
-            bias += offset * (options == wrong_when)
+            is_wrong = {k: v for k, v in options.items() if k != "isa"} == wrong_when
+            bias += offset * is_wrong
             converted = convert(model, image, **options)
-            bias -= offset * (options == wrong_when)
+            bias -= offset * is_wrong
         return converted
 
     monkeypatch.setattr(exporting.openvino_host, "convert", off_by_an_offset)
