@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import numpy as np
 import openvino as ov
@@ -19,7 +21,7 @@ from condiquant_openvino.cutting import (
     quantized_tensors,
 )
 from condiquant_openvino.simulation import Rounding, record, simulate
-from condiquant_openvino.sites import Array, locate, mean_error, value_range
+from condiquant_openvino.sites import Array, Site, locate, mean_error, value_range
 
 LAYER_TOLERANCE, INPUT_TOLERANCE, END_TO_END_TOLERANCE, TIE_TOLERANCE = 1e-5, 1e-5, 1e-4, 1e-4
 ROOM = 4.0
@@ -85,6 +87,25 @@ class Figures:
         }
 
 
+_PORTION = 2**28
+"""Bytes of the tensors that one run gives."""
+_Item = TypeVar("_Item")
+
+
+def _in_portions(items: Sequence[_Item], size: Callable[[_Item], int]) -> Iterator[list[_Item]]:
+    """In order, each of so many bytes as memory takes next to what torch computed."""
+    portion: list[_Item] = []
+    total = 0
+    for item in items:
+        if portion and total + size(item) > _PORTION:
+            yield portion
+            portion, total = [], 0
+        portion.append(item)
+        total += size(item)
+    if portion:
+        yield portion
+
+
 class Example:
     """What torch computes for one image, and where it is in the IR.
 
@@ -135,10 +156,11 @@ class Example:
     def codes_from_image(self, runner: Runner) -> Figures:
         """Codes of the whole IR, which gives them out; no other figures."""
         figures = Figures()
-        found = quantized_tensors(self._ir, self.sites, self.image, runner)
-        for site in self.sites:
-            codes = site.codes(self.quantized[site.label])
-            figures.add_codes(site.codes(found[site.label]) != codes)
+        for sites in _in_portions(self.sites, lambda site: self.quantized[site.label].nbytes):
+            found = quantized_tensors(self._ir, sites, self.image, runner)
+            for site in sites:
+                codes = site.codes(self.quantized[site.label])
+                figures.add_codes(site.codes(found[site.label]) != codes)
         return figures
 
     def errors(self, place: str, tensor: Array) -> dict[str, float]:
@@ -160,22 +182,25 @@ class Example:
         With several outputs the plugin may overwrite one while it computes another. Hence what
         exceeds its tolerance is computed again alone, up to the first that still does.
         """
-        figures, pieces, places = Figures(), self.pieces(cuts), [*cuts, OUTPUT]
-        found = pieces.run([pieces.source(place) for place in places], self.image, runner)
-        tensors = dict(zip(places, found, strict=True))
-        for place in places:
-            if self._exceeds(place, tensors[place], tolerances):
-                (tensors[place],) = pieces.run([pieces.source(place)], self.image, runner)
-                if self._exceeds(place, tensors[place], tolerances):
-                    break
-        figures.add_output(tensors[OUTPUT], self.expected.output)
+        figures, pieces, found_one = Figures(), self.pieces(cuts), False
+        sites: dict[str, list[Site]] = defaultdict(list)
         for site in self.sites:
-            if site.entry in cuts:
-                codes = site.codes(self.quantized[site.label])
-                figures.add_codes(site.codes_at_entry(tensors[site.entry]) != codes)
-        for place in cuts:
-            for label, error in self.errors(place, tensors[place]).items():
-                figures.add_input(label, error)
+            sites[site.entry].append(site)
+        sizes = {place: tensor.nbytes for place, tensor in self.entries.items()}
+        for places in _in_portions([*cuts, OUTPUT], lambda place: sizes.get(place, 0)):
+            found = pieces.run([pieces.source(place) for place in places], self.image, runner)
+            for place, tensor in zip(places, found, strict=True):
+                if not found_one and self._exceeds(place, tensor, tolerances):
+                    (tensor,) = pieces.run([pieces.source(place)], self.image, runner)
+                    found_one = self._exceeds(place, tensor, tolerances)
+                if place == OUTPUT:
+                    figures.add_output(tensor, self.expected.output)
+                    continue
+                for site in sites[place]:
+                    codes = site.codes(self.quantized[site.label])
+                    figures.add_codes(site.codes_at_entry(tensor) != codes)
+                for label, error in self.errors(place, tensor).items():
+                    figures.add_input(label, error)
         return figures
 
     def _exceeds(self, place: str, tensor: Array, tolerances: Mapping[str, float]) -> bool:

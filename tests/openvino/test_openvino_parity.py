@@ -1,16 +1,22 @@
 import copy
+from dataclasses import replace as with_fields
 
 import numpy as np
 import openvino as ov
 import openvino.opset13 as ops
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
 import condiquant_nncf
-from condiquant_openvino import LayerParity, Parity, check_parity, convert
-from condiquant_openvino.cutting import cut_sets
-from condiquant_openvino.parity import InputParity
+from condiquant_openvino import LayerParity, Parity, check_parity, comparison, convert
+from condiquant_openvino import parity as parity_module
+from condiquant_openvino.comparison import Example
+from condiquant_openvino.cutting import Runner, cut_sets
+from condiquant_openvino.layer_parity import F32
+from condiquant_openvino.parity import InputParity, check_parities
 from condiquant_openvino.sites import Site, _Grid, locate, value_range
 from condiquant_plugin import FakeQuantizer
 from networks import build
@@ -34,8 +40,10 @@ def test_a_changed_weight_scale_is_found(exported_convolutions):
     bad = [layer for layer in parity.layers if layer.error > 1e-5]
     assert len(bad) == 1
     assert parity.bisect().layers == ("grouped.input x grouped.layer.parametrizations.weight.0",)
-    with pytest.raises(RuntimeError, match=r"in grouped.*the first layer that differs is grouped"):
-        parity.raise_if_broken()
+    # By itself it is wrong for sure: no search, which might name another.
+    wrong = with_fields(parity, bisect=lambda: pytest.fail("searched"))
+    with pytest.raises(RuntimeError, match=r"in grouped\.input x grouped.*, given torch's tensors"):
+        wrong.raise_if_broken()
 
 
 def test_a_changed_bound_is_found(exported_convolutions):
@@ -44,9 +52,7 @@ def test_a_changed_bound_is_found(exported_convolutions):
     for i in range(1, 3):
         port = node.input(i)
         replace(port, port.get_source_output().get_node().data + 0.02)
-    with pytest.raises(
-        RuntimeError, match=r"in plain\.input x plain.*that differs is plain\.input x"
-    ):
+    with pytest.raises(RuntimeError, match=r"in plain\.input x plain.*, given torch's tensors"):
         check_parity(model, ir, [x]).raise_if_broken()
 
 
@@ -254,3 +260,50 @@ def test_ties_are_allowed_to_go_the_other_way_and_nothing_else_is():
     other = site.with_other_ties(raw, quantized)
     np.testing.assert_array_equal(quantized, np.array([-1, 0, 0, 0.5, -1], np.float32))
     np.testing.assert_array_equal(other, np.array([-0.5, -0.5, 0, 0.5, -1], np.float32))
+
+
+def test_what_memory_takes_at_once_changes_no_figure(exported_convolutions, monkeypatch):
+    model, ir, x = exported_convolutions
+    whole = check_parity(model, ir, [x])
+    monkeypatch.setattr(comparison, "_PORTION", 1)
+    in_portions = check_parity(model, ir, [x])
+    assert in_portions.code_flip_rate == whole.code_flip_rate
+    assert [i.name for i in in_portions.inputs] == [i.name for i in whole.inputs]
+    assert in_portions.ok
+
+
+@given(st.lists(st.integers(0, 9)), st.integers(1, 12))
+def test_portions_keep_order_and_size(sizes, most):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(comparison, "_PORTION", most)
+        portions = list(comparison._in_portions(sizes, int))
+    assert [size for portion in portions for size in portion] == sizes
+    assert all(sum(portion) <= most or len(portion) == 1 for portion in portions)
+
+
+def test_properties_that_change_nothing_are_checked_once(exported_convolutions, monkeypatch):
+    model, ir, x = exported_convolutions
+    calls = []
+    once = parity_module._parity
+    monkeypatch.setattr(
+        parity_module, "_parity", lambda *a: calls.append(a[2].properties) or once(*a)
+    )
+    found = check_parities(model, ir, [x])
+    assert list(parity_module.PROPERTIES) == [
+        name for name in found if name in parity_module.PROPERTIES
+    ]
+    assert all(found[name].properties == given for name, given in parity_module.PROPERTIES.items())
+    assert {"EXECUTION_MODE_HINT": "ACCURACY"} not in calls
+    assert len(calls) == len({found[name].precision for name in parity_module.PROPERTIES})
+
+
+def test_programs_of_the_same_kernels_with_other_weights_differ(exported_convolutions):
+    model, ir, x = exported_convolutions
+    example, runner = Example(model, ir, x, "CPU"), Runner("CPU", F32)
+    program = parity_module._Program.of(runner.compile(ir), [example])
+    assert parity_module._Program.of(runner.compile(ir), [example]) == program
+    (name,) = (n for n in nodes(ir) if "grouped" in n and "weight" in n)
+    port = nodes(ir)[name].input(1)
+    replace(port, port.get_source_output().get_node().data * 1.001)
+    changed = parity_module._Program.of(runner.compile(ir), [example])
+    assert (changed.kernels, changed == program) == (program.kernels, False)

@@ -1,6 +1,8 @@
 """A tiny real job: a BasicSR network with saved weights, photographs, a recipe."""
 
+import shutil
 import sys
+from copy import copy, deepcopy
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,8 @@ import yaml
 
 from condiquant_basicsr import write_image
 from condiquant_recipes import cli
+from condiquant_recipes.recipe import load_recipe
+from condiquant_recipes.run import run
 from networks import SECTIONS, build
 
 
@@ -48,6 +52,13 @@ class Job:
         path.write_text(yaml.safe_dump(self.recipe))
         return path
 
+    def copied_to(self, folder: Path) -> "Job":
+        """The same job with results of its own; weights and photographs stay where they are."""
+        job = copy(self)
+        job.recipe, job.folder, job.out = deepcopy(self.recipe), folder, folder / "out"
+        shutil.copytree(self.out, job.out)
+        return job
+
 
 def write_image_to(path: Path, image: torch.Tensor) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -62,6 +73,33 @@ def make_job(tmp_path, monkeypatch):
         return Job(tmp_path, name)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def _finished_jobs(tmp_path_factory):
+    jobs = {}
+
+    def find(name, export):
+        key = (name, *export.items())
+        if key not in jobs:
+            job = Job(tmp_path_factory.mktemp(name), name)
+            job.recipe["export"] = export or job.recipe["export"]
+            run(load_recipe(job.write()), job.data, job.out)
+            jobs[key] = job
+        return jobs[key]
+
+    return find
+
+
+@pytest.fixture
+def finished_job(tmp_path, monkeypatch, _finished_jobs):
+    """``finished_job(NAME, KEY=VALUE)``: copy of a job that ran; any keys are all of its export section."""
+    monkeypatch.chdir(tmp_path)
+
+    def copied(name: str = "compact", **export) -> Job:
+        return _finished_jobs(name, export).copied_to(tmp_path)
+
+    return copied
 
 
 @pytest.fixture

@@ -49,28 +49,13 @@ def condiquant(capsys, monkeypatch):
     return call
 
 
-@pytest.fixture
-def finished(make_job, condiquant):
-    """A finished run of a network, with some keys of the recipe's export section set."""
-
-    def go(name="compact", **export):
-        job = make_job(name)
-        job.recipe["condiquant"]["distillation"]["iterations"] = 2
-        job.recipe["export"] = {"tile": 24} | export
-        code, out, err = condiquant("run", job.write(), "--data", job.data, "--out", job.out, "-q")
-        assert code == 0, err
-        return job, out
-
-    return go
-
-
 def same(first, second, image, atol):
     found, expected = (Upscaler(folder / "model.xml")(image) for folder in (first, second))
     torch.testing.assert_close(found, expected, rtol=0, atol=atol)
 
 
-def test_every_export_says_what_it_is(finished):
-    job, _ = finished()
+def test_every_export_says_what_it_is(finished_job):
+    job = finished_job(tile=24)
     recipe = load_recipe(job.out / "recipe.yml")
     metadata = read_metadata(job.out / "model.xml")
     parity = metadata.pop("parity")
@@ -88,8 +73,8 @@ def test_every_export_says_what_it_is(finished):
     assert parity["parity_layer_max"] <= 1e-5
 
 
-def test_metadata_names_no_folder_of_the_machine(finished, condiquant):
-    job, _ = finished()
+def test_metadata_names_no_folder_of_the_machine(finished_job, condiquant):
+    job = finished_job(tile=24)
     text = (job.out / "recipe.yml").read_text()
     folder = job.data / "calibration"
     (job.out / "recipe.yml").write_text(text.replace("- calibration", f"- {folder}"))
@@ -98,8 +83,8 @@ def test_metadata_names_no_folder_of_the_machine(finished, condiquant):
     assert str(job.folder) not in (job.out / "model.xml").read_text()
 
 
-def test_a_run_for_the_cpu_exported_for_an_npu(finished, condiquant):
-    job, _ = finished()
+def test_a_run_for_the_cpu_exported_for_an_npu(finished_job, condiquant):
+    job = finished_job(tile=24)
     parameters = (job.out / "quantized.safetensors").read_bytes()
     npu, cpu = job.folder / "npu", job.out
     code, out, err = condiquant("export", job.out, "--device", "NPU", "--out", npu, "-q")
@@ -121,10 +106,11 @@ def test_a_run_for_the_cpu_exported_for_an_npu(finished, condiquant):
     assert (job.out / "quantized.safetensors").read_bytes() == parameters
 
 
-def test_a_run_for_an_npu_calibrates_on_its_grids(finished, condiquant):
-    job, out = finished(device="NPU")
-    assert "untested on the device" in out
-    assert "calibrates for" not in out
+def test_a_run_for_an_npu_calibrates_on_its_grids(finished_job, condiquant):
+    job = finished_job(tile=24, device="NPU")
+    notes = json.loads((job.out / "metrics.json").read_text())["ir"]["notes"]
+    assert any("untested on the device" in note for note in notes)
+    assert not any("calibrates for" in note for note in notes)
     metadata = read_metadata(job.out / "model.xml")
     assert (metadata["device"], metadata["static"]) == ("NPU", True)
     assert "zero_on_grid_mean_abs" not in metadata["parity"]
@@ -154,8 +140,8 @@ def test_a_run_for_an_npu_calibrates_on_its_grids(finished, condiquant):
         (("--tile", "4"), "export.tile=4"),
     ],
 )
-def test_exports_that_cannot_be(finished, condiquant, options, message):
-    job, _ = finished()
+def test_exports_that_cannot_be(finished_job, condiquant, options, message):
+    job = finished_job(tile=24)
     target = job.folder / "other"
     code, _, err = condiquant("export", job.out, "--out", target, "-q", *options)
     assert code == 2
@@ -164,8 +150,8 @@ def test_exports_that_cannot_be(finished, condiquant, options, message):
     assert not target.exists()
 
 
-def test_exports_as_json_and_into_folders_that_cannot_be_written(finished, condiquant):
-    job, _ = finished()
+def test_exports_as_json_and_into_folders_that_cannot_be_written(finished_job, condiquant):
+    job = finished_job(tile=24)
     target = job.folder / "npu"
     arguments = ("export", job.out, "--device", "NPU", "-q", "--out")
     code, out, err = condiquant(*arguments, target, "--json")
@@ -174,6 +160,7 @@ def test_exports_as_json_and_into_folders_that_cannot_be_written(finished, condi
     assert figures["file"] == str(target / "model.xml")
     assert figures["bin_bytes"] == (target / "model.bin").stat().st_size
     assert any("untested on the device" in note for note in figures["notes"])
+    job.write()
     (job.out / "quantized.safetensors").unlink()  # would be found out next
     for unwritable in (
         "/proc/export",
@@ -202,8 +189,8 @@ def test_recipes_that_cannot_be(make_job, condiquant, settings, message):
 
 
 @pytest.mark.parametrize("fp16", [False, True])
-def test_u8_images_in_and_out(finished, condiquant, fp16):
-    job, _ = finished("edsr")
+def test_u8_images_in_and_out(finished_job, condiquant, fp16):
+    job = finished_job("edsr", tile=24)
     target, options = job.folder / "u8", ("--fp16", "-q") if fp16 else ("-q",)
     assert condiquant("export", job.out, *options)[0] == 0
     code, out, err = condiquant("export", job.out, "--u8-nhwc", "--out", target, *options)
@@ -224,8 +211,8 @@ def test_u8_images_in_and_out(finished, condiquant, fp16):
     assert difference.mean() < 0.01
 
 
-def test_u8_images_for_an_npu_from_the_recipe(finished):
-    job, _ = finished(device="NPU", u8_nhwc=True)
+def test_u8_images_for_an_npu_from_the_recipe(finished_job):
+    job = finished_job(tile=24, device="NPU", u8_nhwc=True)
     assert list(read_ir(job.out / "model.xml").input().get_shape()) == [1, 24, 24, 3]
 
 

@@ -43,20 +43,24 @@ def test_a_run_ends_with_metrics_and_an_ir_that_follows_the_simulation(make_job,
     assert scores["Tiny"]["psnr"] == pytest.approx(metrics["quantized"]["Tiny"]["psnr"], abs=0.1)
 
 
-def test_the_same_run_twice_gives_identical_metrics(make_job):
-    job = make_job("compact")
-    recipe = load_recipe(job.write())
-    first = run_recipe(recipe, job.data, job.folder / "one")
-    second = run_recipe(recipe, job.data, job.folder / "two")
-    assert without_times(first) == without_times(second)
+def metrics_of(folder):
+    return json.loads((folder / "metrics.json").read_text())
+
+
+def test_the_same_run_twice_gives_identical_metrics(finished_job):
+    job = finished_job()
+    second = run_recipe(load_recipe(job.write()), job.data, job.folder / "two")
+    assert without_times(metrics_of(job.out)) == without_times(second)
     for file in ("model.bin", "model.xml"):
-        assert (job.folder / "one" / file).read_bytes() == (job.folder / "two" / file).read_bytes()
+        assert (job.out / file).read_bytes() == (job.folder / "two" / file).read_bytes()
 
 
-def test_a_run_killed_in_distillation_resumes_to_the_end_of_an_unbroken_one(make_job, monkeypatch):
-    job = make_job("compact")
+def test_a_run_killed_in_distillation_resumes_to_the_end_of_an_unbroken_one(
+    finished_job, monkeypatch
+):
+    job = finished_job()
     recipe = load_recipe(job.write())
-    unbroken = run_recipe(recipe, job.data, job.folder / "unbroken")
+    unbroken, out = metrics_of(job.out), job.folder / "killed"
 
     class Killed(BaseException):
         pass
@@ -73,21 +77,20 @@ def test_a_run_killed_in_distillation_resumes_to_the_end_of_an_unbroken_one(make
 
     monkeypatch.setattr(run, "distill", dying)
     with pytest.raises(Killed):
-        run_recipe(recipe, job.data, job.out)
+        run_recipe(recipe, job.data, out)
     monkeypatch.setattr(run, "distill", original)
-    assert not (job.out / "metrics.json").exists()
+    assert not (out / "metrics.json").exists()
     calibrations = []
     monkeypatch.setattr(
         run.nncf_host, "quantize_network", lambda *a, **k: calibrations.append(1) or 1 / 0
     )
-    resumed = run_recipe(recipe, job.data, job.out, resume=True)
+    resumed = run_recipe(recipe, job.data, out, resume=True)
     assert without_times(resumed) == without_times(unbroken)
     assert not calibrations
 
 
-def test_resuming_another_recipe_is_refused(make_job):
-    job = make_job("compact")
-    run_recipe(load_recipe(job.write()), job.data, job.out)
+def test_resuming_another_recipe_is_refused(finished_job):
+    job = finished_job()
     other = load_recipe(job.write(), ["condiquant.weight_bits=3"])
     with pytest.raises(InputError, match="other recipe"):
         run_recipe(other, job.data, job.out, resume=True)
@@ -101,9 +104,8 @@ def test_resuming_another_recipe_is_refused(make_job):
         ("export.tile=40", r"export\.tile=32, not 40"),
     ],
 )
-def test_a_finished_run_is_not_overwritten_by_another(make_job, change, shown):
-    job = make_job("compact")
-    metrics = run_recipe(load_recipe(job.write()), job.data, job.out)
+def test_a_finished_run_is_not_overwritten_by_another(finished_job, change, shown):
+    job = finished_job()
     files = {path: path.read_bytes() for path in job.out.rglob("*") if path.is_file()}
     other = load_recipe(job.write(), [change])
     with pytest.raises(
@@ -112,13 +114,18 @@ def test_a_finished_run_is_not_overwritten_by_another(make_job, change, shown):
     ):
         run_recipe(other, job.data, job.out)
     assert {p: p.read_bytes() for p in job.out.rglob("*") if p.is_file()} == files
+
+
+def test_a_finished_run_is_overwritten_if_asked_to(finished_job):
+    job = finished_job()
+    other = load_recipe(job.write(), ["condiquant.weight_bits=3"])
     anew = run_recipe(other, job.data, job.out, overwrite=True)
-    assert without_times(anew) != without_times(metrics)
+    assert read_metadata(job.out / "model.xml")["weight_bits"] == 3
+    assert metrics_of(job.out) == anew
 
 
-def test_a_trained_network_is_not_lost_either_where_its_export_failed(make_job):
-    job = make_job("compact")
-    run_recipe(load_recipe(job.write()), job.data, job.out)
+def test_a_trained_network_is_not_lost_either_where_its_export_failed(finished_job):
+    job = finished_job()
     for name in ("metrics.json", "model.xml", "model.bin", "quantized.safetensors"):
         (job.out / name).unlink()
     with pytest.raises(InputError, match="seed=0, not 1"):
@@ -139,10 +146,9 @@ def test_results_of_nobody_knows_what_are_not_overwritten(make_job):
     assert (job.out / "model.xml").read_text() == "<net/>"
 
 
-def test_the_same_finished_run_is_not_computed_again(make_job, monkeypatch, capsys):
-    job = make_job("compact")
-    recipe = load_recipe(job.write())
-    first = run_recipe(recipe, job.data, job.out)
+def test_the_same_finished_run_is_not_computed_again(finished_job, monkeypatch, capsys):
+    job = finished_job()
+    recipe, first = load_recipe(job.write()), metrics_of(job.out)
     monkeypatch.setattr(run.nncf_host, "quantize_network", None)
     monkeypatch.setattr(run, "distill", None)
     again = run_recipe(recipe, job.data, job.out, progress=Progress(Console(stderr=True)))
@@ -160,9 +166,8 @@ def test_without_a_console_nothing_is_shown(make_job, capfd):
     assert "reconditioning weights" in capfd.readouterr().out
 
 
-def test_a_new_run_drops_what_an_older_one_left(make_job):
-    job = make_job("compact")
-    run_recipe(load_recipe(job.write()), job.data, job.out)
+def test_a_new_run_drops_what_an_older_one_left(finished_job):
+    job = finished_job()
     broken = load_recipe(job.write(), ["condiquant.ignored_scope.names=[nothing]"])
     with pytest.raises(InputError, match="ignored_scope"):
         run_recipe(broken, job.data, job.out, overwrite=True)
@@ -172,11 +177,10 @@ def test_a_new_run_drops_what_an_older_one_left(make_job):
         ir.export_again(job.out, job.out, {}, Progress())
 
 
-def test_half_precision_leftovers_make_the_file_smaller_and_say_what_they_cost(make_job):
-    job = make_job("compact")
-    run_recipe(load_recipe(job.write()), job.data, job.out)
+def test_half_precision_leftovers_make_the_file_smaller_and_say_what_they_cost(finished_job):
+    job = finished_job()
     small = ir.export_again(job.out, job.folder / "fp16", {"compress_to_fp16": True}, Progress())
-    full = json.loads((job.out / "metrics.json").read_text())["ir"]
+    full = metrics_of(job.out)["ir"]
     assert small["bin_bytes"] < full["bin_bytes"]
     assert small["parity_mean_abs"] > full["parity_mean_abs"]
 
@@ -205,9 +209,8 @@ def test_fidelity_to_the_float_output_is_scored_where_the_recipe_asks(make_job):
     assert against_float["quantized"]["Tiny"]["psnr"] != against_hr["quantized"]["Tiny"]["psnr"]
 
 
-def test_a_finished_run_is_exported_again_with_another_shape(make_job):
-    job = make_job("edsr")
-    run_recipe(load_recipe(job.write()), job.data, job.out)
+def test_a_finished_run_is_exported_again_with_another_shape(finished_job):
+    job = finished_job("edsr")
     target = job.folder / "static"
     ir.export_again(job.out, target, {"static": True, "tile": 40}, Progress())
     image = torch.rand(3, 40, 40)
