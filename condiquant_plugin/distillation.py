@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from condiquant_plugin.errors import InputError
-from condiquant_plugin.fake_quantizer import fake_quantizers
 from condiquant_plugin.files import replacing
+from condiquant_plugin.uniform.fake_quantizer import fake_quantizers
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from condiquant_plugin.errors import InputError
-from condiquant_plugin.fake_quantizer import FakeQuantizer
+from condiquant_plugin.uniform.fake_quantizer import FakeQuantizer
 
 _IMAGE_CHANNELS = (1, 3, 4)
 _NOT_COPIED = {"__dict__", "__weakref__"}

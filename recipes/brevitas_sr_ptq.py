@@ -33,8 +33,8 @@ from condiquant_brevitas.layers import QUANT_LAYERS, find_layers
 from condiquant_brevitas.products import ProductOperand, insert_stubs
 from condiquant_plugin.errors import InputError
 from condiquant_plugin.files import check_writable
-from condiquant_plugin.grid import check_bits
-from condiquant_plugin.reconditioning import ReconditioningConfig
+from condiquant_plugin.methods.condiquant.reconditioning import ReconditioningConfig
+from condiquant_plugin.uniform.grid import check_bits
 from condiquant_recipes.recipe import load_recipe
 from condiquant_recipes.recipe_files import recipe_path
 from condiquant_recipes.run import Source, load_source

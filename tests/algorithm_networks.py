@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import condiquant_nncf as host
-from condiquant_plugin.reconditioning import ReconditioningConfig
+from condiquant_plugin.methods.condiquant.reconditioning import ReconditioningConfig
 from networks import build
 
 EXACT = {"INFERENCE_PRECISION_HINT": "f32", "LP_TRANSFORMS_MODE": "NO"}

@@ -7,7 +7,7 @@ import openvino as ov
 import openvino.opset13 as ops
 import pytest
 
-from condiquant_openvino.instruction_sets import sums_saturate
+from condiquant_openvino.running.instruction_sets import sums_saturate
 
 needs_vnni = pytest.mark.skipif(sums_saturate(), reason="int8 kernels add in 16 bits on this CPU")
 

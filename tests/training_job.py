@@ -10,7 +10,7 @@ import torch
 import yaml
 
 from condiquant_basicsr import build_network, matlab_downscale, write_image
-from condiquant_basicsr.images import to_tensor, to_uint8
+from condiquant_basicsr.data.images import to_tensor, to_uint8
 
 # isort: split
 from basicsr.utils.lmdb_util import make_lmdb_from_imgs  # with the torchvision repaired above

@@ -12,9 +12,10 @@ except ImportError as error:
     ) from error
 
 from condiquant_basicsr.checkpoints import load_state_dict, read_checkpoint
-from condiquant_basicsr.datasets import Pair, TestImage, calibration_crops, test_pairs
-from condiquant_basicsr.images import matlab_downscale, read_image, write_image
-from condiquant_basicsr.metrics import evaluate, evaluate_pair
+from condiquant_basicsr.data.datasets import Pair, TestImage, calibration_crops, test_pairs
+from condiquant_basicsr.data.images import matlab_downscale, read_image, write_image
+from condiquant_basicsr.data.metrics import evaluate, evaluate_pair
+from condiquant_basicsr.data.training_data import check_dataset, training_crops, validation_pairs
 from condiquant_basicsr.networks import (
     build_network,
     check_crop_size,
@@ -24,8 +25,20 @@ from condiquant_basicsr.networks import (
     pad_multiple,
     upscale,
 )
-from condiquant_basicsr.training_data import check_dataset, training_crops, validation_pairs
 from condiquant_basicsr.weights import load_network, resolve
+from condiquant_plugin.moved import forward
+
+forward(
+    __name__,
+    {
+        "condiquant_model": "models.condiquant",
+        "data_server": "data.data_server",
+        "datasets": "data.datasets",
+        "images": "data.images",
+        "metrics": "data.metrics",
+        "training_data": "data.training_data",
+    },
+)
 
 __all__ = [
     "Pair",

@@ -27,16 +27,16 @@ from basicsr.utils import options as basicsr_options
 from torch import distributed
 
 from condiquant_basicsr.checkpoints import read_checkpoint
-from condiquant_basicsr.condiquant_model import CondiQuantModel
+from condiquant_basicsr.data.training_data import one_line, only_pictures
+from condiquant_basicsr.models.condiquant import CondiQuantModel
 from condiquant_basicsr.preflight import check_start, check_validation
 from condiquant_basicsr.quantizer import Quantizer
-from condiquant_basicsr.training_data import one_line, only_pictures
-from condiquant_plugin.distributed import noticing_the_end_of_others
 from condiquant_plugin.errors import InputError
 from condiquant_plugin.files import check_writable
+from condiquant_plugin.layerwise.distributed import noticing_the_end_of_others
 
 _LOGGER = "basicsr"
-_DATA_SERVER = "condiquant_basicsr.data_server"
+_DATA_SERVER = "condiquant_basicsr.data.data_server"
 _STATE = {"epoch", "iter", "optimizers", "schedulers"}
 _RANKS = {"pytorch": "RANK", "slurm": "SLURM_PROCID"}
 

@@ -19,12 +19,7 @@ from spandrel import MAIN_REGISTRY, ImageModelDescriptor, UnsupportedModelError
 from torch import Tensor, nn
 
 from condiquant_basicsr.checkpoints import load_state_dict
-from condiquant_basicsr.networks import (
-    build_network,
-    folded,
-    network_scale,
-    scale_argument,
-)
+from condiquant_basicsr.networks import build_network, folded, network_scale, scale_argument
 from condiquant_plugin.errors import InputError
 from condiquant_plugin.files import write_atomic
 

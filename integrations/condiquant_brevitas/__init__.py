@@ -8,9 +8,10 @@ except ImportError as error:
     ) from error
 
 import condiquant_brevitas.pickling  # noqa: F401
-from condiquant_brevitas.condiquant import condiquant_mode
 from condiquant_brevitas.fake_quantizers import to_fake_quantizers
-from condiquant_brevitas.layer import CondiQuant
+from condiquant_brevitas.mode import condiquant_mode
+from condiquant_brevitas.moments_hook import CondiQuant
+from condiquant_brevitas.network import feature_blocks, quantize_sr, trainable_weights
 from condiquant_brevitas.onnx_export import export_qcdq, export_qonnx
 from condiquant_brevitas.quantizers import (
     LearnedBoundsActPerTensor,
@@ -18,8 +19,17 @@ from condiquant_brevitas.quantizers import (
     LearnedBoundsWeightPerChannel,
     LearnedBoundsWeightPerTensor,
 )
-from condiquant_brevitas.super_resolution import feature_blocks, quantize_sr, trainable_weights
 from condiquant_brevitas.tensor_quant import LearnedBoundsQuant
+from condiquant_plugin.moved import forward
+
+forward(
+    __name__,
+    {
+        "condiquant": "mode",
+        "layer": "moments_hook",
+        "super_resolution": "network",
+    },
+)
 
 __all__ = [
     "CondiQuant",

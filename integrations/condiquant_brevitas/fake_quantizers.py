@@ -17,7 +17,7 @@ from torch.nn.utils import parametrize
 from condiquant_brevitas.layers import QUANT_LAYERS
 from condiquant_brevitas.tensor_quant import LearnedBoundsQuant
 from condiquant_plugin.errors import InputError
-from condiquant_plugin.fake_quantizer import FakeQuantizer
+from condiquant_plugin.uniform.fake_quantizer import FakeQuantizer
 
 _PLAIN_LAYERS = {quantized: plain for plain, quantized in QUANT_LAYERS.items()}
 

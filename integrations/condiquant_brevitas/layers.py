@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from condiquant_brevitas.products import stubs_name
 from condiquant_plugin.calls import Dependence, calling_module, factors
 from condiquant_plugin.errors import InputError
-from condiquant_plugin.scope import Kind, Scope, select_layers
+from condiquant_plugin.layerwise.scope import Kind, Scope, select_layers
 
 QUANT_LAYERS: dict[type[nn.Module], type[nn.Module]] = {
     nn.Linear: qnn.QuantLinear,
@@ -116,7 +116,7 @@ def find_layers(
 
     Args:
         example: one image, ``(1, channels, height, width)``.
-        scope: see :data:`condiquant_plugin.scope.Scope`.
+        scope: see :data:`condiquant_plugin.layerwise.scope.Scope`.
         others: also the linear layers and convolutions outside the scope, marked as such.
         name_blacklist: layers, or modules with all their layers and products, to leave alone.
 

@@ -13,7 +13,7 @@ from brevitas import export
 from brevitas.proxy import ActQuantProxyFromInjector, WeightQuantProxyFromInjector
 from torch import Tensor, nn
 
-from condiquant_brevitas.layer import has_weight_quantizer
+from condiquant_brevitas.moments_hook import has_weight_quantizer
 from condiquant_brevitas.tensor_quant import LearnedBoundsQuant
 from condiquant_plugin.errors import InputError
 from condiquant_plugin.files import check_writable, replacing

@@ -15,7 +15,7 @@ from brevitas.proxy import ActQuantProxyFromInjector, WeightQuantProxyFromInject
 from torch import nn
 
 from condiquant_brevitas.tensor_quant import LearnedBoundsQuant
-from condiquant_plugin.grid import DEFAULT_OVERFLOW
+from condiquant_plugin.uniform.grid import DEFAULT_OVERFLOW
 
 
 class _LearnedBounds(ExtendedInjector):

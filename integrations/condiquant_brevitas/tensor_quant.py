@@ -11,10 +11,10 @@ from brevitas.core.function_wrapper import Identity
 from brevitas.core.quant import IntQuant
 from torch import Tensor, nn
 
-from condiquant_plugin import bounds, grid
 from condiquant_plugin.errors import InputError
-from condiquant_plugin.fake_quantizer import FakeQuantizer
-from condiquant_plugin.sampling import Sample
+from condiquant_plugin.uniform import bounds, grid
+from condiquant_plugin.uniform.fake_quantizer import FakeQuantizer
+from condiquant_plugin.uniform.sampling import Sample
 
 
 class StatefulFakeQuantizer(FakeQuantizer):

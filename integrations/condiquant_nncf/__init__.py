@@ -7,25 +7,42 @@ except ImportError as error:
         'condiquant_nncf needs NNCF: pip install "condiquant-plugin[nncf]"'
     ) from error
 
-from condiquant_nncf.condiquant import CondiQuant
+from condiquant_nncf.algorithms.condiquant import CondiQuant
+from condiquant_nncf.algorithms.learned_bounds import InputBounds, LearnedBoundsQuantization
+from condiquant_nncf.algorithms.statistics import collect_moments
+from condiquant_nncf.backends.torch import wrap
 from condiquant_nncf.configuration import QuantizationConfig
 from condiquant_nncf.fake_quantizer import HookFakeQuantizer
 from condiquant_nncf.layers import Layer, feature_blocks, find_layers
-from condiquant_nncf.learned_bounds import InputBounds, LearnedBoundsQuantization
-from condiquant_nncf.quantization import (
+from condiquant_nncf.network import (
     QuantizedNetwork,
     insert_quantizers,
     quantize_network,
     trainable_weights,
 )
-from condiquant_nncf.quantize_model import (
+from condiquant_nncf.quantize import (
     AdvancedCondiQuantParameters,
     create_condiquant_pipeline,
     quantize,
 )
-from condiquant_nncf.statistics import collect_moments
-from condiquant_nncf.torch_backend import wrap
-from condiquant_plugin.scope import Scope
+from condiquant_plugin.layerwise.scope import Scope
+from condiquant_plugin.moved import forward
+
+forward(
+    __name__,
+    {
+        "attention": "backends.openvino_attention",
+        "backend": "backends.choose",
+        "calibration": "algorithms.pipeline",
+        "condiquant": "algorithms.condiquant",
+        "learned_bounds": "algorithms.learned_bounds",
+        "openvino_backend": "backends.openvino",
+        "quantization": "network",
+        "quantize_model": "quantize",
+        "statistics": "algorithms.statistics",
+        "torch_backend": "backends.torch",
+    },
+)
 
 __all__ = [
     "AdvancedCondiQuantParameters",

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import nncf
 
 from condiquant_nncf.layers import Layer, find_layers
-from condiquant_plugin.bounds import Side
 from condiquant_plugin.errors import check_choice
-from condiquant_plugin.grid import DEFAULT_OVERFLOW, Overflow, check_bits
-from condiquant_plugin.reconditioning import ReconditioningConfig, default_config
-from condiquant_plugin.scope import Scope
+from condiquant_plugin.layerwise.scope import Scope
+from condiquant_plugin.methods.condiquant.reconditioning import ReconditioningConfig, default_config
+from condiquant_plugin.uniform.bounds import Side
+from condiquant_plugin.uniform.grid import DEFAULT_OVERFLOW, Overflow, check_bits
 
 if TYPE_CHECKING:
     from nncf.torch.function_hook.nncf_graph.nncf_graph_builder import GraphModelWrapper

@@ -6,7 +6,7 @@ from typing import Any
 
 from nncf.torch.layer_utils import StatefulModuleInterface
 
-from condiquant_plugin.fake_quantizer import FakeQuantizer
+from condiquant_plugin.uniform.fake_quantizer import FakeQuantizer
 
 
 class HookFakeQuantizer(FakeQuantizer, StatefulModuleInterface):

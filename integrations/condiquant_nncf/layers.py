@@ -13,12 +13,12 @@ from nncf.common.graph.graph import NNCFGraph, NNCFNode
 from nncf.scopes import get_ignored_node_names_from_ignored_scope
 from torch import Tensor, nn
 
-from condiquant_nncf.backend import CondiQuantAlgoBackend, get_algo_backend
+from condiquant_nncf.backends.choose import CondiQuantAlgoBackend, get_algo_backend
 from condiquant_plugin import distillation
 from condiquant_plugin.errors import InputError
-from condiquant_plugin.gram import LayerGeometry
-from condiquant_plugin.reconditioning import fused_blocks
-from condiquant_plugin.scope import Kind, Scope, select_layers
+from condiquant_plugin.layerwise.moments import LayerGeometry
+from condiquant_plugin.layerwise.scope import Kind, Scope, select_layers
+from condiquant_plugin.methods.condiquant.reconditioning import fused_blocks
 
 if TYPE_CHECKING:
     from nncf.torch.function_hook.nncf_graph.nncf_graph_builder import GraphModelWrapper
@@ -59,7 +59,7 @@ class Layer:
         return int(self.geometry.kind == "conv_transpose" or self.weight_transposed)
 
     def rows_first(self, weight: Tensor) -> Tensor:
-        """The weight as :mod:`condiquant_plugin.gram` takes it, and back."""
+        """The weight as :mod:`condiquant_plugin.layerwise.moments` takes it, and back."""
         return weight.mT.contiguous() if self.weight_transposed else weight
 
     def features_last(self, x: Tensor, port: int) -> Tensor:
@@ -89,7 +89,7 @@ def find_layers(
 
     Args:
         model: a torch model in :func:`condiquant_nncf.wrap`, an ``ov.Model``, or the backend of one.
-        scope: see :data:`condiquant_plugin.scope.Scope`.
+        scope: see :data:`condiquant_plugin.layerwise.scope.Scope`.
         ignored_scope: NNCF's, matched against node names.
         others: also the linear layers and convolutions outside the scope, marked as such.
 

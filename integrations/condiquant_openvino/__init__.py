@@ -7,16 +7,46 @@ except ImportError as error:
         'condiquant_openvino needs OpenVINO: pip install "condiquant-plugin[openvino]"'
     ) from error
 
-from condiquant_openvino.compaction import halve
-from condiquant_openvino.conversion import convert
-from condiquant_openvino.execution import LayerExecution, layer_executions
-from condiquant_openvino.inspection import inspect
-from condiquant_openvino.latency import compare_latency
-from condiquant_openvino.packing import pack
-from condiquant_openvino.parity import LayerParity, Parity, check_parity
-from condiquant_openvino.preprocessing import U8Parity, check_u8_parity, take_u8_nhwc
-from condiquant_openvino.saving import read_ir, read_metadata, save, set_metadata
-from condiquant_openvino.upscaling import Upscaler
+from condiquant_openvino.parity.check import LayerParity, Parity, check_parity
+from condiquant_openvino.running.execution import LayerExecution, layer_executions
+from condiquant_openvino.running.inspection import inspect
+from condiquant_openvino.running.latency import compare_latency
+from condiquant_openvino.running.saving import read_ir, read_metadata, save, set_metadata
+from condiquant_openvino.running.upscaling import Upscaler
+from condiquant_openvino.writing.conversion import convert
+from condiquant_openvino.writing.packing import pack
+from condiquant_openvino.writing.passes.compaction import halve
+from condiquant_openvino.writing.preprocessing import U8Parity, check_u8_parity, take_u8_nhwc
+from condiquant_plugin.moved import forward
+
+forward(
+    __name__,
+    {
+        "bisection": "parity.bisection",
+        "compaction": "writing.passes.compaction",
+        "comparison": "parity.example",
+        "conversion": "writing.conversion",
+        "cutting": "parity.cutting",
+        "execution": "running.execution",
+        "hoisting": "writing.passes.hoisting",
+        "inspection": "running.inspection",
+        "instruction_sets": "running.instruction_sets",
+        "joining": "writing.passes.joining",
+        "latency": "running.latency",
+        "layer_parity": "parity.layers",
+        "overflow": "writing.overflow",
+        "packing": "writing.packing",
+        "preprocessing": "writing.preprocessing",
+        "quantizer_graphs": "writing.quantizer_graphs",
+        "rearranging": "writing.passes.rearranging",
+        "saving": "running.saving",
+        "separating": "writing.passes.separating",
+        "simplification": "writing.passes.simplification",
+        "simulation": "parity.simulation",
+        "sites": "parity.sites",
+        "upscaling": "running.upscaling",
+    },
+)
 
 __all__ = [
     "LayerExecution",

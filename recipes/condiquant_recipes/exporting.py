@@ -17,14 +17,14 @@ from torch import Tensor, nn
 
 import condiquant_basicsr as basicsr_host
 import condiquant_openvino as openvino_host
-from condiquant_openvino.conversion import InstructionSet
-from condiquant_openvino.execution import int8_share, layer_executions
-from condiquant_openvino.instruction_sets import sums_saturate
-from condiquant_openvino.parity import check_parities
-from condiquant_openvino.upscaling import compile_ir, next_multiple
+from condiquant_openvino.parity.check import check_parities
+from condiquant_openvino.running.execution import int8_share, layer_executions
+from condiquant_openvino.running.instruction_sets import sums_saturate
+from condiquant_openvino.running.upscaling import compile_ir, next_multiple
+from condiquant_openvino.writing.conversion import InstructionSet
 from condiquant_plugin import __version__
 from condiquant_plugin.errors import InputError
-from condiquant_plugin.fake_quantizer import fake_quantizers
+from condiquant_plugin.uniform.fake_quantizer import fake_quantizers
 from condiquant_recipes.progress import Progress
 from condiquant_recipes.recipe import Recipe, with_export
 

@@ -13,7 +13,7 @@ import condiquant_basicsr as basicsr_host
 import condiquant_nncf as nncf_host
 import condiquant_openvino as openvino_host
 from condiquant_plugin.errors import InputError
-from condiquant_plugin.reconditioning import layer_condition
+from condiquant_plugin.methods.condiquant.reconditioning import layer_condition
 from condiquant_recipes.exporting import example_image
 from condiquant_recipes.recipe_files import find_recipe
 from condiquant_recipes.run import load_network

@@ -13,11 +13,11 @@ import condiquant_basicsr as basicsr_host
 import condiquant_openvino as openvino_host
 from condiquant_plugin import fake_quantizers
 from condiquant_plugin.errors import InputError
-from condiquant_recipes.experiment import is_experiment, trained_network
 from condiquant_recipes.exporting import example_image, export, tile_size
 from condiquant_recipes.progress import Progress
 from condiquant_recipes.recipe import Recipe, with_export
 from condiquant_recipes.run import load_network, rebuild
+from condiquant_recipes.training.experiment import is_experiment, trained_network
 from condiquant_recipes.workspace import Workspace, load_parameters
 
 
@@ -57,7 +57,7 @@ def export_again(
     Args:
         changes: of the recipe's ``export`` section.
         iteration, ema: which network of an experiment; see
-            :func:`condiquant_recipes.experiment.trained_network`.
+            :func:`condiquant_recipes.training.experiment.trained_network`.
 
     Returns:
         As :func:`condiquant_recipes.exporting.export`.

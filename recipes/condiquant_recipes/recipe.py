@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from condiquant_plugin import __version__
 from condiquant_plugin.errors import InputError
-from condiquant_plugin.grid import DEFAULT_OVERFLOW, MAX_BITS, MIN_BITS, Overflow
+from condiquant_plugin.uniform.grid import DEFAULT_OVERFLOW, MAX_BITS, MIN_BITS, Overflow
 
 
 class _Section(BaseModel):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from condiquant_plugin.errors import InputError
 from condiquant_recipes.recipe import Recipe, load_recipe, read_yaml, with_overrides
-from condiquant_recipes.training_options import is_training, recipe_from_options
+from condiquant_recipes.training.options import is_training, recipe_from_options
 
 _INSTALLED = Path(__file__).parent / "recipes"
 # Beside this package in a checkout, inside it once installed.

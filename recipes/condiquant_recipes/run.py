@@ -16,7 +16,7 @@ import condiquant_basicsr as basicsr_host
 import condiquant_nncf as nncf_host
 from condiquant_plugin.distillation import DistillationConfig, DistillationResult, distill
 from condiquant_plugin.errors import InputError
-from condiquant_plugin.reconditioning import LayerReport
+from condiquant_plugin.methods.condiquant.reconditioning import LayerReport
 from condiquant_recipes import settings
 from condiquant_recipes.exporting import check_convertible, check_overflow, export, saying
 from condiquant_recipes.progress import Progress

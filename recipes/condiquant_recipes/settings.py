@@ -9,7 +9,7 @@ import nncf
 from condiquant_nncf import QuantizationConfig
 from condiquant_plugin.distillation import DistillationConfig
 from condiquant_plugin.errors import InputError
-from condiquant_plugin.reconditioning import ReconditioningConfig, default_config
+from condiquant_plugin.methods.condiquant.reconditioning import ReconditioningConfig, default_config
 from condiquant_recipes.recipe import Recipe, ReconditionSection
 
 

@@ -7,7 +7,7 @@ import torch
 from skimage.util import img_as_ubyte
 
 import condiquant_basicsr
-from condiquant_basicsr import images
+from condiquant_basicsr.data import images
 
 torch.set_num_threads(2)
 

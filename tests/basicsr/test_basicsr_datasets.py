@@ -5,8 +5,9 @@ import pytest
 import torch
 from PIL import Image
 
-from condiquant_basicsr import datasets, matlab_downscale, read_image, write_image
-from condiquant_basicsr.images import to_tensor, to_uint8
+from condiquant_basicsr import matlab_downscale, read_image, write_image
+from condiquant_basicsr.data import datasets
+from condiquant_basicsr.data.images import to_tensor, to_uint8
 from condiquant_plugin.errors import InputError
 
 

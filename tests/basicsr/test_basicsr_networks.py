@@ -7,13 +7,7 @@ from spandrel.architectures.DAT import DAT
 
 import condiquant_nncf
 import condiquant_openvino
-from condiquant_basicsr import (
-    build_network,
-    load_network,
-    network_scale,
-    pad_multiple,
-    upscale,
-)
+from condiquant_basicsr import build_network, load_network, network_scale, pad_multiple, upscale
 from condiquant_plugin.errors import InputError
 
 COMPACT = {"type": "SRVGGNetCompact", "num_feat": 8, "num_conv": 2, "upscale": 3}

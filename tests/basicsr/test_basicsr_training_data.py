@@ -18,7 +18,7 @@ from condiquant_basicsr import (
     validation_pairs,
     write_image,
 )
-from condiquant_basicsr.images import to_tensor
+from condiquant_basicsr.data.images import to_tensor
 from condiquant_plugin.errors import InputError
 
 

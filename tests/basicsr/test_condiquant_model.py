@@ -4,7 +4,7 @@ from basicsr.archs.ecbsr_arch import ECBSR
 
 from condiquant_basicsr import build_network, folded, input_channels, load_network
 from condiquant_basicsr.checkpoints import save_checkpoint
-from condiquant_basicsr.condiquant_model import CondiQuantModel
+from condiquant_basicsr.models.condiquant import CondiQuantModel
 from condiquant_basicsr.quantizer import read_quantized
 from condiquant_plugin.errors import InputError
 from training_job import OPTIONS

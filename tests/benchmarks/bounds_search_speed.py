@@ -7,7 +7,7 @@ import time
 
 import torch
 
-from condiquant_plugin import bounds, grid
+from condiquant_plugin.uniform import bounds, grid
 
 
 def passes(x: torch.Tensor, bits: int, one_sided: bool) -> tuple[float, torch.Tensor, torch.Tensor]:

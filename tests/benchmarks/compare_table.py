@@ -10,7 +10,7 @@ from pathlib import Path
 from rich import box
 from rich.console import Console
 
-from condiquant_recipes.comparison_table import remarks, table
+from condiquant_recipes.comparison.table import remarks, table
 
 
 def main(folder: Path) -> None:

@@ -8,7 +8,8 @@ import sys
 import time
 from pathlib import Path
 
-from condiquant_basicsr import datasets, evaluate, load_network, pad_multiple, upscale
+from condiquant_basicsr import evaluate, load_network, pad_multiple, upscale
+from condiquant_basicsr.data import datasets
 
 KNOWN_PSNR = {2: 38.24, 3: 34.76, 4: 32.57}
 TOLERANCE = 0.02

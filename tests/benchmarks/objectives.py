@@ -16,8 +16,8 @@ import torch
 
 import condiquant_basicsr as basicsr_host
 import condiquant_nncf as nncf_host
-from condiquant_basicsr.datasets import test_pairs
-from condiquant_plugin.reconditioning import ReconditioningConfig
+from condiquant_basicsr.data.datasets import test_pairs
+from condiquant_plugin.methods.condiquant.reconditioning import ReconditioningConfig
 from condiquant_recipes.recipe import load_recipe
 from condiquant_recipes.run import load_network
 

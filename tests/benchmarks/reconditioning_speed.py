@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 
 import condiquant_nncf as host
-from condiquant_plugin import gram, reconditioning, spectrum
+from condiquant_plugin.layerwise.moments import weight_matrix
+from condiquant_plugin.methods.condiquant import reconditioning, spectrum
 from condiquant_recipes.recipe import load_recipe
 from condiquant_recipes.run import load_network
 
@@ -53,7 +54,7 @@ def main() -> None:
         started = time.perf_counter()
         loop = []
         for problem in problems:
-            matrix = gram.weight_matrix(problem.weight, problem.geometry)[0]
+            matrix = weight_matrix(problem.weight, problem.geometry)[0]
             loop.append(svd_loop(matrix.chunk(problem.row_blocks), problem.moments.gram[0]))
         slow.append(time.perf_counter() - started)
         if not repeat:

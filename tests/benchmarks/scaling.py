@@ -18,8 +18,8 @@ import torch
 import torch.distributed as dist
 
 import condiquant_nncf as nncf_host
-from condiquant_nncf import quantization
-from condiquant_plugin.reconditioning import ReconditioningConfig
+from condiquant_nncf import network as quantization
+from condiquant_plugin.methods.condiquant.reconditioning import ReconditioningConfig
 from condiquant_recipes.recipe import load_recipe
 from condiquant_recipes.run import load_source
 

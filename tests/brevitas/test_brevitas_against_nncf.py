@@ -6,9 +6,9 @@ import torch
 
 import condiquant_nncf as nncf_host
 from condiquant_brevitas import quantize_sr
-from condiquant_nncf.quantize_model import create_condiquant_pipeline
+from condiquant_nncf.quantize import create_condiquant_pipeline
 from condiquant_plugin import fake_quantizers
-from condiquant_plugin.reconditioning import ReconditioningConfig
+from condiquant_plugin.methods.condiquant.reconditioning import ReconditioningConfig
 from networks import build
 
 CASES = {

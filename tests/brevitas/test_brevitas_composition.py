@@ -19,12 +19,9 @@ from torch import nn
 
 import networks
 from brevitas_models import assert_hooks_gone, recondition
-from condiquant_brevitas import (
-    LearnedBoundsActPerTensor,
-    LearnedBoundsWeightPerTensor,
-)
+from condiquant_brevitas import LearnedBoundsActPerTensor, LearnedBoundsWeightPerTensor
 from condiquant_nncf import QuantizationConfig, find_layers, quantize_network, wrap
-from condiquant_plugin.reconditioning import ReconditioningConfig
+from condiquant_plugin.methods.condiquant.reconditioning import ReconditioningConfig
 
 QUANTIZERS = {
     "weight_quant": LearnedBoundsWeightPerTensor,

@@ -17,9 +17,10 @@ from torch import nn
 from brevitas_models import LAYERS, Toy, assert_clean, recondition, toy
 from condiquant_brevitas import condiquant_mode
 from condiquant_plugin import InputError
-from condiquant_plugin.gram import LayerGeometry, moments
-from condiquant_plugin.reconditioning import LayerProblem, ReconditioningConfig
-from condiquant_plugin.reconditioning import recondition as solve
+from condiquant_plugin.layerwise.moments import LayerGeometry
+from condiquant_plugin.layerwise.moments import moments_of as moments
+from condiquant_plugin.methods.condiquant.reconditioning import LayerProblem, ReconditioningConfig
+from condiquant_plugin.methods.condiquant.reconditioning import recondition as solve
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from condiquant_brevitas.layers import find_layers
 from condiquant_brevitas.products import STUBS, ProductOperand, insert_stubs
 from condiquant_plugin import InputError, fake_quantizers
 from condiquant_plugin.distillation import DistillationConfig, distill
-from condiquant_plugin.reconditioning import ReconditioningConfig
+from condiquant_plugin.methods.condiquant.reconditioning import ReconditioningConfig
 from networks import build
 
 SCOPES = {"swinir": "transformer", "dat": "transformer", "edsr": "all"}

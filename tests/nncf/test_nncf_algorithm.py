@@ -25,10 +25,11 @@ from algorithm_networks import (
     network,
     quantize,
 )
-from condiquant_nncf.openvino_backend import prepare
-from condiquant_nncf.statistics import SampleAggregator, _Carrier
-from condiquant_plugin import InputError, bounds, fake_quantizers
-from condiquant_plugin.reconditioning import ReconditioningConfig
+from condiquant_nncf.algorithms.statistics import SampleAggregator, _Carrier
+from condiquant_nncf.backends.openvino import prepare
+from condiquant_plugin import InputError, fake_quantizers
+from condiquant_plugin.methods.condiquant.reconditioning import ReconditioningConfig
+from condiquant_plugin.uniform import bounds
 
 BACKENDS = ["torch", "openvino"]
 SCOPES = {"edsr": "all", "swinir": "transformer"}

@@ -9,7 +9,7 @@ from nncf.quantization.algorithms.post_training.pipeline import create_ptq_pipel
 
 import condiquant_nncf as host
 from algorithm_networks import converted, fake_quantizes, network
-from condiquant_nncf.openvino_backend import prepare
+from condiquant_nncf.backends.openvino import prepare
 from condiquant_plugin import InputError, fake_quantizers
 
 CONFIG = host.QuantizationConfig(scope="all", recondition=None)

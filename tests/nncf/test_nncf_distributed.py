@@ -6,7 +6,7 @@ import torch
 import condiquant_nncf as host
 import processes
 from condiquant_plugin import InputError
-from condiquant_plugin.reconditioning import ReconditioningConfig
+from condiquant_plugin.methods.condiquant.reconditioning import ReconditioningConfig
 from networks import build
 
 CASES = {

@@ -5,9 +5,10 @@ import torch
 from torch import nn
 
 import condiquant_nncf as host
-from condiquant_plugin import InputError, fake_quantizers, gram
+from condiquant_plugin import InputError, fake_quantizers
 from condiquant_plugin.distillation import DistillationConfig, distill
-from condiquant_plugin.reconditioning import ReconditioningConfig
+from condiquant_plugin.layerwise.moments import moments_of
+from condiquant_plugin.methods.condiquant.reconditioning import ReconditioningConfig
 from networks import build
 
 CONDITION = ReconditioningConfig(objective="condition", strength=0.03, steps=30)
@@ -28,7 +29,7 @@ def hooked_moments(network, layer, batches):
     found = []
     module = network.get_submodule(layer.name)
     handle = module.register_forward_pre_hook(
-        lambda _, inputs: found.append(gram.moments(inputs[0], layer.geometry))
+        lambda _, inputs: found.append(moments_of(inputs[0], layer.geometry))
     )
     with torch.no_grad():
         for batch in batches:

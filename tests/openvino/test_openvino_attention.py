@@ -4,7 +4,7 @@ from torch import nn
 
 import condiquant_nncf
 from condiquant_openvino import convert
-from condiquant_openvino.parity import check_parities
+from condiquant_openvino.parity.check import check_parities
 
 
 class Attention(nn.Module):

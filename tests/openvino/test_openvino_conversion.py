@@ -7,7 +7,7 @@ from torch import nn
 import condiquant_nncf
 import networks
 from condiquant_openvino import check_parity, convert, inspect, layer_executions, save
-from condiquant_openvino.upscaling import compile_ir
+from condiquant_openvino.running.upscaling import compile_ir
 from condiquant_plugin import FakeQuantizer, InputError, fake_quantizers
 from networks import build
 

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from condiquant_openvino import convert, layer_executions
-from condiquant_openvino.execution import int8_share
-from condiquant_openvino.upscaling import compile_ir
+from condiquant_openvino.running.execution import int8_share
+from condiquant_openvino.running.upscaling import compile_ir
 from condiquant_plugin import FakeQuantizer
 from networks import build
 from openvino_kernels import attention, fuses_int8_attention

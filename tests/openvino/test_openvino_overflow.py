@@ -10,17 +10,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from condiquant_openvino import check_parity, convert, layer_executions, parity, read_metadata
-from condiquant_openvino.instruction_sets import (
+from condiquant_openvino import check_parity, convert, layer_executions, read_metadata
+from condiquant_openvino.parity import check as parity
+from condiquant_openvino.parity.check import check_parities
+from condiquant_openvino.running.instruction_sets import (
     VARIABLE,
     lower_instruction_sets,
     run_with,
     sums_saturate,
     warn_of_overflow,
 )
-from condiquant_openvino.overflow import LARGEST_SUM, largest_pair_sum, largest_pair_sums
-from condiquant_openvino.parity import check_parities
-from condiquant_openvino.upscaling import compile_ir
+from condiquant_openvino.running.upscaling import compile_ir
+from condiquant_openvino.writing.overflow import LARGEST_SUM, largest_pair_sum, largest_pair_sums
 from condiquant_plugin import FakeQuantizer, InputError
 from openvino_kernels import needs_vnni
 
@@ -159,7 +160,7 @@ def test_grids_for_vnni_are_int8_and_named_in_the_metadata(caplog):
     assert max(largest_pair_sums(ir).values()) > LARGEST_SUM
     assert [layer.runs_as for layer in layer_executions(ir, compile_ir(ir))] == ["int8"]
     caplog.clear()
-    with caplog.at_level(logging.WARNING, "condiquant_openvino.instruction_sets"):
+    with caplog.at_level(logging.WARNING, "condiquant_openvino.running.instruction_sets"):
         warn_of_overflow(ir)
         warn_of_overflow(
             convert(with_bounds(Layer(nn.Linear(4, 4), 8), (0, 1), (-1, 1)), x[..., :4])

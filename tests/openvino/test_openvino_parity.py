@@ -11,13 +11,14 @@ from hypothesis import strategies as st
 from torch import nn
 
 import condiquant_nncf
-from condiquant_openvino import LayerParity, Parity, check_parity, comparison, convert
-from condiquant_openvino import parity as parity_module
-from condiquant_openvino.comparison import Example
-from condiquant_openvino.cutting import Runner, cut_sets
-from condiquant_openvino.layer_parity import F32
-from condiquant_openvino.parity import InputParity, check_parities
-from condiquant_openvino.sites import Site, _Grid, locate, value_range
+from condiquant_openvino import LayerParity, Parity, check_parity, convert
+from condiquant_openvino.parity import check as parity_module
+from condiquant_openvino.parity import example as comparison
+from condiquant_openvino.parity.check import InputParity, check_parities
+from condiquant_openvino.parity.cutting import Runner, cut_sets
+from condiquant_openvino.parity.example import Example
+from condiquant_openvino.parity.layers import F32
+from condiquant_openvino.parity.sites import Site, _Grid, locate, value_range
 from condiquant_plugin import FakeQuantizer
 from networks import build
 

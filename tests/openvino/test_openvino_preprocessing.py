@@ -15,7 +15,7 @@ from condiquant_openvino import (
     set_metadata,
     take_u8_nhwc,
 )
-from condiquant_openvino.upscaling import compile_ir
+from condiquant_openvino.running.upscaling import compile_ir
 from condiquant_plugin import InputError
 
 

@@ -9,10 +9,10 @@ from torch import nn
 import condiquant_nncf
 import networks
 from condiquant_openvino import check_parity, convert, halve, read_ir, save
-from condiquant_openvino.comparison import ROOM
-from condiquant_openvino.instruction_sets import lower_instruction_sets
-from condiquant_openvino.parity import PROPERTIES, check_parities
-from condiquant_openvino.simulation import Rounding, record, simulate
+from condiquant_openvino.parity.check import PROPERTIES, check_parities
+from condiquant_openvino.parity.example import ROOM
+from condiquant_openvino.parity.simulation import Rounding, record, simulate
+from condiquant_openvino.running.instruction_sets import lower_instruction_sets
 from networks import build
 
 

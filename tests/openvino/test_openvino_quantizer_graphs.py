@@ -6,7 +6,8 @@ import openvino.opset13 as ops
 import pytest
 import torch
 
-from condiquant_openvino.quantizer_graphs import (
+from condiquant_openvino.running.upscaling import compile_ir
+from condiquant_openvino.writing.quantizer_graphs import (
     Quantizer,
     decode,
     elementwise,
@@ -16,8 +17,7 @@ from condiquant_openvino.quantizer_graphs import (
     weight,
     without_last_swap,
 )
-from condiquant_openvino.upscaling import compile_ir
-from condiquant_plugin import grid
+from condiquant_plugin.uniform import grid
 
 RANGES = [(-1.3, 2.1), (-0.01, 1.2), (0.0, 3.0), (-4.0, 0.0)]
 

@@ -11,10 +11,12 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 import processes
-from condiquant_plugin import FakeQuantizer, InputError, distributed, gram, reconditioning
+from condiquant_plugin import FakeQuantizer, InputError
 from condiquant_plugin.errors import DistributedError
-from condiquant_plugin.gram import LayerGeometry
-from condiquant_plugin.reconditioning import LayerProblem, ReconditioningConfig
+from condiquant_plugin.layerwise import distributed
+from condiquant_plugin.layerwise.moments import LayerGeometry, moments_of, no_moments
+from condiquant_plugin.methods.condiquant import reconditioning
+from condiquant_plugin.methods.condiquant.reconditioning import LayerProblem, ReconditioningConfig
 
 WORLD = 3
 OBJECTIVES = ("condition", "least_squares")
@@ -44,10 +46,10 @@ def part_of_moments(name, rank):
     """Moments of a process' own data; process 2 of 3 has none."""
     weight, geometry = weight_and_bias(name)[0], LAYERS[name][1]
     if rank == 2:
-        return gram.no_moments(weight, geometry, quantized=True)
+        return no_moments(weight, geometry, quantized=True)
     shape = (1, 4, 12, 12) if geometry.kind == "conv" else (100 + rank, weight.shape[1])
     x = torch.randn(shape, generator=torch.Generator().manual_seed(rank))
-    return gram.moments(x, geometry, x.mul(2).round().div(2))
+    return moments_of(x, geometry, x.mul(2).round().div(2))
 
 
 def problems(moments):

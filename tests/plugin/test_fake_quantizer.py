@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from condiquant_plugin import FakeQuantizer, InputError
-from condiquant_plugin.fake_quantizer import search_bounds
-from condiquant_plugin.sampling import Sample
+from condiquant_plugin.uniform.fake_quantizer import search_bounds
+from condiquant_plugin.uniform.sampling import Sample
 
 
 def reference(x, quantizer):

@@ -5,8 +5,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from condiquant_plugin import InputError, gram
-from condiquant_plugin.gram import LayerGeometry
+from condiquant_plugin import InputError
+from condiquant_plugin.layerwise.moments import (
+    LayerGeometry,
+    moments_of,
+    unfold,
+    weight_from_matrix,
+    weight_matrix,
+)
 
 
 def geometry_of(module: nn.Module) -> LayerGeometry:
@@ -70,8 +76,8 @@ LAYERS = {
 def test_unfolded_product_is_the_layer(name):
     module, shape = LAYERS[name]
     x, geometry = torch.randn(shape), geometry_of(module)
-    rows = gram.unfold(x, geometry)
-    product = rows @ gram.weight_matrix(module.weight, geometry).mT
+    rows = unfold(x, geometry)
+    product = rows @ weight_matrix(module.weight, geometry).mT
     expected = module(x[None]) if name == "conv unbatched" else module(x)
     if geometry.kind != "linear":
         expected = expected.flatten(2).mT.reshape(-1, expected.shape[1])
@@ -83,8 +89,8 @@ def test_unfolded_product_is_the_layer(name):
 def test_weight_matrix_round_trip(name):
     module, _ = LAYERS[name]
     geometry = geometry_of(module)
-    matrix = gram.weight_matrix(module.weight, geometry)
-    assert torch.equal(gram.weight_from_matrix(matrix, module.weight, geometry), module.weight)
+    matrix = weight_matrix(module.weight, geometry)
+    assert torch.equal(weight_from_matrix(matrix, module.weight, geometry), module.weight)
 
 
 @settings(max_examples=25, deadline=None)
@@ -96,8 +102,8 @@ def test_moments_add_up_over_batches(seed, cut, name):
     geometry = geometry_of(module)
     x = torch.randn((8, *shape[1:]), generator=torch.Generator().manual_seed(seed))
     q = x.round()
-    whole = gram.moments(x, geometry, q)
-    parts = gram.moments(x[:cut], geometry, q[:cut]) + gram.moments(x[cut:], geometry, q[cut:])
+    whole = moments_of(x, geometry, q)
+    parts = moments_of(x[:cut], geometry, q[:cut]) + moments_of(x[cut:], geometry, q[cut:])
     for field in ("gram", "total", "quantized_gram", "quantized_cross", "quantized_total"):
         torch.testing.assert_close(
             getattr(parts, field), getattr(whole, field), rtol=1e-5, atol=1e-4
@@ -108,7 +114,7 @@ def test_moments_add_up_over_batches(seed, cut, name):
 def test_moments_of_many_samples_keep_float64_accuracy():
     x = torch.randn(200_000, 3, generator=torch.Generator().manual_seed(0)) + 10
     exact = x.double().T @ x.double()
-    torch.testing.assert_close(gram.moments(x, LayerGeometry()).gram[0], exact, rtol=1e-6, atol=0)
+    torch.testing.assert_close(moments_of(x, LayerGeometry()).gram[0], exact, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -116,11 +122,11 @@ def test_bad_activations_name_the_layer(value):
     x = torch.ones(3, 4)
     x[1, 2] = value
     with pytest.raises(InputError, match=r"input of body\.0\.fc1"):
-        gram.moments(x, LayerGeometry(), name="body.0.fc1")
+        moments_of(x, LayerGeometry(), name="body.0.fc1")
 
 
 def test_padding_of_a_convolution_enters_the_gram_matrix():
     x = torch.ones(1, 1, 2, 2)
-    padded = gram.moments(x, LayerGeometry("conv", (3, 3), padding=(1, 1))).gram[0]
+    padded = moments_of(x, LayerGeometry("conv", (3, 3), padding=(1, 1))).gram[0]
     direct = F.unfold(F.pad(x, (1, 1, 1, 1)), 3)[0]
     assert torch.equal(padded, (direct @ direct.T).double())

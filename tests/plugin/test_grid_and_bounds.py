@@ -6,8 +6,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from condiquant_plugin import FakeQuantizer, InputError, bounds, grid
-from condiquant_plugin.fake_quantizer import fake_quantize_op
+from condiquant_plugin import FakeQuantizer, InputError
+from condiquant_plugin.uniform import bounds, grid
+from condiquant_plugin.uniform.fake_quantizer import fake_quantize_op
 
 bit_widths = st.integers(2, 8)
 kinds = st.sampled_from(["weight", "activation", "operand"])

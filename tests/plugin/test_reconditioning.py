@@ -5,9 +5,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from condiquant_plugin import FakeQuantizer, InputError, gram, reconditioning, spectrum
-from condiquant_plugin.gram import LayerGeometry
-from condiquant_plugin.reconditioning import LayerProblem, ReconditioningConfig, recondition
+from condiquant_plugin import FakeQuantizer, InputError
+from condiquant_plugin.layerwise.moments import LayerGeometry, moments_of
+from condiquant_plugin.methods.condiquant import reconditioning, spectrum
+from condiquant_plugin.methods.condiquant.reconditioning import (
+    LayerProblem,
+    ReconditioningConfig,
+    recondition,
+)
 
 CONDITION = ReconditioningConfig(objective="condition", strength=3e-3)
 LEAST_SQUARES = ReconditioningConfig(objective="least_squares", damping=1e-2)
@@ -23,7 +28,7 @@ def problem(seed=0, rows=12, features=10, *, bits=3, bias=True, row_blocks=1, na
     x = x @ mixing + 0.3
     quantizer = FakeQuantizer(bits, "activation")
     quantizer.search_bounds(x)
-    moments = gram.moments(x, LayerGeometry(), quantizer(x).detach())
+    moments = moments_of(x, LayerGeometry(), quantizer(x).detach())
     offset = torch.randn(rows, generator=generator) if bias else None
     return (
         LayerProblem(name, weight, offset, moments, row_blocks=row_blocks),
@@ -123,7 +128,7 @@ def test_least_squares_minimises_its_objective(bias):
 def test_grouped_convolutions_keep_their_shape(config):
     geometry = LayerGeometry("conv", (3, 3), padding=(1, 1), groups=2)
     x = torch.randn(2, 4, 12, 12)
-    moments = gram.moments(x, geometry, x.mul(2).round().div(2))
+    moments = moments_of(x, geometry, x.mul(2).round().div(2))
     weight, bias = torch.randn(6, 2, 3, 3), torch.randn(6)
     [solution] = recondition([LayerProblem("conv", weight, bias, moments, geometry)], config)
     assert solution.weight.shape == weight.shape
@@ -132,7 +137,7 @@ def test_grouped_convolutions_keep_their_shape(config):
 
 
 def test_dead_inputs_and_zero_weights_stay_finite():
-    moments = gram.moments(torch.zeros(50, 4), LayerGeometry(), torch.zeros(50, 4))
+    moments = moments_of(torch.zeros(50, 4), LayerGeometry(), torch.zeros(50, 4))
     for config in (CONDITION, LEAST_SQUARES, dataclasses.replace(CONDITION, output_tolerance=0.1)):
         for weight in (torch.randn(3, 4), torch.zeros(3, 4)):
             [solution] = recondition([LayerProblem("dead", weight, None, moments)], config)
@@ -149,7 +154,7 @@ def test_bad_weights_name_the_layer():
 
 
 def test_least_squares_without_quantized_inputs_is_refused():
-    moments = gram.moments(torch.randn(50, 4), LayerGeometry())
+    moments = moments_of(torch.randn(50, 4), LayerGeometry())
     with pytest.raises(InputError, match="no quantized inputs"):
         recondition([LayerProblem("a", torch.randn(3, 4), None, moments)], LEAST_SQUARES)
 

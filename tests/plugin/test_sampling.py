@@ -2,7 +2,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from condiquant_plugin.sampling import Sample
+from condiquant_plugin.uniform.sampling import Sample
 
 ROOM = 2**18
 

@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from condiquant_plugin import InputError
-from condiquant_plugin.scope import select_layers
+from condiquant_plugin.layerwise.scope import select_layers
 
 KINDS = ("linear", "convolution", "product")
 networks = st.lists(st.sampled_from(KINDS), min_size=1, max_size=8).map(

@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from condiquant_plugin import spectrum
+from condiquant_plugin.methods.condiquant import spectrum
 
 shapes = st.tuples(st.integers(2, 9), st.integers(2, 9))
 taus = st.floats(1e-4, 3.0)

@@ -3,7 +3,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from condiquant_plugin import FakeQuantizer, bounds, grid
+from condiquant_plugin import FakeQuantizer
+from condiquant_plugin.uniform import bounds, grid
 
 kinds = st.sampled_from(["weight", "activation", "operand"])
 grids = st.builds(

@@ -8,8 +8,9 @@ import pytest
 
 from condiquant_basicsr import read_image
 from condiquant_plugin.errors import InputError
-from condiquant_recipes import comparing, ir
-from condiquant_recipes.comparing import compare
+from condiquant_recipes import ir
+from condiquant_recipes.comparison import comparing
+from condiquant_recipes.comparison.comparing import compare
 from condiquant_recipes.progress import Progress
 from condiquant_recipes.recipe import load_recipe
 

@@ -14,12 +14,12 @@ from condiquant_basicsr import Pair, write_image
 from condiquant_openvino import save
 from condiquant_plugin import fake_quantizers
 from condiquant_plugin.errors import InputError
-from condiquant_recipes.comparing import float_model
-from condiquant_recipes.comparison_crops import output_file, worst_places
-from condiquant_recipes.comparison_job import Job
-from condiquant_recipes.comparison_measuring import measured
-from condiquant_recipes.comparison_methods import all_methods, choose
-from condiquant_recipes.comparison_scoring import measure_latency, pareto, size
+from condiquant_recipes.comparison.comparing import float_model
+from condiquant_recipes.comparison.crops import output_file, worst_places
+from condiquant_recipes.comparison.job import Job
+from condiquant_recipes.comparison.measuring import measured
+from condiquant_recipes.comparison.methods import all_methods, choose
+from condiquant_recipes.comparison.scoring import measure_latency, pareto, size
 from condiquant_recipes.progress import Progress
 from condiquant_recipes.recipe import load_recipe
 from condiquant_recipes.run import load_source

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from condiquant_basicsr import write_image
-from condiquant_recipes.comparison_page import write_page
-from condiquant_recipes.comparison_plots import scatter
+from condiquant_recipes.comparison.page import write_page
+from condiquant_recipes.comparison.plots import scatter
 
 VOID = {"meta", "link", "img", "input", "br", "wbr"}
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from condiquant_basicsr import read_image, write_image
 from condiquant_openvino import Upscaler, read_ir, read_metadata
-from condiquant_openvino.instruction_sets import sums_saturate
+from condiquant_openvino.running.instruction_sets import sums_saturate
 from condiquant_plugin import fake_quantizers
 from condiquant_recipes import cli
 from condiquant_recipes.recipe import load_recipe, with_export

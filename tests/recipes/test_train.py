@@ -15,9 +15,9 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from condiquant_basicsr.condiquant_model import CondiQuantModel
+from condiquant_basicsr.models.condiquant import CondiQuantModel
 from condiquant_plugin import __version__
-from condiquant_recipes.experiment import trained_network
+from condiquant_recipes.training.experiment import trained_network
 from training_job import TrainingJob, real_options
 
 torch.set_num_threads(1)

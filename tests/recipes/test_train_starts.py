@@ -14,7 +14,8 @@ import torch
 
 from condiquant_basicsr import build_network
 from condiquant_plugin.errors import InputError
-from condiquant_recipes import exporting, training
+from condiquant_recipes import exporting
+from condiquant_recipes.training import jobs as training
 from networks import SECTIONS
 from training_job import TrainingJob
 

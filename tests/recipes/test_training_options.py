@@ -8,7 +8,7 @@ import yaml
 
 from condiquant_plugin.errors import InputError
 from condiquant_recipes.recipe_files import find_recipe
-from condiquant_recipes.training_options import (
+from condiquant_recipes.training.options import (
     check_training,
     load_options,
     recipe_from_options,

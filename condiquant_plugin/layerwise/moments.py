@@ -1,0 +1,186 @@
+"""Streaming second moments of a layer's inputs: all that the layer-wise problems need of the data.
+
+A layer is the matrix product ``Y = X W^T`` once its input is unfolded: ``X`` has shape
+``(groups, samples, features)`` and ``W`` ``(groups, rows, features)``. Moments have a size that does not
+depend on the number of calibration images, and those of several batches or processes add up.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from functools import partial
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from condiquant_plugin.errors import check_finite
+
+_CHUNK = 8192
+
+
+@dataclass(frozen=True)
+class LayerGeometry:
+    """How a layer turns its input into rows of a matrix product; a convolution of 1, 2 or 3 dimensions.
+
+    The tuples hold one entry per spatial dimension; a linear layer uses none of them.
+    """
+
+    kind: Literal["linear", "conv", "conv_transpose"] = "linear"
+    kernel_size: tuple[int, ...] = (1, 1)
+    stride: tuple[int, ...] = (1, 1)
+    padding: tuple[int, ...] = (0, 0)
+    output_padding: tuple[int, ...] = (0, 0)
+    dilation: tuple[int, ...] = (1, 1)
+    groups: int = 1
+    padding_mode: Literal["zeros", "reflect", "replicate", "circular"] = "zeros"
+
+
+def unfold(x: Tensor, geometry: LayerGeometry) -> Tensor:
+    """Rows of the matrix product, shape ``(groups, samples, features)``.
+
+    Args:
+        x: ``(..., in_features)`` for a linear layer, ``(batch, channels, *size)`` or unbatched for a
+            convolution. A transposed convolution is the plain one over the input with zeros between
+            its entries.
+    """
+    if geometry.kind == "linear":
+        return x.reshape(1, -1, x.shape[-1])
+    dims, stride = len(geometry.kernel_size), geometry.stride
+    x = x if x.ndim == dims + 2 else x[None]
+    if geometry.kind == "conv_transpose":
+        x, stride = _insert_zeros(x, geometry), (1,) * dims
+    elif any(geometry.padding):
+        mode = "constant" if geometry.padding_mode == "zeros" else geometry.padding_mode
+        x = F.pad(x, [p for p in reversed(geometry.padding) for _ in range(2)], mode)
+    x = x.unflatten(1, (geometry.groups, -1))
+    steps = zip(geometry.kernel_size, stride, geometry.dilation, strict=True)
+    for axis, (size, step, spacing) in enumerate(steps, start=3):
+        x = x.unfold(axis, spacing * (size - 1) + 1, step)[..., ::spacing]
+    positions, taps = range(3, 3 + dims), range(3 + dims, 3 + 2 * dims)
+    rows = x.permute(1, 0, *positions, 2, *taps)
+    features = rows.shape[2 + dims :].numel()
+    return rows.reshape(geometry.groups, -1, features)
+
+
+def _insert_zeros(x: Tensor, geometry: LayerGeometry) -> Tensor:
+    sizes = zip(x.shape[2:], geometry.stride, strict=True)
+    spaced = x.new_zeros(*x.shape[:2], *((size - 1) * step + 1 for size, step in sizes))
+    spaced[:, :, *(slice(None, None, step) for step in geometry.stride)] = x
+    ends = zip(
+        geometry.kernel_size,
+        geometry.dilation,
+        geometry.padding,
+        geometry.output_padding,
+        strict=True,
+    )
+    padding: list[int] = []
+    for size, spacing, cut, extra in reversed(list(ends)):
+        around = spacing * (size - 1) - cut
+        padding += [around, around + extra]
+    return F.pad(spaced, padding)
+
+
+def weight_matrix(weight: Tensor, geometry: LayerGeometry) -> Tensor:
+    """A layer's weight as ``(groups, rows, features)``, matching :func:`unfold`."""
+    if geometry.kind == "linear":
+        return weight[None]
+    groups = geometry.groups
+    if geometry.kind == "conv_transpose":
+        inputs, rows = weight.shape[:2]
+        weight = weight.view(groups, inputs // groups, rows, *weight.shape[2:])
+        weight = _mirrored(weight.transpose(1, 2), geometry)
+        return weight.reshape(groups, rows, -1)
+    return weight.reshape(groups, weight.shape[0] // groups, -1)
+
+
+def weight_from_matrix(matrix: Tensor, like: Tensor, geometry: LayerGeometry) -> Tensor:
+    """Inverse of :func:`weight_matrix`, in the shape and dtype of ``like``."""
+    if geometry.kind == "conv_transpose":
+        inputs, rows = like.shape[:2]
+        matrix = matrix.reshape(geometry.groups, rows, inputs // geometry.groups, *like.shape[2:])
+        matrix = _mirrored(matrix.transpose(1, 2), geometry)
+    return matrix.reshape(like.shape).to(like).contiguous()
+
+
+def _mirrored(weight: Tensor, geometry: LayerGeometry) -> Tensor:
+    return weight.flip(*range(-len(geometry.kernel_size), 0))
+
+
+@dataclass
+class Moments:
+    """Sums over samples of float inputs ``x`` and, where collected, quantized inputs ``q``; float64.
+
+    Shapes: ``(groups, features, features)`` and, for the sums, ``(groups, features)``.
+    """
+
+    samples: int
+    gram: Tensor
+    """``sum x x^T``"""
+    total: Tensor
+    """``sum x``"""
+    quantized_gram: Tensor | None = None
+    """``sum q q^T``"""
+    quantized_cross: Tensor | None = None
+    """``sum q x^T``"""
+    quantized_total: Tensor | None = None
+    """``sum q``"""
+
+    def __add__(self, other: Moments) -> Moments:
+        """Moments of both sets of samples together."""
+        added: dict[str, Any] = {}
+        for field in fields(self):
+            mine, theirs = getattr(self, field.name), getattr(other, field.name)
+            if (mine is None) != (theirs is None):
+                raise ValueError(f"only one of the moments has {field.name}")
+            added[field.name] = None if mine is None else mine + theirs
+        return Moments(**added)
+
+
+def no_moments(weight: Tensor, geometry: LayerGeometry, *, quantized: bool) -> Moments:
+    """Moments of a layer that has seen no samples.
+
+    Args:
+        quantized: whether those of quantized inputs belong to them.
+    """
+    groups, _, features = weight_matrix(weight, geometry).shape
+    zeros = partial(weight.new_zeros, dtype=torch.float64)
+    square, line = (groups, features, features), (groups, features)
+    if not quantized:
+        return Moments(0, zeros(square), zeros(line))
+    return Moments(0, zeros(square), zeros(line), zeros(square), zeros(square), zeros(line))
+
+
+def moments_of(
+    x: Tensor, geometry: LayerGeometry, quantized: Tensor | None = None, *, name: str = "a layer"
+) -> Moments:
+    """Moments of one batch of a layer's inputs.
+
+    Products are taken in float32 over chunks of 8192 samples and summed in float64.
+
+    Args:
+        x: float inputs as the layer gets them.
+        quantized: the same inputs behind their fake quantizer.
+        name: the layer's name, for the error message.
+
+    Raises:
+        InputError: if the inputs hold NaN or Inf.
+    """
+    check_finite(x, f"the input of {name}")
+    rows = unfold(x.detach(), geometry)
+    result = Moments(rows.shape[1], _product(rows, rows), rows.double().sum(1))
+    if quantized is not None:
+        codes = unfold(quantized.detach(), geometry)
+        result.quantized_gram = _product(codes, codes)
+        result.quantized_cross = _product(codes, rows)
+        result.quantized_total = codes.double().sum(1)
+    return result
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """``sum a_i b_i^T`` over samples, float64."""
+    result = a.new_zeros(a.shape[0], a.shape[2], b.shape[2], dtype=torch.float64)
+    for left, right in zip(a.split(_CHUNK, 1), b.split(_CHUNK, 1), strict=True):
+        result += left.mT @ right
+    return result

@@ -1,0 +1,1 @@
+"""Methods that give layers new weights, one folder each."""

@@ -1,0 +1,309 @@
+"""Layer-wise weight reconditioning from the weight and the moments of its inputs alone.
+
+Two objectives:
+
+* ``condition`` is CondiQuant (arXiv 2502.15478, section 3.2): proximal gradient descent on
+  ``1/2 |X W^T - X W0^T|^2 + lambda G(W)``, where ``G`` stands for the condition number.
+* ``least_squares`` keeps the layer's float output although its input is quantized:
+  ``min |Q W^T + b - (X W0^T + b0)|^2``, damped towards ``W0``; ``Q`` is ``X`` behind its fake quantizer.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from condiquant_plugin.errors import InputError
+from condiquant_plugin.layerwise.moments import (
+    LayerGeometry,
+    Moments,
+    weight_from_matrix,
+    weight_matrix,
+)
+from condiquant_plugin.methods.condiquant import spectrum
+
+Objective = Literal["condition", "least_squares"]
+Proxy = Literal["spread", "log_condition"]
+
+
+@dataclass(frozen=True)
+class ReconditioningConfig:
+    """Settings of :func:`recondition`."""
+
+    objective: Objective = "least_squares"
+    strength: float = 3e-3
+    """``tau = lambda * mu`` of one proximal step (``condition``)."""
+    output_tolerance: float | None = None
+    """Choose ``tau`` per layer as the largest whose relative output error stays within this."""
+    steps: int = 100
+    proxy: Proxy = "spread"
+    damping: float = 1e-1
+    """Pull towards ``W0`` in units of the mean input energy (``least_squares``)."""
+
+
+def default_config(bits: int) -> ReconditioningConfig:
+    """What measured best on held-out calibration crops at this activation bit-width (docs/results.md)."""
+    if bits <= 3:
+        return ReconditioningConfig(strength=1e-2, damping=1e-2)
+    return ReconditioningConfig(strength=3e-3, damping=1e-1)
+
+
+def fused_blocks(name: str, rows: int) -> int:
+    """Row blocks of a layer by its name: 3 for a fused query-key-value projection, whatever its kind."""
+    return 3 if name.rpartition(".")[2] == "qkv" and rows % 3 == 0 else 1
+
+
+@dataclass(frozen=True)
+class LayerProblem:
+    """One layer as the method sees it."""
+
+    name: str
+    weight: Tensor
+    bias: Tensor | None
+    moments: Moments
+    geometry: LayerGeometry = LayerGeometry()
+    row_blocks: int = 1
+    """Blocks of rows that are matrices of their own: 3 for a fused qkv."""
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """What reconditioning did to a layer."""
+
+    name: str
+    condition_before: float
+    """Median over the layer's groups and row blocks."""
+    condition_after: float
+    output_error: float
+    """Change of the layer's output on its float inputs, bias included, relative to ``|X W0^T|``."""
+    quantized_output_error_before: float | None = None
+    """Relative error of the output on quantized inputs, with the old weight."""
+    quantized_output_error_after: float | None = None
+
+
+@dataclass(frozen=True)
+class LayerSolution:
+    """A reconditioned layer."""
+
+    weight: Tensor
+    bias: Tensor | None
+    report: LayerReport
+
+
+def recondition(
+    problems: Sequence[LayerProblem], config: ReconditioningConfig
+) -> list[LayerSolution]:
+    """Recondition layers independently of one another, equal shapes in one batch.
+
+    Raises:
+        InputError: if a weight has NaN or Inf, or ``least_squares`` lacks quantized moments.
+    """
+    for problem in problems:
+        _check_finite(problem.name, problem.weight)
+    solve = _least_squares if config.objective == "least_squares" else _condition
+    return solve(problems, config)
+
+
+def _blocks(weight: Tensor, geometry: LayerGeometry, row_blocks: int) -> Tensor:
+    """The weight as a batch of matrices ``(groups * row_blocks, rows, features)``, float64."""
+    matrix = weight_matrix(weight.detach(), geometry).double()
+    return matrix.reshape(-1, matrix.shape[1] // row_blocks, matrix.shape[2])
+
+
+def _check_finite(name: str, weight: Tensor) -> None:
+    if not torch.isfinite(weight).all():
+        raise InputError(f"NaN or Inf in the weight of {name}: check the checkpoint")
+
+
+def unchanged(
+    name: str, weight: Tensor, geometry: LayerGeometry, row_blocks: int = 1
+) -> LayerReport:
+    """Report of a layer that keeps its weight.
+
+    Raises:
+        InputError: if the weight has NaN or Inf.
+    """
+    _check_finite(name, weight)
+    kappa = layer_condition(weight, geometry, row_blocks)
+    return LayerReport(name, kappa, kappa, 0.0)
+
+
+def layer_condition(weight: Tensor, geometry: LayerGeometry, row_blocks: int = 1) -> float:
+    """Condition number of a layer: the median over its groups and row blocks."""
+    return float(spectrum.condition_number(_blocks(weight, geometry, row_blocks).float()).median())
+
+
+def _condition(
+    problems: Sequence[LayerProblem], config: ReconditioningConfig
+) -> list[LayerSolution]:
+    by_shape: dict[torch.Size, list[int]] = defaultdict(list)
+    blocks = [_blocks(p.weight, p.geometry, p.row_blocks) for p in problems]
+    for index, block in enumerate(blocks):
+        by_shape[block.shape[1:]].append(index)
+    results: dict[int, Tensor] = {}
+    for indices in by_shape.values():
+        weight = torch.cat([blocks[i] for i in indices])
+        grams = torch.cat(
+            [problems[i].moments.gram.repeat_interleave(problems[i].row_blocks, 0) for i in indices]
+        )
+        solved = _search_strength(weight, grams, config)
+        results.update(zip(indices, solved.split([len(blocks[i]) for i in indices]), strict=True))
+    return [_solution(p, results[i], p.bias) for i, p in enumerate(problems)]
+
+
+def _search_strength(weight: Tensor, grams: Tensor, config: ReconditioningConfig) -> Tensor:
+    """Proximal gradient descent with the strength given, or bisected per matrix on a log scale."""
+    if config.output_tolerance is None:
+        return proximal_gradient(weight, grams, config.strength, config.steps, config.proxy)
+    low = weight.new_full((len(weight), 1, 1), -12.0)
+    high = weight.new_full((len(weight), 1, 1), 0.0)
+    best = weight
+    for _ in range(10):
+        middle = (low + high) / 2
+        candidate = proximal_gradient(weight, grams, middle.exp(), config.steps, config.proxy)
+        fits = _relative_error(candidate - weight, weight, grams) <= config.output_tolerance
+        fits = fits[:, None, None]
+        best = torch.where(fits, candidate, best)
+        low, high = torch.where(fits, middle, low), torch.where(fits, high, middle)
+    return best
+
+
+def proximal_gradient(
+    weight: Tensor, grams: Tensor, tau: Tensor | float, steps: int, proxy: Proxy = "spread"
+) -> Tensor:
+    """CondiQuant's iteration ``W <- prox(W - (W - W0) X^T X / lambda_max)``.
+
+    Args:
+        weight: ``W0``, shape ``(batch, rows, features)``.
+        grams: ``X^T X``, shape ``(batch, features, features)``.
+        tau: ``lambda * mu``; a number, or one per matrix, shape ``(batch, 1, 1)``.
+
+    Returns:
+        The last iterate, in the dtype of ``weight``; the iteration runs in float32.
+    """
+    start = weight.float()
+    largest = torch.linalg.eigvalsh(grams)[:, -1:, None].clamp_min(torch.finfo(torch.float64).tiny)
+    pull = (grams / largest).float()
+    tau = tau.float() if isinstance(tau, Tensor) else tau
+    current, lifts = start, 8
+    for _ in range(steps):
+        current = torch.baddbmm(current, current - start, pull, alpha=-1)
+        if proxy == "log_condition":
+            scale = current.square().sum((-2, -1), keepdim=True) / min(current.shape[-2:])
+            current = spectrum.prox_log_condition(current, tau * scale)
+        else:
+            current, lifts = spectrum.prox_spread(current, tau, tolerance=5e-3, lifts=lifts)
+    return current.to(weight.dtype)
+
+
+def _least_squares(
+    problems: Sequence[LayerProblem], config: ReconditioningConfig
+) -> list[LayerSolution]:
+    solutions = []
+    for problem in problems:
+        data = problem.moments
+        if data.quantized_gram is None:
+            raise InputError(
+                f"no quantized inputs were collected for {problem.name}: "
+                "objective=least_squares needs bounds before the moments"
+            )
+        weight = weight_matrix(problem.weight.detach(), problem.geometry).double()
+        target = _with_bias(weight, problem.bias)
+        system, cross = _normal_equations(data, affine=problem.bias is not None)
+        features = weight.shape[-1]
+        pull = torch.zeros_like(system)
+        energy = data.quantized_gram.diagonal(dim1=-2, dim2=-1).mean(-1)
+        diagonal = pull.diagonal(dim1=-2, dim2=-1)
+        diagonal[:, :features] = config.damping * energy.clamp_min(1e-30)[:, None]
+        solved = torch.linalg.solve(system + pull, (cross + pull) @ target.mT).mT
+        bias = (
+            solved[..., features].reshape(-1).to(problem.weight)
+            if problem.bias is not None
+            else None
+        )
+        solutions.append(_solution(problem, solved[..., :features], bias))
+    return solutions
+
+
+def _with_bias(weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``(groups, rows, features + 1)`` with the bias as last column, if there is one."""
+    if bias is None:
+        return weight
+    column = bias.detach().double().view(weight.shape[0], -1, 1)
+    return torch.cat([weight, column], -1)
+
+
+def _normal_equations(data: Moments, *, affine: bool) -> tuple[Tensor, Tensor]:
+    """``Q^T Q`` and ``Q^T X``, with a constant feature for the bias if ``affine``."""
+    assert data.quantized_gram is not None
+    assert data.quantized_cross is not None
+    assert data.quantized_total is not None
+    if not affine:
+        return data.quantized_gram, data.quantized_cross
+    system = _bordered(
+        data.quantized_gram, data.quantized_total, data.quantized_total, data.samples
+    )
+    return system, _bordered(data.quantized_cross, data.quantized_total, data.total, data.samples)
+
+
+def _bordered(matrix: Tensor, right: Tensor, below: Tensor, corner: int) -> Tensor:
+    top = torch.cat([matrix, right[..., None]], -1)
+    last = torch.cat([below, below.new_full((*below.shape[:-1], 1), corner)], -1)
+    return torch.cat([top, last[..., None, :]], -2)
+
+
+def _relative_error(change: Tensor, weight: Tensor, grams: Tensor) -> Tensor:
+    """``|X change^T| / |X W^T|`` per matrix of the batch."""
+    moved = ((change @ grams) * change).sum((-2, -1)).clamp_min(0)
+    total = ((weight @ grams) * weight).sum((-2, -1)).clamp_min(torch.finfo(torch.float64).tiny)
+    return (moved / total).sqrt()
+
+
+def _solution(problem: LayerProblem, matrix: Tensor, bias: Tensor | None) -> LayerSolution:
+    weight = weight_from_matrix(matrix, problem.weight, problem.geometry)
+    layout = problem.geometry, problem.row_blocks
+    quantized = problem.moments.quantized_gram is not None
+    report = LayerReport(
+        problem.name,
+        layer_condition(problem.weight, *layout),
+        layer_condition(weight, *layout),
+        _output_error(problem, weight, bias),
+        _quantized_output_error(problem, problem.weight, problem.bias) if quantized else None,
+        _quantized_output_error(problem, weight, bias) if quantized else None,
+    )
+    return LayerSolution(weight, bias, report)
+
+
+def _output_error(problem: LayerProblem, weight: Tensor, bias: Tensor | None) -> float:
+    """``|X (W - W0)^T + b - b0| / |X W0^T|`` over the calibration inputs."""
+    start = weight_matrix(problem.weight.detach(), problem.geometry).double()
+    end = weight_matrix(weight, problem.geometry).double()
+    change = _with_bias(end, bias) - _with_bias(start, problem.bias)
+    moved = ((change @ _second_moments(problem)) * change).sum().clamp_min(0)
+    total = ((start @ problem.moments.gram) * start).sum()
+    return float((moved / total.clamp_min(torch.finfo(torch.float64).tiny)).sqrt())
+
+
+def _second_moments(problem: LayerProblem) -> Tensor:
+    """``X^T X``, with a constant feature if the layer has a bias."""
+    data = problem.moments
+    if problem.bias is None:
+        return data.gram
+    return _bordered(data.gram, data.total, data.total, data.samples)
+
+
+def _quantized_output_error(problem: LayerProblem, weight: Tensor, bias: Tensor | None) -> float:
+    """``|Q W^T + b - (X W0^T + b0)| / |X W0^T + b0|`` over the calibration inputs."""
+    target = _with_bias(
+        weight_matrix(problem.weight.detach(), problem.geometry).double(), problem.bias
+    )
+    given = _with_bias(weight_matrix(weight.detach(), problem.geometry).double(), bias)
+    system, cross = _normal_equations(problem.moments, affine=problem.bias is not None)
+    energy = ((target @ _second_moments(problem)) * target).sum()
+    error = ((given @ system) * given).sum() - 2 * ((given @ cross) * target).sum() + energy
+    return float((error.clamp_min(0) / energy.clamp_min(torch.finfo(torch.float64).tiny)).sqrt())

@@ -1,0 +1,1 @@
+"""Uniform grids: levels, bounds, and the fake quantizer over them."""

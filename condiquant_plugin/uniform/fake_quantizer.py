@@ -1,0 +1,255 @@
+"""The one fake quantizer that every host inserts: learned bounds over a lattice-snapped grid.
+
+While a model is traced it calls the operator ``condiquant::fake_quantize``, which exporters translate.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from condiquant_plugin.errors import check_finite
+from condiquant_plugin.uniform import bounds, grid
+from condiquant_plugin.uniform.sampling import Sample
+
+
+class _FakeQuantize(torch.autograd.Function):
+    """Clip, then round straight through (2DQuant, section 3.1).
+
+    With ``step = (upper - lower) / (L - 1)``: dy/dx is 1 inside the bounds and 0 outside; the rounding
+    residue reaches the step everywhere, and a bound gets the whole gradient of what it clips.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, lower: Tensor, step: Tensor, last_code: int, refinement: int
+    ) -> Tensor:
+        fine = step / refinement
+        lowest = (lower / fine).round()
+        position = (x - lower).div_(step)
+        codes = position.clamp(0, last_code)
+        if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
+            inside = codes == position
+            codes.round_()
+            ctx.save_for_backward(position, inside, codes)
+            ctx.shape = lower.shape
+            return (codes * refinement).add_(lowest).mul_(fine)
+        return codes.round_().mul_(refinement).add_(lowest).mul_(fine)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grad_outputs
+        position, inside, codes = ctx.saved_tensors
+        grad_x = grad * inside
+        grad_lower = _sum_to(grad, ctx.shape) - _sum_to(grad_x, ctx.shape)
+        grad_step = _inner(grad, codes, ctx.shape) - _inner(grad_x, position, ctx.shape)
+        return grad_x, grad_lower, grad_step, None, None
+
+
+def _sum_to(value: Tensor, shape: torch.Size) -> Tensor:
+    return value.sum_to_size(shape) if shape else value.sum()
+
+
+def _inner(a: Tensor, b: Tensor, shape: torch.Size) -> Tensor:
+    """Sum of ``a * b`` over what is broadcast; one pass for a single pair of bounds."""
+    return (a * b).sum_to_size(shape) if shape else torch.dot(a.reshape(-1), b.reshape(-1))
+
+
+@torch.library.custom_op("condiquant::fake_quantize", mutates_args=())
+def fake_quantize_op(
+    x: Tensor, lower: Tensor, step: Tensor, bits: int, kind: str, name: str, refinement: int
+) -> Tensor:
+    """Traceable form of the quantizer.
+
+    ``lower`` and ``step`` are already snapped and broadcast against ``x``; ``name`` labels the
+    quantizer in reports; ``refinement`` is that of its :class:`condiquant_plugin.uniform.grid.Lattice`.
+    """
+    return grid.quantize(x, lower, step, bits, refinement)
+
+
+@fake_quantize_op.register_fake
+def _(
+    x: Tensor, lower: Tensor, step: Tensor, bits: int, kind: str, name: str, refinement: int
+) -> Tensor:
+    return torch.empty_like(x)
+
+
+class FakeQuantizer(nn.Module):
+    """Quantizes to a ``bits``-bit grid whose bounds are parameters.
+
+    The bounds are those the optimiser moves; what is computed uses them snapped to the lattice of
+    :mod:`condiquant_plugin.uniform.grid`, with a straight-through gradient.
+
+    Args:
+        bits: 2 to 8; of 8, operands keep 7 where ``overflow`` is ``"safe"``.
+        kind: decides the lattice; an ``"operand"`` is a factor of a product of activations.
+        row_blocks: number of equal blocks of rows along ``axis``, each with bounds of its own: 1 is
+            per tensor, 3 serves a fused qkv, the number of rows is per channel.
+        axis: the output-channel axis of a weight.
+        side: how :func:`condiquant_plugin.uniform.bounds.search` shrinks the range.
+        name: label in error messages and exported graphs.
+        zero_on_grid: zero is one of the levels, and weights are symmetric, as NPUs need it.
+        overflow: see :data:`condiquant_plugin.uniform.grid.Overflow`.
+    """
+
+    def __init__(
+        self,
+        bits: int,
+        kind: grid.Kind,
+        *,
+        row_blocks: int = 1,
+        axis: int = 0,
+        side: bounds.Side = "symmetric",
+        name: str = "",
+        zero_on_grid: bool = False,
+        overflow: grid.Overflow = grid.DEFAULT_OVERFLOW,
+    ) -> None:
+        super().__init__()
+        self.bits, self.kind = grid.fitting_bits(bits, kind, overflow), kind
+        self.row_blocks, self.axis, self.side, self.name = row_blocks, axis, side, name
+        self.zero_on_grid, self.overflow = zero_on_grid, overflow
+        shape = () if row_blocks == 1 else (row_blocks,)
+        self.lower = nn.Parameter(torch.zeros(shape))
+        self.upper = nn.Parameter(torch.ones(shape))
+        self.enabled = True
+        self.search_on_next_input = False
+        self.sample: Sample | None = None
+
+    @torch.no_grad()
+    def set_bounds(self, lower: Tensor | float, upper: Tensor | float) -> None:
+        """Set both bounds (shape ``()`` or ``(row_blocks,)``)."""
+        self.lower.copy_(torch.as_tensor(lower, dtype=self.lower.dtype))
+        self.upper.copy_(torch.as_tensor(upper, dtype=self.upper.dtype))
+
+    def search_bounds(self, x: Tensor) -> None:
+        """DOBI on ``x`` (2DQuant, algorithm 1).
+
+        Raises:
+            InputError: if ``x`` has NaN or Inf; names this quantizer.
+        """
+        check_finite(x, f"the {self.kind} of {self.name or 'a quantizer'}")
+        rows = x.detach().reshape(1, -1) if self.row_blocks == 1 else self._block_rows(x.detach())
+        found = bounds.search(
+            rows,
+            self.bits,
+            self.kind,
+            side=self.side,
+            zero_on_grid=self.zero_on_grid,
+            overflow=self.overflow,
+        )
+        self.set_bounds(found.lower.view_as(self.lower), found.upper.view_as(self.upper))
+        self.set_bounds(*self._fitting_bounds(x.detach()))
+
+    def _fitting_bounds(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The bounds, wide enough for ``x`` that no pair of products overflows."""
+        if not grid.needs_smallest_step(self.bits, self.kind, self.overflow):
+            return self.lower, self.upper
+        rows = x.detach().movedim(self.axis, 0).reshape(x.shape[self.axis], -1)
+        smallest = grid.smallest_step(rows)
+        smallest = smallest.reshape(self.row_blocks, -1).amax(1).view_as(self.lower)
+        step = (self.upper - self.lower) / (2**self.bits - 1)
+        factor = (smallest / step.detach().clamp_min(grid.SMALLEST_STEP)).clamp_min(1)
+        return self.lower * factor, self.upper * factor
+
+    @property
+    def lattice(self) -> grid.Lattice:
+        """What the bounds are snapped to."""
+        return grid.lattice(self.bits, self.kind, self.zero_on_grid, self.overflow)
+
+    def snapped(self, x: Tensor | None = None) -> grid.SnappedGrid:
+        """The grid that is computed with; tensors of shape ``()`` or ``(row_blocks,)``.
+
+        Args:
+            x: what is quantized; an 8-bit weight may need a wider grid than at its last search.
+        """
+        lower, upper = (self.lower, self.upper) if x is None else self._fitting_bounds(x)
+        lower, upper = lower.detach(), upper.detach()
+        return grid.snap(lower, upper, self.bits, self.kind, self.zero_on_grid, self.overflow)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.sample is not None:
+            self.sample.add(x)
+        elif self.search_on_next_input:
+            self.search_bounds(x)
+            self.search_on_next_input = False
+        if not self.enabled:
+            return x
+        lower, upper = self._fitting_bounds(x)
+        step = ((upper - lower) / (2**self.bits - 1)).clamp_min(grid.SMALLEST_STEP)
+        lower = lower + (self.snapped(x).lower - lower).detach()
+        refinement = self.lattice.refinement
+        if torch.jit.is_tracing():
+            return fake_quantize_op(
+                x,
+                torch.tensor(self.spread(lower, x).tolist()),
+                torch.tensor(self.spread(step, x).tolist()),
+                self.bits,
+                self.kind,
+                self.name,
+                refinement,
+            )
+        lower, step = self.spread(lower, x), self.spread(step, x)
+        # Half precision, of autocast or of the model, cannot tell 8-bit levels apart.
+        precise = x.to(torch.promote_types(x.dtype, lower.dtype))
+        result: Tensor = _FakeQuantize.apply(precise, lower, step, 2**self.bits - 1, refinement)
+        return result.to(x.dtype)
+
+    def _block_rows(self, x: Tensor) -> Tensor:
+        """``x`` as ``(row_blocks, entries per block)``."""
+        return x.movedim(self.axis, 0).reshape(self.row_blocks, -1)
+
+    def spread(self, bound: Tensor, x: Tensor) -> Tensor:
+        """A bound per row of ``x``, broadcastable against it."""
+        if self.row_blocks == 1:
+            return bound
+        rows = bound.repeat_interleave(x.shape[self.axis] // self.row_blocks)
+        return rows.view([-1 if i == self.axis % x.ndim else 1 for i in range(x.ndim)])
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.kind}, bits={self.bits}, row_blocks={self.row_blocks}, side={self.side!r}, "
+            f"zero_on_grid={self.zero_on_grid}, overflow={self.overflow!r}"
+        )
+
+
+def fake_quantizers(model: nn.Module) -> dict[str, FakeQuantizer]:
+    """Every fake quantizer of a model by module name."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, FakeQuantizer)}
+
+
+@torch.no_grad()
+def search_bounds(
+    model: nn.Module,
+    crops: Tensor,
+    *,
+    quantized_inputs: bool = False,
+    batch_size: int | None = None,
+) -> None:
+    """DOBI for every fake quantizer.
+
+    Args:
+        quantized_inputs: search where everything before is quantized, else on the float network. Takes
+            one forward pass over all ``crops``, whatever ``batch_size``.
+        batch_size: crops in one forward pass, of which a :class:`.sampling.Sample` is
+            taken; ``None`` is one pass over all, of which everything is.
+    """
+    at_once = quantized_inputs or batch_size is None
+    batches = [crops] if at_once else crops.split(batch_size)
+    quantizers = list(fake_quantizers(model).values())
+    for quantizer in quantizers:
+        quantizer.search_on_next_input = True
+        quantizer.enabled = quantized_inputs
+        if not at_once and quantizer.kind != "weight" and quantizer.row_blocks == 1:
+            quantizer.sample = Sample()
+    try:
+        for batch in batches:
+            model(batch)
+        for quantizer in quantizers:
+            if quantizer.sample:
+                quantizer.search_bounds(quantizer.sample.entries())
+                quantizer.search_on_next_input = False
+    finally:
+        for quantizer in quantizers:
+            quantizer.enabled, quantizer.sample = True, None

@@ -1,0 +1,1 @@
+"""BasicSR's ``model_type``s."""

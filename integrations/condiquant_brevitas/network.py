@@ -1,0 +1,245 @@
+"""The whole Brevitas flow for super-resolution networks, before distillation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, Literal, get_args
+
+from brevitas import nn as qnn
+from brevitas.graph.quantize import layerwise_quantize
+from brevitas.graph.utils import get_output_channel_dim
+from brevitas.nn.mixin.base import QuantLayerMixin
+from torch import Tensor, inference_mode, nn
+
+from condiquant_brevitas.layers import QUANT_LAYERS, Layer, Scope, find_layers
+from condiquant_brevitas.mode import condiquant_mode
+from condiquant_brevitas.moments_hook import has_weight_quantizer, layer_geometry
+from condiquant_brevitas.products import ProductOperand, insert_stubs
+from condiquant_brevitas.quantizers import (
+    LearnedBoundsActPerTensor,
+    LearnedBoundsWeightPerChannel,
+    LearnedBoundsWeightPerTensor,
+)
+from condiquant_plugin import distillation
+from condiquant_plugin.errors import InputError, check_choice, check_count
+from condiquant_plugin.intake import (
+    image_batch,
+    plain_float_copy,
+    rebuilt_parameters,
+    refuse_rebuilt,
+)
+from condiquant_plugin.methods.condiquant.reconditioning import (
+    LayerReport,
+    ReconditioningConfig,
+    default_config,
+    fused_blocks,
+    unchanged,
+)
+from condiquant_plugin.uniform.bounds import Side
+from condiquant_plugin.uniform.fake_quantizer import FakeQuantizer, search_bounds
+from condiquant_plugin.uniform.grid import DEFAULT_OVERFLOW, Overflow, check_bits
+from condiquant_plugin.uniform.sampling import BOUNDS_CROPS
+
+Granularity = Literal["tensor", "channel"]
+_WEIGHT_QUANTIZERS = {
+    "tensor": LearnedBoundsWeightPerTensor,
+    "channel": LearnedBoundsWeightPerChannel,
+}
+
+
+@inference_mode(False)
+def quantize_sr(
+    model: nn.Module,
+    calibration: Tensor,
+    *,
+    weight_bits: int = 4,
+    activation_bits: int = 4,
+    scope: Scope = "transformer",
+    other_bits: int | None = None,
+    weight_granularity: Granularity = "tensor",
+    activation_side: Side = "auto",
+    zero_on_grid: bool = False,
+    overflow: Overflow = DEFAULT_OVERFLOW,
+    reconditioning: ReconditioningConfig | Literal["auto"] | None = "auto",
+    bounds_crops: int = BOUNDS_CROPS,
+    batch_size: int = 1,
+    name_blacklist: Collection[str] = (),
+) -> nn.Module:
+    """CondiQuant before distillation: stubs at attention products, reconditioning, learned bounds.
+
+    Layers become Brevitas' ``QuantLinear``, ``QuantConv2d`` and ``QuantConvTranspose2d``; the factors of a
+    product pass ``QuantIdentity`` modules in ``product_stubs`` of the module that computes it; a fused
+    attention is computed as its two products.
+
+    Args:
+        model (Module): Float network, left untouched; see
+            :func:`condiquant_plugin.intake.plain_float_copy`.
+        calibration (Tensor): Low-resolution crops, ``(count, channels, height, width)``, or what
+            :func:`condiquant_plugin.intake.image_batch` makes them of.
+        weight_bits, activation_bits (int): 2 to 8. Default: 4
+        scope (str): "transformer" takes linear layers and both factors of every product of activations
+            (attention); "all" every linear layer and convolution but the first and the last, and
+            products. Default: "transformer"
+        other_bits (Optional, int): Bits of weights and activations of the layers outside the scope.
+            Default: None, which leaves them float
+        weight_granularity (str): Bounds per "tensor" (three for a fused qkv) or "channel".
+        activation_side (str): How ranges of activations are shrunk: "symmetric", "one_sided", "auto".
+        zero_on_grid (bool): Zero is a level of every grid, weights are symmetric, as NPUs and QCDQ need.
+        overflow (str): "safe" is exact on every x86-64 CPU: 8-bit weights have wider steps, factors of
+            products 7 bits. "vnni" keeps all 8 and is exact only on CPUs with VNNI. Default: "safe"
+        reconditioning (Optional, ReconditioningConfig): "auto" is the default of the activations' bits;
+            None keeps the weights as trained.
+        bounds_crops (int): How many crops the bounds are searched on. Default: 32
+        batch_size (int): Crops in one forward pass. More than one may be faster on a GPU, but takes another
+            sample for the bounds and rounds otherwise than NNCF's pipeline. Default: 1
+        name_blacklist (Collection[str]): Layers, or modules with all they hold, to leave float.
+
+    Returns:
+        The quantized network, with ``report``: a :class:`LayerReport` by name for every layer in scope
+        that has a weight.
+
+    Raises:
+        InputError: no crops; bits outside 2-8; counts below 1; a scope without layers; NaN or Inf
+            anywhere; a network that is quantized already, or does not return one image; a layer in scope
+            that cannot be, such as nn.MultiheadAttention.
+
+    Example:
+        >>> model = quantize_sr(swinir, crops, weight_bits=3, activation_bits=3)
+        >>> distill(model, swinir, crops, held_out, config, trainable_weights=trainable_weights(model))
+    """
+    check_bits(weight_bits, "weight_bits")
+    check_bits(activation_bits, "activation_bits")
+    check_count("bounds_crops", bounds_crops)
+    check_count("batch_size", batch_size)
+    if other_bits is not None:
+        check_bits(other_bits, "other_bits")
+    check_choice("scope", scope, get_args(Scope))
+    check_choice("weight_granularity", weight_granularity, get_args(Granularity))
+    check_choice("activation_side", activation_side, get_args(Side))
+    check_choice("overflow", overflow, get_args(Overflow))
+    if not isinstance(reconditioning, ReconditioningConfig | None):
+        check_choice("reconditioning", reconditioning, ("auto", None, "a ReconditioningConfig"))
+    calibration = image_batch(calibration)
+    model = plain_float_copy(model)
+    _check_is_float(model)
+    rebuilt = rebuilt_parameters(model, lambda network: network(calibration[:1]))
+    others = other_bits is not None
+    layers = find_layers(
+        model, calibration[:1], scope, others=others, name_blacklist=name_blacklist
+    )
+    for layer in layers:
+        refuse_rebuilt(layer.name, f"{layer.name}.weight", rebuilt, "put it in name_blacklist")
+    outside = {layer.name for layer in layers if not layer.in_scope}
+
+    def bits(name: str, usual: int) -> int:
+        return other_bits if other_bits is not None and name in outside else usual
+
+    insert_stubs(model, [layer.product for layer in layers if layer.product])
+    weights = {
+        "bit_width": lambda _, name: bits(name, weight_bits),
+        "name": _label("weight"),
+        "zero_on_grid": zero_on_grid,
+        "overflow": overflow,
+    }
+    if weight_granularity == "tensor":
+        weights["row_blocks"] = lambda layer, name: fused_blocks(name, _rows(layer))
+    inputs = {
+        "bit_width": lambda _, name: bits(name, activation_bits),
+        "name": _label("input"),
+        "zero_on_grid": zero_on_grid,
+        "overflow": overflow,
+        "side": activation_side,
+    }
+    model = _with_quantizers(model, layers, _WEIGHT_QUANTIZERS[weight_granularity], weights, inputs)
+    settings = default_config(activation_bits) if reconditioning == "auto" else reconditioning
+    scoped = [layer.name for layer in layers if layer.in_scope and not layer.product]
+    if settings is None or not scoped:
+        report = {name: _unchanged(model, name) for name in scoped}
+    else:
+        report = _recondition(model, calibration, settings, outside, bounds_crops, batch_size)
+    search_bounds(model, calibration[:bounds_crops], batch_size=batch_size)
+    model.report = {name: report[name] for name in scoped}  # type: ignore[assignment]
+    return model
+
+
+def trainable_weights(model: nn.Module) -> list[nn.Parameter]:
+    """Weights and biases of the quantized layers, for :func:`condiquant_plugin.distillation.distill`."""
+    layers = [module for module in model.modules() if has_weight_quantizer(module)]
+    parameters = (p for layer in layers for p in layer.parameters(recurse=False))
+    return list(dict.fromkeys(parameters))
+
+
+def feature_blocks(model: nn.Module) -> list[str]:
+    """Names of the blocks that hold the quantized layers; see the core's ``feature_blocks``."""
+    names = [name for name, module in model.named_modules() if has_weight_quantizer(module)]
+    return distillation.feature_blocks(model, names)
+
+
+def _check_is_float(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, QuantLayerMixin | FakeQuantizer):
+            place = name or type(module).__name__
+            raise InputError(f"{place} is quantized already: give the float network")
+
+
+def _rows(layer: Any) -> int:
+    return int(layer.weight.shape[get_output_channel_dim(layer)])
+
+
+def _label(suffix: str) -> Callable[[nn.Module, str], str]:
+    return lambda _, name: f"{name}.{suffix}"
+
+
+def _with_quantizers(
+    model: nn.Module,
+    layers: Sequence[Layer],
+    weight_quantizer: type[LearnedBoundsWeightPerTensor],
+    weights: Mapping[str, Any],
+    inputs: Mapping[str, Any],
+) -> nn.Module:
+    """Brevitas' layers instead of ``layers`` and of all stubs; the settings are those of injectors."""
+    settings = {
+        "weight_quant": weight_quantizer,
+        "input_quant": LearnedBoundsActPerTensor,
+        **{f"weight_{key}": value for key, value in weights.items()},
+        **{f"input_{key}": value for key, value in inputs.items()},
+    }
+    layer_map = {plain: (quantized, settings) for plain, quantized in QUANT_LAYERS.items()}
+    operand = {**inputs, "name": lambda _, name: name, "kind": "operand"}
+    layer_map[ProductOperand] = (
+        qnn.QuantIdentity,
+        {"act_quant": LearnedBoundsActPerTensor, **operand},
+    )
+    chosen = {layer.name for layer in layers}
+    left = [
+        name
+        for name, module in model.named_modules(remove_duplicate=False)
+        if type(module) in QUANT_LAYERS and name not in chosen
+    ]
+    return layerwise_quantize(model, layer_map, name_blacklist=left)
+
+
+def _unchanged(model: nn.Module, name: str) -> LayerReport:
+    layer: Any = model.get_submodule(name)
+    return unchanged(name, layer.weight, layer_geometry(layer), fused_blocks(name, _rows(layer)))
+
+
+def _recondition(
+    model: nn.Module,
+    calibration: Tensor,
+    settings: ReconditioningConfig,
+    outside: Collection[str],
+    bounds_crops: int,
+    batch_size: int,
+) -> dict[str, LayerReport]:
+    """Exchange the weights of the quantized layers that are in scope."""
+    if settings.objective == "least_squares":
+        search_bounds(model, calibration[:bounds_crops], batch_size=batch_size)
+    mode = condiquant_mode(
+        model, config=settings, update_bias=True, name_blacklist=outside, create_weight_orig=False
+    )
+    with mode:
+        for batch in calibration.split(batch_size):
+            mode.model(batch)
+        mode.update()
+    return mode.report

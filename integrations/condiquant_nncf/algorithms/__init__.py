@@ -1,0 +1,1 @@
+"""Algorithms of NNCF's pipelines."""

@@ -1,0 +1,184 @@
+"""Fake quantizers with free, learned bounds (DOBI) as algorithms of NNCF."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import nncf
+from nncf.common.graph.graph import NNCFGraph
+from nncf.common.logging import nncf_logger
+from nncf.common.tensor_statistics.statistic_point import StatisticPointsContainer
+from nncf.common.utils.backend import BackendType
+from nncf.quantization.algorithms.algorithm import Algorithm
+
+from condiquant_nncf.algorithms.statistics import collected, sample_branch, statistic_points
+from condiquant_nncf.backends.choose import (
+    AVAILABLE_BACKENDS,
+    CondiQuantAlgoBackend,
+    get_algo_backend,
+    get_float_backend,
+)
+from condiquant_nncf.configuration import QuantizationConfig
+from condiquant_nncf.layers import Layer
+from condiquant_plugin.errors import InputError, check_finite
+from condiquant_plugin.uniform.fake_quantizer import FakeQuantizer
+from condiquant_plugin.uniform.sampling import BOUNDS_CROPS
+
+Placed = tuple[Layer, int | None, FakeQuantizer]
+
+
+class _BoundsAlgorithm(Algorithm):
+    """Searches bounds of layer inputs on a sample of the calibration items."""
+
+    def __init__(
+        self, config: QuantizationConfig | None = None, *, subset_size: int = BOUNDS_CROPS
+    ) -> None:
+        self._config = config or QuantizationConfig()
+        if self._config.bounds_inputs != "float":
+            raise InputError(
+                'bounds_inputs="quantized" is for quantize_network() only: use "float"'
+            )
+        self._subset_size = subset_size
+        self._algorithm_key = f"{type(self).__name__}_{hash(self)}"
+
+    @property
+    def available_backends(self) -> list[BackendType]:
+        """PyTorch and OpenVINO."""
+        return AVAILABLE_BACKENDS
+
+    def get_statistic_points(self, model: Any, graph: NNCFGraph) -> StatisticPointsContainer:
+        """Samples of the layers' inputs.
+
+        Raises:
+            InputError: a quantized model, or one without a layer in scope; NaN or Inf in a weight.
+        """
+        backend = get_float_backend(model, graph)
+        layers = self._layers(backend)
+        for layer in layers:  # before they spoil the inputs of others
+            if layer.weight_node is not None:
+                check_finite(backend.weight(layer), f"the weight of {layer.name}")
+        branch = sample_branch(self._subset_size)
+        return statistic_points(backend, layers, branch, self._algorithm_key)
+
+    def _layers(self, backend: CondiQuantAlgoBackend) -> list[Layer]:
+        return self._config.find_layers(backend)
+
+    def _searched(self, placed: Placed, points: Any, backend: CondiQuantAlgoBackend) -> Placed:
+        layer, port, quantizer = placed
+        if port is None:
+            quantizer.search_bounds(backend.weight(layer))
+        else:
+            sample = collected(points, backend, layer, port, self._algorithm_key)
+            quantizer.to(sample.device).search_bounds(sample)
+        return placed
+
+
+class InputBounds(_BoundsAlgorithm):
+    """Finds the bounds of layer inputs and leaves the model as it is, for :class:`CondiQuant`."""
+
+    def __init__(
+        self, config: QuantizationConfig | None = None, *, subset_size: int = BOUNDS_CROPS
+    ) -> None:
+        super().__init__(config, subset_size=subset_size)
+        self._found: dict[str, FakeQuantizer] | None = None
+
+    @property
+    def quantizers(self) -> dict[str, FakeQuantizer]:
+        """Input quantizer of every layer, by its name.
+
+        Raises:
+            InputError: before the algorithm has run.
+        """
+        if self._found is None:
+            raise InputError(
+                "bounds of the inputs are not there yet: put InputBounds into a step before CondiQuant"
+            )
+        return self._found
+
+    def apply(
+        self,
+        model: Any,
+        graph: NNCFGraph,
+        statistic_points: StatisticPointsContainer | None = None,
+        dataset: nncf.Dataset | None = None,
+    ) -> Any:
+        """The model as it is."""
+        backend = get_algo_backend(model, graph)
+        placed = create_quantizers(backend, self._layers(backend), self._config, weights=False)
+        self._found = {}
+        for item in placed:
+            layer, _, quantizer = self._searched(item, statistic_points, backend)
+            self._found[layer.name] = quantizer
+        return model
+
+    def _layers(self, backend: CondiQuantAlgoBackend) -> list[Layer]:
+        layers = super()._layers(backend)
+        return [layer for layer in layers if layer.in_scope and layer.weight_name is not None]
+
+
+class LearnedBoundsQuantization(_BoundsAlgorithm):
+    """Places fake quantizers of 2 to 8 bits on weights, layer inputs and operands of products.
+
+    On torch they are :class:`condiquant_plugin.FakeQuantizer` modules, whose bounds train; in an
+    ``ov.Model`` they are FakeQuantize nodes with the same snapped bounds. Ranges need not be symmetric,
+    nor hold zero as a level.
+
+    Args:
+        config: which layers, bits and granularity.
+        subset_size: calibration items to use.
+
+    Raises:
+        InputError: ``bounds_inputs`` other than ``"float"``.
+    """
+
+    def apply(
+        self,
+        model: Any,
+        graph: NNCFGraph,
+        statistic_points: StatisticPointsContainer | None = None,
+        dataset: nncf.Dataset | None = None,
+    ) -> Any:
+        """The model with quantizers, their bounds searched (DOBI)."""
+        backend = get_algo_backend(model, graph)
+        layers = self._layers(backend)
+        placed = [
+            self._searched(item, statistic_points, backend)
+            for item in create_quantizers(backend, layers, self._config)
+        ]
+        nncf_logger.info(
+            f"LearnedBoundsQuantization placed {len(placed)} quantizers on {len(layers)} layers"
+        )
+        return backend.insert_quantizers(placed)
+
+
+def create_quantizers(
+    backend: CondiQuantAlgoBackend,
+    layers: list[Layer],
+    config: QuantizationConfig,
+    *,
+    weights: bool = True,
+) -> Iterator[Placed]:
+    """A quantizer for every input port and, where the port is ``None``, every weight; no bounds yet."""
+    for layer in layers:
+        weight_bits, activation_bits = config.bits(layer)
+        for port in layer.activation_ports:
+            yield layer, port, backend.quantizer_class(
+                activation_bits,
+                "activation" if layer.weight_node is not None else "operand",
+                side=config.activation_side,
+                name=layer.input_name(port),
+                zero_on_grid=config.zero_on_grid,
+                overflow=config.overflow,
+            )  # fmt: skip
+        if weights and layer.weight_node is not None and not layer.reuses_weight:
+            rows = backend.weight(layer).shape[layer.output_axis]
+            yield layer, None, backend.quantizer_class(
+                weight_bits,
+                "weight",
+                row_blocks=rows if config.weight_granularity == "channel" else layer.row_blocks,
+                axis=layer.output_axis,
+                name=f"{layer.name}.weight",
+                zero_on_grid=config.zero_on_grid,
+                overflow=config.overflow,
+            )  # fmt: skip

@@ -1,0 +1,1 @@
+"""What the algorithms need of a framework, for torch and for OpenVINO."""

@@ -1,0 +1,281 @@
+"""``quantize()`` with NNCF's arguments, and the pipeline that it runs."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import nncf
+from nncf.common.logging import nncf_logger
+from nncf.common.utils.backend import BackendType
+from nncf.quantization.advanced_parameters import AdvancedQuantizationParameters
+from nncf.quantization.algorithms.pipeline import Pipeline, PipelineStep
+from nncf.quantization.algorithms.post_training.pipeline import create_ptq_pipeline
+
+from condiquant_nncf.algorithms.condiquant import CondiQuant
+from condiquant_nncf.algorithms.learned_bounds import InputBounds, LearnedBoundsQuantization
+from condiquant_nncf.algorithms.pipeline import CalibrationPipeline
+from condiquant_nncf.backends.choose import check_backend
+from condiquant_nncf.configuration import QuantizationConfig
+from condiquant_plugin.errors import InputError, check_count
+from condiquant_plugin.layerwise.scope import Scope
+from condiquant_plugin.methods.condiquant.reconditioning import LayerReport, ReconditioningConfig
+from condiquant_plugin.uniform.bounds import Side
+from condiquant_plugin.uniform.grid import DEFAULT_OVERFLOW, Overflow
+from condiquant_plugin.uniform.sampling import BOUNDS_CROPS
+
+Then = Literal["bounds", "minmax"]
+_DEFAULT_BITS = 4
+_BEFORE_INT8 = ReconditioningConfig(objective="condition", strength=3e-5, steps=30)
+"""Stronger settings and least squares cost fidelity at 8 bits (docs/nncf.md)."""
+
+
+@dataclass(frozen=True)
+class AdvancedCondiQuantParameters:
+    """What :func:`quantize` takes beyond NNCF's own arguments; see :class:`QuantizationConfig`."""
+
+    scope: Scope | None = None
+    """``None`` is ``"transformer"`` for ``model_type=TRANSFORMER`` and ``"all"`` otherwise."""
+    recondition: ReconditioningConfig | Literal["auto"] | None = "auto"
+    """``"auto"`` is the default of the bit-width, and a gentle one for ``then="minmax"``."""
+    other_bits: int | None = None
+    weight_granularity: Literal["tensor", "channel"] = "tensor"
+    activation_side: Side = "auto"
+    zero_on_grid: bool | None = None
+    """``None`` is whether ``target_device`` is the NPU."""
+    overflow: Overflow = DEFAULT_OVERFLOW
+    """Only ``then="bounds"``: NNCF's int8 has ``overflow_fix``."""
+    nncf: AdvancedQuantizationParameters | None = None
+    """NNCF's own, for ``then="minmax"``."""
+    bounds_crops: int = BOUNDS_CROPS
+    """Images that bounds are searched on, at most ``subset_size``."""
+
+
+def create_condiquant_pipeline(
+    config: QuantizationConfig | None = None,
+    *,
+    subset_size: int = 300,
+    bounds_crops: int = BOUNDS_CROPS,
+    then: Then | None = "bounds",
+    **ptq_arguments: Any,
+) -> Pipeline:
+    """Steps: :class:`InputBounds` where the objective needs it, :class:`CondiQuant`, and what follows.
+
+    Batches of images in the dataset pass the network one image at a time in our steps, as in
+    :func:`quantize_network`.
+
+    Args:
+        config: for all steps; ``recondition=None`` leaves out the first two.
+        subset_size: calibration images to use; NNCF's steps count items.
+        bounds_crops: how many of them the bounds are searched on.
+        then: ``"bounds"`` ends with :class:`LearnedBoundsQuantization`, ``"minmax"`` with the steps of
+            NNCF's ``create_ptq_pipeline``, ``None`` with reconditioned float weights.
+        ptq_arguments: for ``create_ptq_pipeline``.
+
+    Raises:
+        InputError: ``subset_size`` or ``bounds_crops`` below 1.
+    """
+    check_count("subset_size", subset_size)
+    check_count("bounds_crops", bounds_crops)
+    config = config or QuantizationConfig()
+    steps: list[PipelineStep] = []
+    following: list[PipelineStep] = []
+    bounds_size = min(subset_size, bounds_crops)
+    settings = config.reconditioning()
+    if settings is not None:
+        bounds = None
+        if settings.objective == "least_squares":
+            bounds = InputBounds(config, subset_size=bounds_size)
+            steps.append([bounds])
+        steps.append([CondiQuant(config, subset_size=subset_size, input_bounds=bounds)])
+    if then == "bounds":
+        steps.append([LearnedBoundsQuantization(config, subset_size=bounds_size)])
+    elif then == "minmax":
+        ptq = create_ptq_pipeline(subset_size=subset_size, **ptq_arguments)
+        following = ptq.pipeline_steps
+    return CalibrationPipeline(steps, following)
+
+
+def quantize(
+    model: Any,
+    calibration_dataset: nncf.Dataset,
+    *,
+    mode: nncf.QuantizationMode | None = None,
+    preset: nncf.QuantizationPreset | None = None,
+    target_device: nncf.TargetDevice = nncf.TargetDevice.ANY,
+    subset_size: int = 300,
+    fast_bias_correction: bool = True,
+    model_type: nncf.ModelType | None = None,
+    ignored_scope: nncf.IgnoredScope | None = None,
+    advanced_parameters: AdvancedCondiQuantParameters
+    | AdvancedQuantizationParameters
+    | None = None,
+    weight_bits: int = _DEFAULT_BITS,
+    activation_bits: int = _DEFAULT_BITS,
+    then: Then = "bounds",
+    reports: list[LayerReport] | None = None,
+) -> Any:
+    """``nncf.quantize`` with CondiQuant in front; arguments, order and defaults are NNCF's.
+
+    Args:
+        model: ``torch.nn.Module`` or ``ov.Model``, left untouched.
+        calibration_dataset: read two to five times, so not a generator.
+        mode: only ``then="minmax"``.
+        preset: only ``then="minmax"``.
+        target_device: ``NPU`` puts zero on every grid; else only ``then="minmax"``.
+        subset_size: calibration images to use; NNCF's int8 counts items.
+        fast_bias_correction: only ``then="minmax"``.
+        model_type: ``TRANSFORMER`` quantizes linear layers and the products of attention; ``None``
+            quantizes these and convolutions, all but the first and the last layer.
+        ignored_scope: layers to leave alone.
+        advanced_parameters: ours, or NNCF's for ``then="minmax"``.
+        weight_bits: 2 to 8; only ``then="bounds"``, as ``then="minmax"`` is 8 bits always.
+        activation_bits: likewise.
+        then: ``"bounds"`` places quantizers with learned bounds; ``"minmax"`` calls ``nncf.quantize``.
+        reports: a list that gets one report per reconditioned layer.
+
+    Returns:
+        A new model. An ``ov.Model`` with ``then="bounds"`` simulates: pack it, or compile it with
+        ``LP_TRANSFORMS_MODE=NO`` and ``INFERENCE_PRECISION_HINT=f32``.
+
+    Raises:
+        InputError: arguments, items of the dataset or a model that cannot be used.
+        nncf.ValidationError: an ``ignored_scope`` that matches nothing.
+    """
+    if then not in ("bounds", "minmax"):
+        raise InputError(f'then={then!r} is not known: use "bounds" or "minmax"')
+    check_count("subset_size", subset_size)
+    stock = {
+        "mode": mode,
+        "preset": preset,
+        "target_device": target_device,
+        "subset_size": subset_size,
+        "fast_bias_correction": fast_bias_correction,
+        "model_type": model_type,
+        "ignored_scope": ignored_scope,
+    }
+    ours = advanced_parameters
+    if isinstance(ours, AdvancedQuantizationParameters):
+        ours = AdvancedCondiQuantParameters(nncf=ours)
+    ours = ours or AdvancedCondiQuantParameters()
+    _warn_of_unused(then, stock, ours, weight_bits, activation_bits)
+    if then == "minmax" and ours.recondition == "auto":
+        ours = replace(ours, recondition=_BEFORE_INT8)
+    npu = target_device is nncf.TargetDevice.NPU
+    transformer = model_type is nncf.ModelType.TRANSFORMER
+    config = QuantizationConfig(
+        weight_bits if then == "bounds" else 8,
+        activation_bits if then == "bounds" else 8,
+        scope=ours.scope or ("transformer" if transformer else "all"),
+        ignored_scope=ignored_scope,
+        other_bits=ours.other_bits,
+        weight_granularity=ours.weight_granularity,
+        activation_side=ours.activation_side,
+        zero_on_grid=npu if ours.zero_on_grid is None else ours.zero_on_grid,
+        overflow=ours.overflow,
+        recondition=ours.recondition,
+    )
+    result, found = _run(model, calibration_dataset, config, then, subset_size, ours.bounds_crops)
+    if reports is not None:
+        reports.extend(found)
+    if then == "minmax":
+        return nncf.quantize(result, calibration_dataset, **stock, advanced_parameters=ours.nncf)
+    return result
+
+
+def _warn_of_unused(
+    then: Then,
+    stock: dict[str, Any],
+    ours: AdvancedCondiQuantParameters,
+    weight_bits: int,
+    activation_bits: int,
+) -> None:
+    default = AdvancedCondiQuantParameters()
+    if then == "bounds":
+        given = {
+            "mode": stock["mode"] is not None,
+            "preset": stock["preset"] is not None,
+            "fast_bias_correction": not stock["fast_bias_correction"],
+            "advanced_parameters of NNCF": ours.nncf is not None,
+        }
+    else:
+        given = {
+            f"weight_bits={weight_bits}": weight_bits not in (_DEFAULT_BITS, 8),
+            f"activation_bits={activation_bits}": activation_bits not in (_DEFAULT_BITS, 8),
+            "other_bits": ours.other_bits is not None,
+            "weight_granularity": ours.weight_granularity != default.weight_granularity,
+            "overflow": ours.overflow != default.overflow,
+        }
+    unused = [name for name, is_given in given.items() if is_given]
+    if unused:
+        what = "" if then == "bounds" else ", which is NNCF's int8"
+        nncf_logger.warning(f'not used by then="{then}"{what}: {", ".join(unused)}')
+
+
+def _run(
+    model: Any,
+    dataset: nncf.Dataset,
+    config: QuantizationConfig,
+    then: Then,
+    subset_size: int,
+    bounds_crops: int,
+) -> tuple[Any, list[LayerReport]]:
+    """Our part: a quantized model, or for ``"minmax"`` a reconditioned one."""
+    kind = check_backend(model)
+    example = _first_item(dataset)
+    pipeline = create_condiquant_pipeline(
+        config,
+        subset_size=subset_size,
+        bounds_crops=bounds_crops,
+        then="bounds" if then == "bounds" else None,
+    )
+    with _readable_errors():
+        if kind is BackendType.OPENVINO:
+            from condiquant_nncf.backends.openvino import finish, prepare
+
+            prepared = prepare(model, split_attention=then == "bounds")
+            result = finish(pipeline.run(prepared, dataset), config)
+        else:
+            from condiquant_nncf.backends.torch import as_float32
+            from condiquant_nncf.backends.torch import prepare as wrap_checked
+
+            transform = dataset._transform_func or (lambda item: item)
+            items = nncf.Dataset(dataset._data_source, lambda item: as_float32(transform(item)))
+            result = pipeline.run(wrap_checked(model, example), items).model
+    algorithms = [algorithm for step in pipeline.pipeline_steps for algorithm in step]
+    return result, [r for a in algorithms if isinstance(a, CondiQuant) for r in a.reports]
+
+
+def _first_item(dataset: nncf.Dataset) -> Any:
+    if not isinstance(dataset, nncf.Dataset):
+        raise InputError(
+            f"calibration_dataset is a {type(dataset).__name__}: put the items into nncf.Dataset(items)"
+        )
+    if isinstance(dataset._data_source, Iterator):
+        raise InputError(
+            "calibration_dataset is an iterator, which can be read once: give nncf.Dataset a list"
+        )
+    nothing = object()
+    item = next(iter(dataset.get_inference_data()), nothing)
+    if item is nothing:
+        raise InputError("calibration_dataset yields nothing: give at least one item")
+    return item
+
+
+@contextmanager
+def _readable_errors() -> Iterator[None]:
+    """One line for an item that the model does not take."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        if not any(frame.name == "infer" for frame in traceback.extract_tb(error.__traceback__)):
+            raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[-1].strip()
+        raise InputError(
+            f"the model does not take an item of calibration_dataset: {reason}"
+        ) from error

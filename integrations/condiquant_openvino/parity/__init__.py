@@ -1,0 +1,1 @@
+"""Whether an IR computes what torch simulates."""

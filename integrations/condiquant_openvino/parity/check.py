@@ -1,0 +1,377 @@
+"""Does the IR compute what torch simulates? Layer by layer, stretch by stretch, and end to end.
+
+A value on the tie between two codes may round either way: another order of float32 sums is enough.
+With global attention one such flip changes codes everywhere: torch on two inputs 1e-7 apart can end
+1 % apart. Hence the comparison in stretches that start from the tensors that torch saw at some of the
+quantizers.
+
+What rounding may come to differs from network to network, so torch measures it: the simulation runs
+again with the result of every operator outside the quantizers rounded: to the 8 significant bits of
+bfloat16, at most 2**-8 off, where the device computes in it, else to 16, the 2**-16 that long float32
+sums may be off; and with as much noise on products as float32 leaves where terms cancel, which decides
+exact ties. The IR may differ by ``ROOM`` times as much, or by the strict tolerances if they are more.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from hashlib import sha256
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import openvino as ov
+from torch import Tensor, nn
+
+from condiquant_openvino.parity.bisection import Difference, find_first_difference
+from condiquant_openvino.parity.cutting import OUTPUT, Runner, cut_sets
+from condiquant_openvino.parity.example import (
+    END_TO_END_TOLERANCE,
+    LAYER_TOLERANCE,
+    ROOM,
+    TIE_TOLERANCE,
+    Example,
+    Figures,
+    tolerance,
+)
+from condiquant_openvino.parity.layers import F32, LayerParity, check_layers
+from condiquant_openvino.parity.simulation import Rounding
+from condiquant_openvino.running.instruction_sets import (
+    VARIABLE,
+    lower_instruction_sets,
+    run_with,
+    sums_saturate,
+)
+from condiquant_openvino.running.saving import core_of_process, read_ir, read_metadata
+from condiquant_openvino.writing.overflow import LARGEST_SUM, largest_pair_sums
+from condiquant_plugin import InputError
+from condiquant_plugin.intake import check_is_float32
+from condiquant_plugin.uniform import grid
+
+PROPERTIES: Mapping[str, Mapping[str, Any]] = {
+    "f32": F32,
+    "accuracy": {"EXECUTION_MODE_HINT": "ACCURACY"},
+    "default": {},
+}
+"""What an IR is checked with; bfloat16 is the default of CPUs that have it."""
+_LOWERED = "f32"
+"""Of ``PROPERTIES``, what is checked with lower instruction sets too."""
+_OF_KERNELS = ("layerType", "primitiveType", "runtimePrecision", "outputPrecisions")
+_SIGNIFICANT_BITS = {"bf16": 8, "f16": 11}
+_FLOAT32_SUM_BITS = 16
+_CANCELLATION = 2.0**-22
+
+
+def _nothing() -> None:
+    return None
+
+
+@dataclass(frozen=True)
+class InputParity:
+    """What arrives at a quantizer, in a stretch that starts from the tensors torch saw."""
+
+    name: str
+    """Label of the quantizer, or ``the output``."""
+    error: float
+    """Mean absolute difference over the value range."""
+    tolerance: float
+
+
+@dataclass(frozen=True)
+class Parity:
+    """Differences relative to the value range of what torch computes."""
+
+    mean_abs: float
+    """End to end, mean over all inputs."""
+    max_abs: float
+    """End to end, maximum over all inputs."""
+    code_flip_rate: float | None
+    """Share of the codes of all activation quantizers that differ, end to end; None if not counted."""
+    stretch_mean_abs: float
+    """As ``mean_abs``, with the tensors torch saw put in wherever that leads back to no residual path."""
+    stretch_max_abs: float
+    """As ``max_abs``, likewise."""
+    tie_rate: float
+    """Share of the codes that differ, likewise: little more than ties is left of it."""
+    inputs: list[InputParity] = field(default_factory=list)
+    """Every activation quantizer and the output; of all stretches and inputs the worst by its tolerance."""
+    layers: list[LayerParity] = field(default_factory=list)
+    """Every quantized product checked, on the first input."""
+    properties: Mapping[str, Any] = field(default_factory=lambda: F32)
+    """What the IR was compiled with, all others at their defaults."""
+    precision: str = "f32"
+    """What the device computes float operators in: ``f32``, ``bf16`` or ``f16``."""
+    end_to_end_tolerance: float = END_TO_END_TOLERANCE
+    """Of ``mean_abs``."""
+    tie_tolerance: float = TIE_TOLERANCE
+    layer_tolerance: float = LAYER_TOLERANCE
+    largest_pair_sum: tuple[str, int] = ("", 0)
+    """Product whose neighbouring terms may come to most, and how much; 0 where ``overflow`` is ``vnni``."""
+    instruction_set: str = ""
+    """The lowered one, as ``ONEDNN_MAX_CPU_ISA`` has it; empty for the CPU's own."""
+    bisect: Callable[[], Difference | None] = field(default=_nothing, repr=False, compare=False)
+    """Looks for the first layer that differs; runs the network some ten times."""
+
+    @property
+    def ok(self) -> bool:
+        """Whether every layer agrees, and the whole up to rounding."""
+        return self.complaint() is None
+
+    def complaint(self) -> str | None:
+        """What is wrong; None if nothing is."""
+        product, most = self.largest_pair_sum
+        if most > LARGEST_SUM:
+            return (
+                f"two neighbouring terms of {product} may come to {most}, more than the {LARGEST_SUM} that "
+                "int8 kernels hold on CPUs without VNNI"
+            )
+        if (layer := next(self._wrong_layers(), None)) is not None:
+            place = f"in {layer.name}, given torch's tensors"
+            return self._complaint(place, layer.error, self.layer_tolerance)
+        for entry in self.inputs:
+            if not entry.error <= entry.tolerance:
+                place = f"in front of {entry.name}, given what torch has before it"
+                return self._complaint(place, entry.error, entry.tolerance)
+        if not self.tie_rate <= self.tie_tolerance:
+            return self._complaint("in rounding", self.tie_rate, self.tie_tolerance, "all codes")
+        if not self.mean_abs <= self.end_to_end_tolerance:
+            return self._complaint("end to end", self.mean_abs, self.end_to_end_tolerance)
+        return None
+
+    def _wrong_layers(self) -> Iterator[LayerParity]:
+        return (layer for layer in self.layers if not layer.error <= self.layer_tolerance)
+
+    def _complaint(
+        self, place: str, error: float, allowed: float, whole: str = "the value range"
+    ) -> str:
+        given = ", ".join(f"{name}={value}" for name, value in self.properties.items())
+        lowered = f" and {VARIABLE}={self.instruction_set}" if self.instruction_set else ""
+        return (
+            f"with {given or 'default'} properties{lowered} the IR differs from the simulation {place}: "
+            f"{error:.1e} of {whole}, allowed {allowed:.1e}"
+        )
+
+    def raise_if_broken(self) -> None:
+        """Raises RuntimeError with the complaint and the first layer that differs, if there is one."""
+        if (complaint := self.complaint()) is not None:
+            # A layer that is wrong by itself is the answer; a search would weigh what it does further on.
+            first = None if any(self._wrong_layers()) else self.bisect()
+            raise RuntimeError(complaint if first is None else f"{complaint}; {first}")
+
+
+@dataclass(frozen=True)
+class _Allowance:
+    """What rounding does to torch, and may do to an IR."""
+
+    cuts: list[list[tuple[list[str], dict[str, float]]]]
+    """For every example the sets of cuts, and at each place the tolerance."""
+    end_to_end: float
+    ties: float
+    layers: float
+    precision: str
+
+
+def check_parity(
+    model: nn.Module,
+    ov_model_or_path: ov.Model | str | os.PathLike[str],
+    inputs: Sequence[Tensor],
+    *,
+    max_layers: int | None = None,
+    device: str = "CPU",
+    properties: Mapping[str, Any] = F32,
+) -> Parity:
+    """Compare a model with fake quantizers and its IR.
+
+    Keeps every quantized tensor of a forward pass in memory: give small inputs, such as 64x64. An IR
+    whose float parameters are in half precision may differ from ``model`` by what their rounding costs.
+
+    Args:
+        inputs: at least one, shape ``(1, channels, height, width)``; a static IR needs its own
+            shape. The layers are checked on the first.
+        max_layers: check that many layers, evenly spread; all by default, 0 for none.
+        properties: to compile with, all others at their defaults; ``{}`` for the plugin's own
+            choice, which is bfloat16 for float operators on CPUs that have it.
+
+    Raises:
+        InputError: if the path is no IR, or the model is not float32 with one output.
+    """
+    ir = ov_model_or_path if isinstance(ov_model_or_path, ov.Model) else read_ir(ov_model_or_path)
+    check_is_float32(model)
+    examples = [Example(model, ir, image.float(), device) for image in inputs]
+    return _parity(ir, examples, Runner(device, properties), model, max_layers)[0]
+
+
+def check_parities(
+    model: nn.Module, ir: ov.Model, inputs: Sequence[Tensor], *, device: str = "CPU"
+) -> dict[str, Parity]:
+    """Parity by name of ``PROPERTIES``, up to the first that is broken.
+
+    In ``f32`` as :func:`check_parity` has it, and on the first input again with every lower instruction
+    set that the CPU has, by their names; with the others without layers and flipped codes.
+
+    Raises:
+        InputError: as :func:`check_parity`.
+    """
+    examples = [Example(model, ir, image, device) for image in inputs]
+    parities: dict[str, Parity] = {}
+    programs: dict[str, _Program] = {}
+    for name, properties in PROPERTIES.items():
+        in_full = name == _LOWERED
+        runner = Runner(device, properties)
+        programs[name] = program = _Program.of(runner.compile(ir), examples)
+        if same := next((n for n in parities if programs[n] == program), None):
+            parities[name] = replace(parities[same], properties=properties)
+            continue
+        parity, allowance = _parity(ir, examples, runner, model, None if in_full else 0, in_full)
+        parities[name] = parity
+        if in_full and parity.ok and device == "CPU" and _overflow(ir) == "safe":
+            recorded = [examples[0].recorded()]
+            for lower in lower_instruction_sets():
+                parities[lower] = _parity_with(lower, ir, recorded, runner, allowance)
+        if not all(found.ok for found in parities.values()):
+            break
+    return parities
+
+
+@dataclass(frozen=True)
+class _Program:
+    """What a device runs for an IR; two that are equal compute the same, and need one check."""
+
+    kernels: tuple[tuple[str, ...], ...]
+    outputs: tuple[bytes, ...]
+    """Digests, by example."""
+
+    @classmethod
+    def of(cls, network: ov.CompiledModel, examples: Sequence[Example]) -> _Program:
+        # Names hold a counter of the whole process.
+        kernels = sorted(
+            tuple(node.get_rt_info()[key].astype(str) for key in _OF_KERNELS)
+            for node in network.get_runtime_model().get_ops()
+        )
+        outputs = (sha256(network([example.image])[0]).digest() for example in examples)
+        return cls(tuple(kernels), tuple(outputs))
+
+
+def _parity(
+    ir: ov.Model,
+    examples: Sequence[Example],
+    runner: Runner,
+    model: nn.Module,
+    max_layers: int | None,
+    with_codes: bool = True,
+) -> tuple[Parity, _Allowance]:
+    overflow = _overflow(ir)
+    if overflow == "vnni" and sums_saturate():
+        raise InputError(
+            "the IR is for CPUs with VNNI (overflow=vnni), and this one has none: check it on one that "
+            "has, or quantize with overflow=safe"
+        )
+    network = runner.compile(ir)
+    precision = str(network.get_property("INFERENCE_PRECISION_HINT").get_type_name())
+    rounding = _rounding(ir, precision)
+    allowance = _allowance(ir, examples, rounding, precision)
+    parity = _measured(ir, examples, runner, allowance, max_layers, with_codes)
+    images = [example.tensor for example in examples]
+    bisect = partial(find_first_difference, model, ir, images, runner, rounding)
+    sums = largest_pair_sums(ir) if overflow == "safe" else {}
+    most = max(sums.items(), key=lambda item: item[1], default=("", 0))
+    return replace(parity, bisect=bisect, largest_pair_sum=most), allowance
+
+
+def _overflow(ir: ov.Model) -> str:
+    return str(read_metadata(ir).get("overflow", grid.DEFAULT_OVERFLOW))
+
+
+def _parity_with(
+    instruction_set: str,
+    ir: ov.Model,
+    recorded: Sequence[Example],
+    runner: Runner,
+    allowance: _Allowance,
+) -> Parity:
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "model.xml"
+        ov.save_model(ir, path, compress_to_fp16=False)
+        parity = run_with(instruction_set, _measured_file, path, recorded, runner, allowance)
+    return replace(parity, instruction_set=instruction_set)
+
+
+def _measured_file(
+    path: Path, recorded: Sequence[Example], runner: Runner, allowance: _Allowance
+) -> Parity:
+    ir = core_of_process().read_model(path)
+    examples = [example.on(ir) for example in recorded]
+    return _measured(ir, examples, runner, allowance, None, with_codes=False)
+
+
+def _allowance(
+    ir: ov.Model, examples: Sequence[Example], rounding: Rounding, precision: str
+) -> _Allowance:
+    whole, shortest = Figures(), Figures()
+    cuts = []
+    for example in examples:
+        whole.add(example.rounded((), rounding))
+        sets = cut_sets(ir, example.sites)
+        by_rounding = [example.rounded(places, rounding) for places in sets]
+        cuts.append([(c, f.tolerances()) for c, f in zip(sets, by_rounding, strict=True)])
+        shortest.add(by_rounding[-1])
+    in_float = precision not in _SIGNIFICANT_BITS
+    return _Allowance(
+        cuts,
+        end_to_end=whole.tolerances()[OUTPUT],
+        ties=tolerance(TIE_TOLERANCE, shortest.flip_rate),
+        layers=LAYER_TOLERANCE if in_float else ROOM * 2.0**-rounding.results,
+        precision="f32" if in_float else precision,
+    )
+
+
+def _measured(
+    ir: ov.Model,
+    examples: Sequence[Example],
+    runner: Runner,
+    allowance: _Allowance,
+    max_layers: int | None,
+    with_codes: bool,
+) -> Parity:
+    network = runner.compile(ir)
+    free, shortest, codes = Figures(), Figures(), Figures()
+    found: dict[str, list[InputParity]] = defaultdict(list)
+    for example, sets in zip(examples, allowance.cuts, strict=False):
+        free.add(example.from_image(network))
+        for cuts, tolerances in sets:
+            by_ir = example.between(cuts, runner, tolerances)
+            for place, error in by_ir.inputs.items():
+                found[place].append(InputParity(place, error, tolerances[place]))
+        shortest.add(by_ir)
+        if with_codes:
+            codes.add(example.codes_from_image(runner))
+    places = [*(site.label for site in examples[0].sites), OUTPUT]
+    return Parity(
+        mean_abs=free.mean_abs,
+        max_abs=free.max_abs,
+        code_flip_rate=codes.flip_rate if with_codes else None,
+        stretch_mean_abs=shortest.mean_abs,
+        stretch_max_abs=shortest.max_abs,
+        tie_rate=shortest.flip_rate,
+        inputs=[max(found[place], key=lambda e: e.error / e.tolerance) for place in places],
+        layers=[] if max_layers == 0 else check_layers(ir, examples[0], runner, max_layers),
+        properties=runner.properties,
+        precision=allowance.precision,
+        end_to_end_tolerance=allowance.end_to_end,
+        tie_tolerance=allowance.ties,
+        layer_tolerance=allowance.layers,
+    )
+
+
+def _rounding(ir: ov.Model, precision: str) -> Rounding:
+    results = _SIGNIFICANT_BITS.get(precision, _FLOAT32_SUM_BITS)
+    halved = any(
+        node.get_type_name() == "Constant" and node.get_output_element_type(0) == ov.Type.f16
+        for node in ir.get_ops()
+    )
+    parameters = min(results, _SIGNIFICANT_BITS["f16"]) if halved else results
+    return Rounding(results, parameters, _CANCELLATION)

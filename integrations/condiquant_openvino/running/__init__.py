@@ -1,0 +1,1 @@
+"""Reading, compiling, timing and running IRs."""

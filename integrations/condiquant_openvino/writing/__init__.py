@@ -1,0 +1,1 @@
+"""From fake quantizers to an IR."""

@@ -1,0 +1,384 @@
+"""Torch network with fake quantizers to ``ov.Model`` with packed weights."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from enum import Enum, auto
+from typing import Any, Literal, get_args
+
+import numpy as np
+import openvino as ov
+import openvino.opset13 as ops
+import torch
+from openvino.frontend.pytorch import ConversionExtension
+from torch import Tensor, nn
+
+from condiquant_openvino.running.saving import set_metadata
+from condiquant_openvino.writing import quantizer_graphs
+from condiquant_openvino.writing.overflow import inexact_in_int8
+from condiquant_openvino.writing.passes.compaction import compact
+from condiquant_openvino.writing.passes.hoisting import hoist
+from condiquant_openvino.writing.passes.joining import join
+from condiquant_openvino.writing.passes.rearranging import collapse
+from condiquant_openvino.writing.passes.separating import separate
+from condiquant_openvino.writing.passes.simplification import simplify
+from condiquant_openvino.writing.quantizer_graphs import Quantizer, redirect
+from condiquant_plugin import FakeQuantizer, InputError, fake_quantizers
+from condiquant_plugin.errors import check_choice
+from condiquant_plugin.intake import check_is_float32, check_output
+from condiquant_plugin.uniform import grid
+
+InstructionSet = Literal["vnni", "avx2"]
+"""What the kernels that are meant are fast on: with VNNI or without."""
+_CALL = re.compile(r"#\d+$")
+
+
+class Placeholder(ov.Op):
+    """Stands for a fake quantizer while OpenVINO simplifies the graph around it."""
+
+    def __init__(self, inputs: list[ov.Output] | None = None, label: str = "") -> None:
+        super().__init__(self, inputs)
+        self.label = label
+        if inputs is not None:
+            self.constructor_validate_and_infer_types()
+
+    def validate_and_infer_types(self) -> None:
+        self.set_output_type(0, self.get_input_element_type(0), self.get_input_partial_shape(0))
+
+    def clone_with_new_inputs(self, new_inputs: list[ov.Output]) -> Placeholder:
+        return Placeholder(new_inputs, self.label)
+
+    def has_evaluate(self) -> bool:
+        return False
+
+    def evaluate(self, outputs: Any, inputs: Any) -> bool:
+        """Refuses, or weights would be folded."""
+        return False
+
+    def visit_attributes(self, visitor: Any) -> bool:
+        visitor.on_attributes({"label": self.label})
+        return True
+
+
+class _Form(Enum):
+    """How a fake quantizer is written; see the functions of :mod:`quantizer_graphs`."""
+
+    ACTIVATION = auto()
+    ELEMENTWISE = auto()
+    INT8_WEIGHT = auto()
+    FLOAT_WEIGHT = auto()
+
+
+@contextmanager
+def labelled(model: nn.Module) -> Iterator[dict[str, FakeQuantizer]]:
+    """Fake quantizers by a label unique in ``model``: the name, else the module path."""
+    found = fake_quantizers(model)
+    names = {path: quantizer.name for path, quantizer in found.items()}
+    labels = _labels(names)
+    try:
+        for path, quantizer in found.items():
+            quantizer.name = labels[path]
+        yield {labels[path]: quantizer for path, quantizer in found.items()}
+    finally:
+        for path, quantizer in found.items():
+            quantizer.name = names[path]
+
+
+def _labels(names: Mapping[str, str]) -> dict[str, str]:
+    """Labels by path, none of which :func:`call_label` gives another one of them."""
+    counts = Counter(names.values())
+    labels: dict[str, str] = {}
+    for path, name in names.items():
+        label = name if name and counts[name] == 1 else path
+        while _CALL.search(label) or label in labels.values():
+            label += "_"
+        labels[path] = label
+    return labels
+
+
+def call_label(label: str, call: int) -> str:
+    """Label of the ``call``-th use of a quantizer in one forward pass."""
+    return label if call == 0 else f"{label}#{call}"
+
+
+@contextmanager
+def _labelled_calls(model: nn.Module) -> Iterator[None]:
+    """Labels are given where the simulation counts: calls of no consequence are not in the graph."""
+    calls: Counter[FakeQuantizer] = Counter()
+    with labelled(model) as quantizers:
+        labels = {quantizer: label for label, quantizer in quantizers.items()}
+
+        def enter(quantizer: FakeQuantizer, _inputs: tuple[Tensor, ...]) -> None:
+            quantizer.name = call_label(labels[quantizer], calls[quantizer])
+            calls[quantizer] += 1
+
+        handles = [q.register_forward_pre_hook(enter) for q in quantizers.values()]
+        # A tracer reads parametrized weights before the forward pass.
+        handles.append(model.register_forward_pre_hook(lambda *_: calls.clear()))
+        try:
+            handles.append(
+                model.register_forward_hook(lambda m, _, output: check_output(m, output))
+            )
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def convert(
+    model: nn.Module,
+    example_input: Tensor,
+    *,
+    static: bool = False,
+    isa: InstructionSet = "vnni",
+    input_names: Sequence[str] = ("image",),
+    output_names: Sequence[str] = ("upscaled",),
+) -> ov.Model:
+    """Convert so that the CPU plugin computes what ``model`` simulates.
+
+    Compile with ``INFERENCE_PRECISION_HINT=f32``; every other property may stay at its default.
+
+    Args:
+        model: contains :class:`condiquant_plugin.FakeQuantizer` modules.
+        example_input: shape ``(batch, channels, height, width)``; the result has
+            batch 1. For a result of any height and width trace at a size other than the network's
+            ``img_size``, where attention masks are constants. Inputs that are not images keep their
+            shape.
+        static: keep the example's height and width.
+        isa: instruction set that the graph is fast on; it is right on all.
+
+    Raises:
+        InputError: if OpenVINO cannot convert the model, or it is not float32 with one output.
+    """
+    example_input = example_input[:1].float()
+    check_is_float32(model)
+    shape: list[int] = list(example_input.shape)
+    if not static and len(shape) == 4:
+        shape[2:] = [-1, -1]
+    quantizers: dict[str, Quantizer] = {}
+
+    def mark(context: Any) -> list[ov.Output]:
+        lower, step = (
+            np.array(context.get_values_from_const_input(i), np.float32).reshape(
+                tuple(context.get_input(i).get_shape())
+            )
+            for i in (1, 2)
+        )
+        bits, kind, label, refinement = (
+            context.get_values_from_const_input(i) for i in (3, 4, 5, 6)
+        )
+        quantizers[label] = Quantizer(label, lower, step, int(bits), kind, int(refinement))
+        return Placeholder([context.get_input(0)], label).outputs()
+
+    extension = ConversionExtension("condiquant::fake_quantize", mark)
+    was_training = model.training
+    try:
+        with _labelled_calls(model.eval()), torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", torch.jit.TracerWarning)
+            traced = torch.jit.trace(model, example_input, strict=False, check_trace=False)
+            converted = ov.convert_model(
+                traced,
+                example_input=example_input,
+                input=[ov.PartialShape(shape)],
+                extension=[extension],
+                share_weights=False,
+            )
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise InputError(f"OpenVINO cannot convert {type(model).__name__}: {reason}") from error
+    finally:
+        model.train(was_training)
+    for port, name in zip(converted.inputs, input_names, strict=False):
+        port.get_tensor().set_names({name})
+    for port, name in zip(converted.outputs, output_names, strict=False):
+        port.get_tensor().set_names({name})
+    converted.set_friendly_name(type(model).__name__)
+    overflow = {quantizer.overflow for quantizer in fake_quantizers(model).values()}
+    return write_quantizers(converted, quantizers, "vnni" if "vnni" in overflow else "safe", isa)
+
+
+def write_quantizers(
+    model: ov.Model,
+    quantizers: dict[str, Quantizer],
+    overflow: grid.Overflow,
+    isa: InstructionSet,
+) -> ov.Model:
+    """Replace placeholders by what int8 kernels compute, weights packed; ``model`` is used up.
+
+    Args:
+        quantizers: by the labels of the placeholders.
+        overflow: ``"safe"`` leaves products to float kernels whose integers might overflow in int8.
+        isa: without VNNI linear layers are faster in float, and a whole attention is one kernel in
+            float only; convolutions are int8 in both.
+
+    Raises:
+        InputError: an instruction set that is not known.
+    """
+    check_choice("isa", isa, get_args(InstructionSet))
+    name = model.get_friendly_name()
+    _give_up_names(model)
+    simplify(model)
+    _absorb_transposes(model, quantizers)
+    _replace_placeholders(model, quantizers, overflow, linear_in_float=isa == "avx2")
+    model = hoist(model)
+    collapse(model)
+    join(model)
+    separate(model)
+    compact(model)
+    model.validate_nodes_and_infer_types()
+    model.set_friendly_name(name)
+    _name_reproducibly(model)
+    set_metadata(model, {"overflow": overflow, "isa": isa})
+    return model
+
+
+def _give_up_names(model: ov.Model) -> None:
+    """Rename what was there before and looks like a part of a quantizer."""
+    for node in model.get_ops():
+        if quantizer_graphs.role_of(node) is not None:
+            node.set_friendly_name(f"original/{node.get_friendly_name()}")
+
+
+def _name_reproducibly(model: ov.Model) -> None:
+    """Number what OpenVINO named with a counter that goes on over the whole process."""
+    numbers: dict[str, int] = {}
+    for index, node in enumerate(model.get_ordered_ops()):
+        name = node.get_friendly_name()
+        if re.fullmatch(r"[A-Z][A-Za-z0-9]*_\d+", name):
+            node.set_friendly_name(f"{node.get_type_name()}_{index}")
+        elif expanded := re.fullmatch(r"([A-Za-z]+)(_\d+)(/.+)", name):
+            operator, counter, part = expanded.groups()
+            number = numbers.setdefault(operator + counter, len(numbers))
+            node.set_friendly_name(f"{operator}_{number}{part}")
+
+
+def _absorb_transposes(model: ov.Model, quantizers: dict[str, Quantizer]) -> None:
+    """Let products transpose their quantized operands: 8-bit kernels take no Transpose in front."""
+    for product in model.get_ordered_ops():
+        if product.get_type_name() != "MatMul":
+            continue
+        flags = product.get_attributes()
+        sources = product.input_values()
+        for operand, flag in enumerate(("transpose_a", "transpose_b")):
+            placeholder = sources[operand].get_node()
+            if not isinstance(placeholder, Placeholder):
+                continue
+            if quantizers[placeholder.label].kind != "operand":
+                continue
+            straight = quantizer_graphs.without_last_swap(placeholder.input_value(0).get_node())
+            if straight is not None and len(placeholder.output(0).get_target_inputs()) == 1:
+                quantizer = replace(quantizers[placeholder.label], transposed=True)
+                quantizers[placeholder.label] = quantizer
+                moved = Placeholder([straight], placeholder.label)
+                sources[operand] = moved.output(0)
+                flags[flag] = not flags[flag]
+        if any(new != old for new, old in zip(sources, product.input_values(), strict=True)):
+            absorbed = ops.matmul(*sources, flags["transpose_a"], flags["transpose_b"])
+            absorbed.set_friendly_name(product.get_friendly_name())
+            redirect(product.output(0), absorbed.output(0))
+
+
+def _replace_placeholders(
+    model: ov.Model,
+    quantizers: dict[str, Quantizer],
+    overflow: grid.Overflow,
+    linear_in_float: bool,
+) -> None:
+    placeholders = [node for node in model.get_ordered_ops() if isinstance(node, Placeholder)]
+    in_float = inexact_in_int8(model, quantizers) if overflow == "safe" else set()
+    if linear_in_float:
+        in_float |= _inputs_of_linear_layers(model, quantizers)
+        in_float |= {n.label for n in placeholders if _source_type(n) == "Softmax"}
+    # All decisions come first: they look at the placeholders around.
+    forms = [_form(node, quantizers, in_float) for node in placeholders]
+    for node, form in zip(placeholders, forms, strict=True):
+        quantizer, source = quantizers[node.label], node.input_value(0)
+        if form is _Form.ACTIVATION:
+            codes = quantizer_graphs.encode(source, quantizer)
+            # Queries, keys and values are moved as bytes all the same; the softmax map stays in its kernel.
+            operand = linear_in_float and quantizer.kind == "operand"
+            values = quantizer_graphs.decode(codes, quantizer, in_float=operand)
+            redirect(node.output(0), values)
+        elif form is _Form.ELEMENTWISE:
+            redirect(node.output(0), quantizer_graphs.elementwise(source, quantizer))
+        else:
+            values, replaced = source.get_node().data, _after_reshape(node)
+            shape, int8 = tuple(replaced.get_shape()), form is _Form.INT8_WEIGHT
+            redirect(replaced, quantizer_graphs.weight(values, quantizer, shape, int8=int8))
+
+
+def _source_type(node: Placeholder) -> str:
+    return str(node.input_value(0).get_node().get_type_name())
+
+
+def _inputs_of_linear_layers(model: ov.Model, quantizers: dict[str, Quantizer]) -> set[str]:
+    """Labels of their quantizers."""
+    sources = [
+        quantizer_graphs.origin(node.input_value(0))
+        for node in model.get_ordered_ops()
+        if node.get_type_name() == "MatMul"
+    ]
+    labels = {node.label for node in sources if isinstance(node, Placeholder)}
+    return {label for label in labels if quantizers[label].kind == "activation"}
+
+
+def _form(node: Placeholder, quantizers: dict[str, Quantizer], in_float: set[str]) -> _Form:
+    quantizer, constant = quantizers[node.label], _source_type(node) == "Constant"
+    if quantizer.kind != "weight":
+        fits_bytes = quantizer.lower.size == 1 and not constant and node.label not in in_float
+        if fits_bytes and _feeds_products_only(node.output(0)):
+            return _Form.ACTIVATION
+        return _Form.ELEMENTWISE
+    if not constant:
+        return _Form.ELEMENTWISE
+    replaced = _after_reshape(node)
+    shape = node.input_value(0).get_shape()
+    scales = quantizer_graphs.per_row(quantizer.step, tuple(shape), tuple(replaced.get_shape()))
+    rows = {axis for axis, size in enumerate(scales.shape) if size > 1}
+    for port in replaced.get_target_inputs():
+        product = port.get_node()
+        if product.get_type_name() not in quantizer_graphs.PRODUCTS or port.get_index() != 1:
+            return _Form.FLOAT_WEIGHT
+        source = quantizer_graphs.origin(product.input_value(0))
+        if (
+            not rows <= quantizer_graphs.output_channel_axes(product)
+            or not isinstance(source, Placeholder)
+            or _form(source, quantizers, in_float) is not _Form.ACTIVATION
+        ):
+            return _Form.FLOAT_WEIGHT
+    return _Form.INT8_WEIGHT
+
+
+def _feeds_products_only(values: ov.Output) -> bool:
+    """Whether all uses are products with a constant or with something else quantized."""
+    for port in values.get_target_inputs():
+        node = port.get_node()
+        if quantizer_graphs.only_rearranges(node):
+            if not _feeds_products_only(node.output(0)):
+                return False
+        elif node.get_type_name() in quantizer_graphs.PRODUCTS:
+            other = quantizer_graphs.origin(node.input_value(1 - port.get_index()))
+            if not (isinstance(other, Placeholder) or _is_constant(other)):
+                return False
+        else:
+            return False
+    return True
+
+
+def _is_constant(node: ov.Node) -> bool:
+    return bool(node.get_type_name() == "Constant")
+
+
+def _after_reshape(node: Placeholder) -> ov.Output:
+    """Grouped convolutions reshape their weight; the packed codes take that shape at once."""
+    consumers = [port.get_node() for port in node.output(0).get_target_inputs()]
+    if len(consumers) == 1 and consumers[0].get_type_name() == "Reshape":
+        reshaped = consumers[0].output(0)
+        if reshaped.get_partial_shape().is_static:
+            return reshaped
+    return node.output(0)

@@ -1,0 +1,143 @@
+"""``ov.Model`` with low-bit FakeQuantize to ``ov.Model`` with packed weights and int8 kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from typing import get_args
+
+import numpy as np
+import openvino as ov
+from numpy.typing import NDArray
+
+from condiquant_openvino.writing.conversion import InstructionSet, Placeholder, write_quantizers
+from condiquant_openvino.writing.quantizer_graphs import (
+    PRODUCTS,
+    Quantizer,
+    only_rearranges,
+    origin,
+    redirect,
+)
+from condiquant_plugin import InputError
+from condiquant_plugin.uniform import grid
+
+_BITS_OF_LEVELS = {2**bits: bits for bits in range(grid.MIN_BITS, grid.MAX_BITS + 1)}
+_LATTICE_TOLERANCE = 1e-3
+
+
+def pack(model: ov.Model, *, isa: InstructionSet = "vnni") -> ov.Model:
+    """Write the FakeQuantize nodes of a model as :func:`condiquant_openvino.convert` writes quantizers.
+
+    Taken are those on the lattice of :mod:`condiquant_plugin.uniform.grid`, as
+    ``condiquant_nncf.LearnedBoundsQuantization`` places them, where all factors of a product are
+    quantized so; any other stays as it is. The result computes what the FakeQuantize nodes stand for.
+
+    Args:
+        model: left untouched; its input must have batch 1 for the same graph as from PyTorch.
+        isa: see :func:`condiquant_openvino.convert`.
+
+    Raises:
+        InputError: if there is no such node.
+    """
+    model = model.clone()
+    found = _on_lattice(model)
+    quantizers: dict[str, Quantizer] = {}
+    overflow: grid.Overflow = "safe"
+    for node, (lower, step, bits, kind, of_grid) in found:
+        label = node.get_friendly_name()
+        refinement = grid.lattice(bits, kind, overflow=of_grid).refinement
+        overflow = "vnni" if "vnni" in (overflow, of_grid) else overflow
+        quantizers[label] = Quantizer(label, lower, step, bits, kind, refinement)
+        redirect(node.output(0), Placeholder([node.input_value(0)], label).output(0))
+    if not quantizers:
+        raise InputError(
+            f"{model.get_friendly_name()} has no low-bit FakeQuantize to pack: quantize it with "
+            'condiquant_nncf.quantize(..., then="bounds")'
+        )
+    return write_quantizers(model, quantizers, overflow, isa)
+
+
+_Array = NDArray[np.float32]
+_Grid = tuple[_Array, _Array, int, grid.Kind, grid.Overflow]
+
+
+def _on_lattice(model: ov.Model) -> list[tuple[ov.Node, _Grid]]:
+    """The FakeQuantize nodes to take, in graph order."""
+    nodes = [node for node in model.get_ordered_ops() if node.get_type_name() == "FakeQuantize"]
+    taken = {n.get_friendly_name(): (n, g) for n in nodes if (g := _grid(n)) is not None}
+    while others := [n for n, _ in taken.values() if not _feeds_quantized_products(n, taken)]:
+        for node in others:
+            del taken[node.get_friendly_name()]
+    return list(taken.values())
+
+
+def _grid(node: ov.Node) -> _Grid | None:
+    """Lower bound, step, bits, kind, overflow; None if the kernels' lattice does not hold the levels."""
+    bits = _BITS_OF_LEVELS.get(node.get_attributes()["levels"])
+    constants = [value.get_node() for value in node.input_values()[1:]]
+    if bits is None or any(constant.get_type_name() != "Constant" for constant in constants):
+        return None
+    lower, upper, *output = (constant.data.astype(np.float32) for constant in constants)
+    if not (np.array_equal(output[0], lower) and np.array_equal(output[1], upper)):
+        return None
+    if not (upper > lower).all():
+        return None
+    kind = _kind(node)
+    step = np.asarray((upper.astype(np.float64) - lower) / (2**bits - 1), np.float32)
+    if lower.size == 1:
+        lower, step = lower.reshape(()), step.reshape(())
+    for overflow in get_args(grid.Overflow):
+        if bits > grid.fitting_bits(bits, kind, overflow):
+            continue
+        cells = grid.lattice(bits, kind, overflow=overflow)
+        if _lies_on(cells, lower, step):
+            return lower, step, bits, kind, overflow
+    return None
+
+
+def _lies_on(cells: grid.Lattice, lower: _Array, step: _Array) -> bool:
+    zero = -lower.astype(np.float64) / step * cells.refinement
+    places = (zero - cells.lowest_zero) / cells.zero_spacing
+    is_on_lattice = (
+        (np.abs(places - np.rint(places)) < _LATTICE_TOLERANCE)
+        & (np.rint(zero) >= cells.lowest_zero)
+        & (np.rint(zero) <= cells.highest_zero)
+    )
+    return bool(is_on_lattice.all())
+
+
+def _feeds_quantized_products(node: ov.Node, taken: Collection[str]) -> bool:
+    """Whether all uses are products whose other factor is taken too."""
+    factors = list(_other_factors(node.output(0)))
+    return all(f is not None and origin(f).get_friendly_name() in taken for f in factors)
+
+
+def _kind(node: ov.Node) -> grid.Kind:
+    if _is_constant(node.input_value(0)):
+        return "weight"
+    factors = list(_other_factors(node.output(0)))
+    of_products = factors and not any(f is None or _is_constant(_unquantized(f)) for f in factors)
+    return "operand" if of_products else "activation"
+
+
+def _other_factors(values: ov.Output) -> Iterator[ov.Output | None]:
+    """Of every product that uses values, rearranged or not; None for another use."""
+    for port in values.get_target_inputs():
+        node = port.get_node()
+        if only_rearranges(node):
+            yield from _other_factors(node.output(0))
+        elif node.get_type_name() in PRODUCTS:
+            yield node.input_value(1 - port.get_index())
+        else:
+            yield None
+
+
+def _unquantized(values: ov.Output) -> ov.Output:
+    node = origin(values)
+    return node.input_value(0) if node.get_type_name() == "FakeQuantize" else values
+
+
+def _is_constant(values: ov.Output) -> bool:
+    node = origin(values)
+    if node.get_type_name() == "Convert":
+        node = node.input_value(0).get_node()
+    return bool(node.get_type_name() == "Constant")

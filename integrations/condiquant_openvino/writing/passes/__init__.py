@@ -1,0 +1,1 @@
+"""Passes over a graph, each of which keeps its values."""

@@ -1,0 +1,46 @@
+"""One FakeQuantize in the place of bytes that are decoded at once."""
+
+from __future__ import annotations
+
+import numpy as np
+import openvino as ov
+import openvino.opset13 as ops
+
+from condiquant_openvino.writing.quantizer_graphs import (
+    Role,
+    bytes_of,
+    has_weight,
+    is_encoder,
+    role_of,
+)
+
+
+def join(model: ov.Model) -> None:
+    """Join in place, in front of convolutions and linear layers; it makes the .xml smaller.
+
+    Operands of attention stay bytes: there the plugin takes signed integers only as such.
+    """
+    for encoder in model.get_ordered_ops():
+        if not is_encoder(encoder):
+            continue
+        to_bytes = bytes_of(encoder)
+        widened = to_bytes.input_value(0).get_node()
+        decoders = [port.get_node() for port in to_bytes.output(0).get_target_inputs()]
+        if role_of(widened) is not Role.BYTES or len(decoders) != 1:
+            continue
+        if decoders[0].get_type_name() != "Convert":
+            continue
+        (port,) = decoders[0].output(0).get_target_inputs()
+        scaled = port.get_node()
+        if scaled.get_type_name() != "Multiply":
+            continue
+        consumers = [port.get_node() for port in scaled.output(0).get_target_inputs()]
+        if role_of(scaled) is not Role.EXIT or not all(map(has_weight, consumers)):
+            continue
+        lowest, highest = (widened.input_value(i) for i in (1, 2))
+        fine = scaled.input_value(1).get_node().data
+        real = [ops.constant(np.float32(b.get_node().data * fine)) for b in (lowest, highest)]
+        joined = ops.fake_quantize(widened.input_value(0), lowest, highest, *real, 256)
+        joined.set_friendly_name(scaled.get_friendly_name())
+        for port in scaled.output(0).get_target_inputs():
+            port.replace_source_output(joined.output(0))

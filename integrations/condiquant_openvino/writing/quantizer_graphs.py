@@ -1,0 +1,357 @@
+"""Graph forms of a fake quantizer that OpenVINO's CPU plugin computes exactly.
+
+Low-precision transforms are on by default and rewrite what looks quantized. Left to themselves
+they round a zero point that is not an integer, silently. Every form here keeps all levels on an
+8-bit lattice with an integer zero (:mod:`condiquant_plugin.uniform.grid`), so what they make is right too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+import numpy as np
+import openvino as ov
+import openvino.opset13 as ops
+import torch
+from numpy.typing import NDArray
+
+from condiquant_plugin.uniform import grid
+
+
+class Role(StrEnum):
+    """What a node of a written quantizer does; stands in front of the label, which users choose."""
+
+    MAIN = "fake_quantize"
+    """Rounds an activation, or gives a packed weight."""
+    BYTES = "fake_quantize.bytes"
+    POSITION = "fake_quantize.position"
+    SCALED = "fake_quantize.scaled"
+    EXIT = "fake_quantize.exit"
+    """Gives the quantized values of an activation."""
+    TRANSPOSED_EXIT = "fake_quantize.transposed_exit"
+    """Gives them with the last two axes swapped against the network."""
+
+
+EXITS = (Role.EXIT, Role.TRANSPOSED_EXIT)
+
+_OUTPUT_CHANNEL_AXES = {
+    "Convolution": {0},
+    "ConvolutionBackpropData": {1},
+    "GroupConvolution": {0, 1},
+    "GroupConvolutionBackpropData": {0, 2},
+}
+PRODUCTS = {*_OUTPUT_CHANNEL_AXES, "MatMul"}
+
+LEVELS_OF_TRANSFORMS = {128, 256}
+"""What the low-precision transforms take for bytes, and take apart."""
+_FEW_TABLES = 6
+_PACKED = {2: ov.Type.u2, 3: ov.Type.u3, 4: ov.Type.u4}
+
+
+@dataclass(frozen=True)
+class Quantizer:
+    """A traced fake quantizer; ``lower`` and ``step`` (float32) broadcast against its input."""
+
+    label: str
+    """Unique in its model."""
+    lower: NDArray[np.float32]
+    step: NDArray[np.float32]
+    bits: int
+    kind: grid.Kind
+    refinement: int
+    """Lattice steps in one grid step."""
+    transposed: bool = False
+    """Whether its values have the last two axes swapped in the IR."""
+
+    @property
+    def is_signed(self) -> bool:
+        """Whether its integers are i8; else u8. Zero is 0 in both."""
+        return bool(self.zero() > 0)
+
+    @property
+    def exit_role(self) -> Role:
+        return Role.TRANSPOSED_EXIT if self.transposed else Role.EXIT
+
+    def zero(self) -> NDArray[np.int32]:
+        """Position of zero in lattice steps, shape of ``lower``."""
+        lower, step = self.lower.astype(np.float64), self.step.astype(np.float64)
+        return np.rint(-lower / step * self.refinement).astype(np.int32)
+
+    def extent(self) -> tuple[int, int]:
+        """Lowest and highest of its integers."""
+        zero, span = self.zero(), (2**self.bits - 1) * self.refinement
+        return int(-zero.max()), int(span - zero.min())
+
+    def integers(self, x: NDArray[np.float32]) -> NDArray[np.int32]:
+        """Lattice integers of ``x``."""
+        return self.codes(x).astype(np.int32) * self.refinement - self.zero()
+
+    def codes(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
+        """The simulation's own codes, in its own float32 arithmetic."""
+        found = grid.codes(
+            torch.tensor(x), torch.from_numpy(self.lower), torch.from_numpy(self.step), self.bits
+        )
+        return found.numpy()
+
+
+def node_name(label: str, role: Role = Role.MAIN) -> str:
+    """Friendly name of a node of the quantizer ``label``."""
+    return f"{role}/{label}"
+
+
+def parse_name(name: str) -> tuple[Role, str] | None:
+    """Role and label in a friendly name; None for a node of no quantizer."""
+    role, slash, label = name.partition("/")
+    return (Role(role), label) if slash and role in list(Role) else None
+
+
+def role_of(node: ov.Node) -> Role | None:
+    """What ``node`` does in a quantizer; None if it belongs to none."""
+    parsed = parse_name(node.get_friendly_name())
+    return None if parsed is None else parsed[0]
+
+
+def label_of(node: ov.Node) -> str | None:
+    """Label of the quantizer that ``node`` belongs to; None if it belongs to none."""
+    parsed = parse_name(node.get_friendly_name())
+    return None if parsed is None else parsed[1]
+
+
+def redirect(old: ov.Output, new: ov.Output) -> None:
+    """Give all consumers of ``old`` the values of ``new``."""
+    for port in old.get_target_inputs():
+        port.replace_source_output(new)
+
+
+def constant_values(value: ov.Output) -> NDArray | None:
+    """Values of a constant, also behind a Convert; None if ``value`` is computed."""
+    node = value.get_node()
+    if node.get_type_name() == "Convert":
+        node = node.input_value(0).get_node()
+    return node.data if node.get_type_name() == "Constant" else None
+
+
+def only_rearranges(node: ov.Node) -> bool:
+    """Whether a node has the values of its first input, in an order known before it runs."""
+    return node.get_type_name() in {"Reshape", "Transpose", "Squeeze", "Unsqueeze"} and all(
+        value.get_node().get_type_name() == "Constant" for value in node.input_values()[1:]
+    )
+
+
+def without_last_swap(transpose: ov.Node) -> ov.Output | None:
+    """The input of a Transpose that moves the innermost axis to the place before, but for that swap.
+
+    None for any other node.
+    """
+    if transpose.get_type_name() != "Transpose":
+        return None
+    order = constant_values(transpose.input_value(1))
+    if order is None or order.size < 2 or order[-2] != order.size - 1:
+        return None
+    order = np.array([*order[:-2], order[-1], order[-2]])
+    if (order == np.arange(order.size)).all():
+        return transpose.input_value(0)
+    return ops.transpose(transpose.input_value(0), ops.constant(order)).output(0)
+
+
+def origin(source: ov.Output) -> ov.Node:
+    """The node whose values ``source`` has, past operators that only rearrange them."""
+    node = source.get_node()
+    while only_rearranges(node):
+        node = node.input_value(0).get_node()
+    return node
+
+
+def has_weight(node: ov.Node) -> bool:
+    """Whether a node is a product with a weight, quantized or float."""
+    if node.get_type_name() not in PRODUCTS:
+        return False
+    weight = origin(node.input_value(1))
+    return weight.get_type_name() == "Constant" or role_of(weight) is Role.MAIN
+
+
+def output_channel_axes(product: ov.Node) -> set[int]:
+    """Axes of the output channels in the second operand."""
+    if product.get_type_name() != "MatMul":
+        return _OUTPUT_CHANNEL_AXES[product.get_type_name()]
+    rank = product.input_value(1).get_partial_shape().rank.get_length()
+    return {rank - 2 if product.get_attributes()["transpose_b"] else rank - 1}
+
+
+def encode(x: ov.Output, quantizer: Quantizer) -> ov.Output:
+    """Integers of the lattice as bytes: FakeQuantize, which a kernel in front of it takes in.
+
+    The low-precision transforms see bytes behind 256 levels, or behind 16 that start at zero; behind 16
+    others they round the zero point, silently. There a second FakeQuantize, which changes nothing,
+    has 256.
+
+    Args:
+        quantizer: one grid for all of ``x``; see :func:`is_exact_in_8_bits`.
+    """
+    zero, last_code = float(quantizer.zero()), 2**quantizer.bits - 1
+    fine = float(quantizer.step) / quantizer.refinement
+    integers = [-zero, last_code * quantizer.refinement - zero]
+    values = [i * fine for i in integers]
+    bounds = [np.array(v, np.float32) for v in (*values, *integers)]
+    byte = ov.Type.i8 if quantizer.is_signed else ov.Type.u8
+    return to_bytes(x, bounds, last_code + 1, byte, quantizer.label)
+
+
+def to_bytes(
+    x: ov.Output, bounds: Sequence[NDArray[np.float32]], levels: int, byte: ov.Type, label: str
+) -> ov.Output:
+    """FakeQuantize of ``x`` by its input and output bounds, as bytes."""
+    integers = _fake_quantize(x, bounds, levels, node_name(label))
+    if levels != 256 and not (levels == 16 and byte == ov.Type.u8):
+        lowest = np.float32(-128 if byte == ov.Type.i8 else 0)
+        extent = [np.array(lowest), np.array(lowest + np.float32(255))]
+        integers = _fake_quantize(integers, extent * 2, 256, node_name(label, Role.BYTES))
+    return ops.convert(integers, byte).output(0)
+
+
+def bytes_of(encoder: ov.Node) -> ov.Node:
+    """The Convert at the end of what :func:`to_bytes` made; ``encoder`` is its first node."""
+    node = encoder
+    while node.get_type_name() != "Convert":
+        (port,) = node.output(0).get_target_inputs()
+        node = port.get_node()
+    return node
+
+
+def same(values: ov.Output) -> ov.Output:
+    """The values, in an operator that the plugin neither removes nor moves a scale past."""
+    return ops.power(values, ops.constant(np.float32(1))).output(0)
+
+
+def is_in_float(exit_node: ov.Node) -> bool:
+    """Whether :func:`decode` gave its values to a float kernel."""
+    return bool(exit_node.input_value(0).get_node().get_type_name() == "Power")
+
+
+def decoded_integers(exit_node: ov.Node) -> ov.Output:
+    """The bytes that :func:`decode` got."""
+    convert = exit_node.input_value(0).get_node()
+    if is_in_float(exit_node):
+        convert = convert.input_value(0).get_node()
+    return convert.input_value(0)
+
+
+def encoder_of(exit_node: ov.Node) -> ov.Node | None:
+    """The FakeQuantize whose integers a node of :data:`EXITS` decodes; None for another form."""
+    if exit_node.get_type_name() not in {"Multiply", "FakeQuantize"}:
+        return None
+    node = exit_node
+    while not is_encoder(node):
+        node = node.input_value(0).get_node()
+    return node
+
+
+def decode(integers: ov.Output, quantizer: Quantizer, *, in_float: bool = False) -> ov.Output:
+    """Values of the integers that :func:`encode` gives.
+
+    Args:
+        in_float: for a float kernel, though int8 could multiply them.
+    """
+    values = ops.convert(integers, np.float32)
+    if in_float:
+        values = same(values.output(0)).get_node()
+    fine = quantizer.step / np.float32(quantizer.refinement)
+    result = ops.multiply(values, ops.constant(fine.astype(np.float32)))
+    result.set_friendly_name(node_name(quantizer.label, quantizer.exit_role))
+    return result.output(0)
+
+
+def elementwise(x: ov.Output, quantizer: Quantizer) -> ov.Output:
+    """For float kernels: the formula of the simulation, which no transform recognises."""
+    lower, step = ops.constant(quantizer.lower), ops.constant(quantizer.step)
+    shifted = ops.subtract(x, lower)
+    shifted.set_friendly_name(node_name(quantizer.label))
+    position = ops.divide(shifted, step)
+    codes = ops.round(ops.clamp(position, 0.0, 2.0**quantizer.bits - 1), "half_to_even")
+    scaled = ops.multiply(codes, step)
+    position.set_friendly_name(node_name(quantizer.label, Role.POSITION))
+    scaled.set_friendly_name(node_name(quantizer.label, Role.SCALED))
+    result = ops.add(scaled, lower)
+    result.set_friendly_name(node_name(quantizer.label, quantizer.exit_role))
+    return result.output(0)
+
+
+def weight(
+    values: NDArray[np.float32],
+    quantizer: Quantizer,
+    shape: Sequence[int] | None = None,
+    *,
+    int8: bool,
+) -> ov.Output:
+    """Packed codes, looked up in a table of lattice integers, times a scale.
+
+    Codes take 2, 3, 4 or 8 bits each. Folds to a constant when compiled: to int8 for an int8
+    kernel, else to float, which nothing takes for a compressed weight whose input it may round.
+
+    Args:
+        values: the float weight, any shape.
+        shape: shape of the result if it differs (grouped convolutions).
+    """
+    shape = values.shape if shape is None else tuple(shape)
+    codes = quantizer.codes(values).astype(np.int32).reshape(shape)
+    zero = per_row(quantizer.zero(), values.shape, shape)
+    scale = per_row(quantizer.step / np.float32(quantizer.refinement), values.shape, shape)
+    if int8 and quantizer.bits not in _PACKED:
+        integers = ops.constant((codes * quantizer.refinement - zero).astype(np.int8))
+    else:
+        integers = _look_up(codes, zero, quantizer, np.int8 if int8 else np.float32)
+    if int8:
+        integers = ops.convert(integers, np.float32)
+    result = ops.multiply(integers, ops.constant(scale))
+    result.set_friendly_name(node_name(quantizer.label))
+    return result.output(0)
+
+
+def _look_up(
+    codes: NDArray[np.int32], zero: NDArray[np.int32], quantizer: Quantizer, entry: type
+) -> ov.Node:
+    """Lattice integers from packed codes: a table for every distinct position of zero.
+
+    Where most rows have their own, a table for every row takes fewer operators.
+    """
+    zeros, table_of_row = np.unique(zero, return_inverse=True)
+    levels = np.arange(2**quantizer.bits) * quantizer.refinement
+    packed = ops.constant(codes, dtype=_PACKED.get(quantizer.bits, ov.Type.u8))
+    index = ops.convert(packed, np.int32)
+    if len(zeros) > _FEW_TABLES and zero.size == codes.shape[0] == zero.shape[0]:
+        rows: NDArray = (levels - zero.reshape(-1, 1)).astype(entry)
+        return ops.gather(ops.constant(rows), index, ops.constant(np.int64(1)), batch_dims=1)
+    tables: NDArray = (levels - zeros[:, None]).astype(entry)
+    if len(zeros) > 1:
+        offset = table_of_row.reshape(zero.shape) * len(levels)
+        index = ops.add(index, ops.constant(offset.astype(np.int32)))
+    return ops.gather(ops.constant(tables.ravel()), index, ops.constant(np.int64(0)))
+
+
+def _fake_quantize(
+    x: ov.Output, bounds: Sequence[NDArray[np.float32]], levels: int, name: str
+) -> ov.Output:
+    node = ops.fake_quantize(x, *(ops.constant(bound) for bound in bounds), levels=levels)
+    node.set_friendly_name(name)
+    return node.output(0)
+
+
+def is_encoder(node: ov.Node) -> bool:
+    """Whether a node is the FakeQuantize that rounds in :func:`encode`."""
+    return node.get_type_name() == "FakeQuantize" and role_of(node) is Role.MAIN
+
+
+def per_row(values: NDArray, old: tuple[int, ...], new: tuple[int, ...]) -> NDArray:
+    """A value per output channel, broadcastable to ``old``, made broadcastable to ``new``."""
+    if values.size == 1:
+        return values.reshape(())
+    if old == new:
+        return values
+    full = np.broadcast_to(values, old).reshape(new)
+    for axis in range(full.ndim):
+        first = full.take([0], axis)
+        if (full == first).all():
+            full = first
+    return full

@@ -1,0 +1,1 @@
+"""``condiquant compare``: every method on one float network, side by side."""

@@ -1,0 +1,64 @@
+"""What the methods of a comparison start from, and what they make of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal
+
+import nncf
+import openvino as ov
+from torch import nn
+
+from condiquant_plugin.methods.condiquant.reconditioning import LayerReport
+from condiquant_recipes.progress import Progress
+from condiquant_recipes.recipe import Recipe
+from condiquant_recipes.run import Source
+
+Group = Literal["float", "nncf-int8", "nncf-weights", "nncf-low-bit", "2dquant", "condiquant"]
+FLOAT_BITS = 32
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every method starts from."""
+
+    recipe: Recipe
+    source: Source
+    float_ir: ov.Model
+    progress: Progress
+
+    def dataset(self) -> nncf.Dataset:
+        """The calibration crops, one by one."""
+        return nncf.Dataset([crop[None].numpy() for crop in self.source.crops])
+
+    @property
+    def model_type(self) -> nncf.ModelType | None:
+        """What NNCF should be told about the network."""
+        transformer = self.recipe.condiquant.scope == "transformer"
+        return nncf.ModelType.TRANSFORMER if transformer else None
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """What a method made of the float network."""
+
+    model: ov.Model | nn.Module
+    recipe: Recipe | None = None
+    """How to export an ``nn.Module``."""
+    layers: list[LayerReport] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    weight_bits: int | None = None
+    """Where they are not those of the method."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of the comparison."""
+
+    id: str
+    label: str
+    group: Group
+    weight_bits: int
+    activation_bits: int
+    calibrate: Callable[[Job], Calibrated]

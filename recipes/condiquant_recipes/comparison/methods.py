@@ -1,0 +1,177 @@
+"""The methods that ``condiquant compare`` sets side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+import condiquant_nncf as nncf_host
+from condiquant_openvino.running.upscaling import compile_ir
+from condiquant_openvino.writing.passes.compaction import compact
+from condiquant_openvino.writing.passes.simplification import simplify
+from condiquant_plugin.errors import InputError
+from condiquant_recipes import settings
+from condiquant_recipes.comparison import nncf as comparison_nncf
+from condiquant_recipes.comparison.job import FLOAT_BITS, Calibrated, Group, Job, Method
+from condiquant_recipes.recipe import Recipe, ReconditionSection
+from condiquant_recipes.run import distill_network
+
+_LOW_BITS = (4, 3, 2)
+_ROUNDING = 1e-4
+
+
+def condiquant_id(recipe: Recipe) -> str:
+    """The row of CondiQuant at the recipe's own bits."""
+    section = recipe.condiquant
+    return f"condiquant-{_widths(section.weight_bits, section.activation_bits)}"
+
+
+def all_methods(recipe: Recipe) -> list[Method]:
+    """Every method, in the order of the table."""
+    own = (recipe.condiquant.weight_bits, recipe.condiquant.activation_bits)
+    widths = sorted({own, *((bits, bits) for bits in _LOW_BITS)}, reverse=True)
+    return [
+        Method("float", "float", "float", FLOAT_BITS, FLOAT_BITS, _float),
+        Method(
+            "float-simplified",
+            "float, our graph",
+            "float",
+            FLOAT_BITS,
+            FLOAT_BITS,
+            _float_simplified,
+        ),
+        *comparison_nncf.int8_methods(),
+        *comparison_nncf.weight_methods(),
+        *_low_bit("nncf-minmax", "NNCF MinMax", "nncf-low-bit", widths, comparison_nncf.minmax),
+        *_low_bit(
+            "2dquant-dobi",
+            "2DQuant, DOBI only",
+            "2dquant",
+            widths,
+            partial(_fake_quantized, recondition=False, distillation={"iterations": 0}),
+        ),
+        *_low_bit(  # which freezes the weights
+            "2dquant",
+            "2DQuant",
+            "2dquant",
+            widths,
+            partial(_fake_quantized, recondition=False, distillation={"weights": False}),
+        ),
+        Method(
+            "condiquant-int8",
+            "CondiQuant, then NNCF int8",
+            "condiquant",
+            8,
+            8,
+            comparison_nncf.condiquant_int8,
+        ),
+        *_low_bit(
+            "condiquant-no-dqc",
+            "CondiQuant, no DQC",
+            "condiquant",
+            widths,
+            partial(_fake_quantized, distillation={"iterations": 0}),
+        ),
+        *_low_bit("condiquant", "CondiQuant", "condiquant", widths, _fake_quantized),
+    ]
+
+
+def choose(methods: Iterable[Method], ids: Iterable[str]) -> list[Method]:
+    """Those with the given ids, all if there are none; the float network is always among them.
+
+    Raises:
+        InputError: an unknown id; names the known ones.
+    """
+    known, wanted = {method.id: method for method in methods}, set(ids)
+    if unknown := sorted(wanted - known.keys()):
+        raise InputError(f"no method {unknown[0]!r}; there are: {', '.join(known)}")
+    return [m for m in known.values() if not wanted or m.id in wanted | {"float"}]
+
+
+def _widths(weight_bits: int, activation_bits: int) -> str:
+    return f"w{weight_bits}a{activation_bits}"
+
+
+def _low_bit(
+    name: str,
+    label: str,
+    group: Group,
+    widths: Iterable[tuple[int, int]],
+    calibrate: Callable[..., Calibrated],
+) -> list[Method]:
+    """A method at every pair of bit-widths."""
+    return [
+        Method(
+            f"{name}-{_widths(*pair)}",
+            f"{label} {_widths(*pair).upper()}",
+            group,
+            *pair,
+            partial(calibrate, weight_bits=pair[0], activation_bits=pair[1]),
+        )
+        for pair in widths
+    ]
+
+
+def _float(job: Job) -> Calibrated:
+    return Calibrated(job.float_ir.clone())
+
+
+def _float_simplified(job: Job) -> Calibrated:
+    """What our exporter does to the float graph, and nothing else."""
+    model = job.float_ir.clone()
+    simplify(model)
+    compact(model)
+    model.validate_nodes_and_infer_types()
+    image = job.source.crops[:1].numpy()
+    expected, result = (compile_ir(ir)(image)[0] for ir in (job.float_ir, model))
+    difference = float(np.abs(result - expected).max() / np.ptp(expected))
+    if difference > _ROUNDING:
+        raise RuntimeError(f"the simplified graph differs by {difference:.2g} of the range")
+    note = (
+        "float operators and constants as our exporter writes them (DepthToSpace, no empty Pad, "
+        "constants as tables): what the graph alone gives the rows of 2DQuant and CondiQuant"
+    )
+    return Calibrated(model, notes=[note])
+
+
+def _fake_quantized(
+    job: Job,
+    weight_bits: int,
+    activation_bits: int,
+    *,
+    recondition: bool = True,
+    distillation: dict[str, Any] | None = None,
+) -> Calibrated:
+    """The recipe at other bits.
+
+    Args:
+        recondition: False leaves the weights as trained.
+        distillation: values instead of the recipe's; by default its own.
+    """
+    section, source = job.recipe.condiquant, job.source
+    changes: dict[str, Any] = {
+        "weight_bits": weight_bits,
+        "activation_bits": activation_bits,
+        "distillation": section.distillation.model_copy(update=distillation or {}),
+    }
+    if not recondition:
+        changes["recondition"] = ReconditionSection(enabled=False)
+    recipe = job.recipe.model_copy(update={"condiquant": section.model_copy(update=changes)})
+    result = nncf_host.quantize_network(
+        source.network,
+        source.crops,
+        settings.quantization(recipe),
+        bounds_crops=section.bounds.crops,
+    )
+    distill_network(
+        result.model, result.layers, source, settings.distillation(recipe), job.progress
+    )
+    others = "float" if section.other_bits is None else f"{section.other_bits} bits"
+    notes = [
+        f"2DQuant here has the recipe's bounds per {section.weight_granularity} of weights, "
+        f"and its other layers are {others}"
+    ]
+    return Calibrated(result.model, recipe, result.reports, [] if recondition else notes)

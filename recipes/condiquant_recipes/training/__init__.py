@@ -1,0 +1,1 @@
+"""``condiquant train`` and ``condiquant test``."""
