@@ -10,7 +10,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -19,16 +19,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from condiquant_plugin.errors import DistributedError, InputError
-from condiquant_plugin.layerwise.moments import Moments, weight_matrix
-from condiquant_plugin.methods.condiquant import reconditioning
-from condiquant_plugin.methods.condiquant.reconditioning import (
-    LayerProblem,
-    LayerSolution,
-    ReconditioningConfig,
-)
+from condiquant_plugin.layerwise.moments import Moments
+from condiquant_plugin.layerwise.problem import LayerProblem, Method, Solution, block_shape
 from condiquant_plugin.uniform.fake_quantizer import fake_quantizers
 
-Solver = Callable[[Sequence[LayerProblem], ReconditioningConfig], list[LayerSolution]]
+Solver = Callable[[Sequence[LayerProblem]], list[Solution]]
 _Item = TypeVar("_Item")
 
 _BUCKET = 2**23
@@ -117,62 +112,80 @@ def broadcast_bounds(model: nn.Module) -> None:
         _in_buckets(bounds, partial(dist.broadcast, src=0), "sending bounds")
 
 
-def recondition(
-    problems: Sequence[LayerProblem],
-    config: ReconditioningConfig,
-    solve: Solver = reconditioning.recondition,
-) -> list[LayerSolution]:
-    """:func:`condiquant_plugin.methods.condiquant.reconditioning.recondition` in shards.
+def solve(
+    problems: Sequence[LayerProblem], method: Method, solver: Solver | None = None
+) -> list[Solution]:
+    """``method.solve`` in shards.
 
     Each process solves its own layers and gets those of the others, bit for bit the same in all and as
-    one process computes them. For that, ``condition`` keeps layers of equal shape together: what it
-    computes depends a little on its batch.
+    one process computes them. For that, layers of equal shape stay together where the method's solutions
+    depend on the batch.
 
     Args:
         problems: all layers, with the moments of all processes.
-        solve: what solves a shard.
+        solver: what solves a shard in the place of ``method.solve``.
 
     Raises:
         InputError: as in one process.
         DistributedError: another process ended or failed.
     """
+    solver = solver or method.solve
     if world_size() == 1:
-        return solve(problems, config)
-    shards = shard(problems, config, world_size())
+        return solver(problems)
+    shards = shard(problems, method, world_size())
     mine = shards[_rank()]
     with failing_together("reconditioning weights"):
-        solved = dict(zip(mine, solve([problems[i] for i in mine], config), strict=True))
-    gathered = _gather({i: solution.report for i, solution in solved.items()}, "sending reports")
-    reports = {i: report for part in gathered for i, report in part.items()}
-    solutions: dict[int, LayerSolution] = {}
+        solved = dict(zip(mine, solver([problems[i] for i in mine]), strict=True))
+    outlines = _gather({i: _outline(s) for i, s in solved.items()}, "sending reports")
+    solutions: dict[int, Solution] = {}
     for owner, indices in enumerate(shards):
         for i in indices:
-            source = solved.get(i, problems[i])
-            bias = None if source.bias is None else source.bias.detach().clone()
-            solutions[i] = LayerSolution(source.weight.detach().clone(), bias, reports[i])
-        sent = [t for i in indices for t in (solutions[i].weight, solutions[i].bias)]
-        tensors = [t for t in sent if t is not None]
-        _in_buckets(tensors, partial(dist.broadcast, src=owner), "sending weights")
+            solutions[i] = _materialized(outlines[owner][i], problems[i].weight.device)
+        if owner == _rank():
+            for i in indices:
+                _copy(solved[i], solutions[i])
+        sent = [tensor for i in indices for tensor in _tensors(solutions[i])]
+        _in_buckets(sent, partial(dist.broadcast, src=owner), "sending weights")
     return [solutions[i] for i in range(len(problems))]
 
 
-def shard(
-    problems: Sequence[LayerProblem], config: ReconditioningConfig, count: int
-) -> list[list[int]]:
+def _outline(solution: Solution) -> Solution:
+    """Shapes in the place of tensors: small to send."""
+    form, bias = solution.form, solution.bias
+    shapes = {name: tensor.to("meta") for name, tensor in form.tensors().items()}
+    bias = None if bias is None else bias.to("meta")
+    return replace(solution, form=form.with_tensors(shapes), bias=bias)
+
+
+def _materialized(outline: Solution, device: torch.device) -> Solution:
+    shapes = outline.form.tensors().items()
+    form = outline.form.with_tensors({n: torch.empty_like(t, device=device) for n, t in shapes})
+    bias = None if outline.bias is None else torch.empty_like(outline.bias, device=device)
+    return replace(outline, form=form, bias=bias)
+
+
+def _tensors(solution: Solution) -> list[Tensor]:
+    bias = [] if solution.bias is None else [solution.bias]
+    return [*solution.form.tensors().values(), *bias]
+
+
+@torch.no_grad()
+def _copy(source: Solution, target: Solution) -> None:
+    for mine, theirs in zip(_tensors(target), _tensors(source), strict=True):
+        mine.copy_(theirs)
+
+
+def shard(problems: Sequence[LayerProblem], method: Method, count: int) -> list[list[int]]:
     """Indices of the layers of each of ``count`` processes, at about equal cost.
 
     The costliest is given away first, each time to the process with the least.
     """
-    together = config.objective == "condition"
     units: dict[Any, list[int]] = defaultdict(list)
     costs: dict[Any, int] = defaultdict(int)
     for index, problem in enumerate(problems):
-        groups, rows, features = weight_matrix(problem.weight, problem.geometry).shape
-        block = rows // problem.row_blocks, features
-        unit = block if together else index
+        unit = block_shape(problem) if method.is_batch_dependent else index
         units[unit].append(index)
-        # Proximal steps go by the shorter side, normal equations by the features.
-        costs[unit] += groups * rows * features * (min(block) if together else features)
+        costs[unit] += method.cost(problem)
     shards: list[list[int]] = [[] for _ in range(count)]
     loads = [0] * count
     for unit in sorted(units, key=costs.__getitem__, reverse=True):

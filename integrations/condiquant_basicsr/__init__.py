@@ -32,7 +32,6 @@ forward(
     __name__,
     {
         "condiquant_model": "models.condiquant",
-        "data_server": "data.data_server",
         "datasets": "data.datasets",
         "images": "data.images",
         "metrics": "data.metrics",

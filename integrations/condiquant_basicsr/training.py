@@ -36,7 +36,7 @@ from condiquant_plugin.files import check_writable
 from condiquant_plugin.layerwise.distributed import noticing_the_end_of_others
 
 _LOGGER = "basicsr"
-_DATA_SERVER = "condiquant_basicsr.data.data_server"
+_DATA_SERVER = "condiquant_basicsr.data_server"
 _STATE = {"epoch", "iter", "optimizers", "schedulers"}
 _RANKS = {"pytorch": "RANK", "slurm": "SLURM_PROCID"}
 

@@ -20,11 +20,10 @@ from torch import Tensor, nn
 
 from condiquant_brevitas.moments_hook import CondiQuant, has_weight_quantizer
 from condiquant_plugin.errors import InputError
+from condiquant_plugin.layerwise.problem import LayerReport, fused_blocks
 from condiquant_plugin.methods.condiquant.reconditioning import (
-    LayerReport,
     Objective,
     ReconditioningConfig,
-    fused_blocks,
     recondition,
 )
 

@@ -16,11 +16,8 @@ from torch import Tensor, nn
 
 from condiquant_plugin.errors import InputError
 from condiquant_plugin.layerwise.moments import LayerGeometry, Moments, moments_of
-from condiquant_plugin.methods.condiquant.reconditioning import (
-    LayerProblem,
-    LayerSolution,
-    ReconditioningConfig,
-)
+from condiquant_plugin.layerwise.problem import LayerProblem, Solution
+from condiquant_plugin.methods.condiquant.reconditioning import ReconditioningConfig
 
 
 class CondiQuant(GPxQ):
@@ -71,7 +68,7 @@ class CondiQuant(GPxQ):
         current_layer.layer_names.add(self.name)
         x = _unpack_quant_tensor(args[0] if args else kwargs["input"]).detach()
         x = x if x.dtype == torch.float64 else x.float()
-        quantized = self._quantized(x) if self.config.objective == "least_squares" else None
+        quantized = self._quantized(x) if self.config.needs_quantized_inputs else None
         batch = moments_of(
             self._padded(x),
             self.geometry,
@@ -124,7 +121,7 @@ class CondiQuant(GPxQ):
             self.row_blocks,
         )
 
-    def single_layer_update(self, solution: LayerSolution, *, update_bias: bool) -> None:
+    def single_layer_update(self, solution: Solution, *, update_bias: bool) -> None:
         """Write the new weight, and the new bias if asked."""
         if self.create_weight_orig and self._weight_orig is None:
             self._weight_orig = self.layer.weight.detach().clone().cpu()

@@ -28,11 +28,10 @@ from condiquant_plugin.intake import (
     rebuilt_parameters,
     refuse_rebuilt,
 )
+from condiquant_plugin.layerwise.problem import LayerReport, fused_blocks
 from condiquant_plugin.methods.condiquant.reconditioning import (
-    LayerReport,
     ReconditioningConfig,
     default_config,
-    fused_blocks,
     unchanged,
 )
 from condiquant_plugin.uniform.bounds import Side
@@ -233,7 +232,7 @@ def _recondition(
     batch_size: int,
 ) -> dict[str, LayerReport]:
     """Exchange the weights of the quantized layers that are in scope."""
-    if settings.objective == "least_squares":
+    if settings.needs_quantized_inputs:
         search_bounds(model, calibration[:bounds_crops], batch_size=batch_size)
     mode = condiquant_mode(
         model, config=settings, update_bias=True, name_blacklist=outside, create_weight_orig=False

@@ -13,7 +13,8 @@ from condiquant_nncf.algorithms.statistics import collect_moments
 from condiquant_nncf.backends.torch import wrap
 from condiquant_nncf.configuration import QuantizationConfig
 from condiquant_nncf.fake_quantizer import HookFakeQuantizer
-from condiquant_nncf.layers import Layer, feature_blocks, find_layers
+from condiquant_nncf.layer import Layer
+from condiquant_nncf.layers import feature_blocks, find_layers
 from condiquant_nncf.network import (
     QuantizedNetwork,
     insert_quantizers,

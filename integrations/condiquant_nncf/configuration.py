@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import nncf
 
-from condiquant_nncf.layers import Layer, find_layers
+from condiquant_nncf.layer import Layer
+from condiquant_nncf.layers import find_layers
 from condiquant_plugin.errors import check_choice
 from condiquant_plugin.layerwise.scope import Scope
 from condiquant_plugin.methods.condiquant.reconditioning import ReconditioningConfig, default_config

@@ -20,15 +20,17 @@ from condiquant_nncf.algorithms.learned_bounds import (
     create_quantizers,
 )
 from condiquant_nncf.algorithms.statistics import collect_moments
-from condiquant_nncf.backends.choose import CondiQuantAlgoBackend, get_algo_backend
+from condiquant_nncf.backends.base import CondiQuantAlgoBackend
+from condiquant_nncf.backends.choose import get_algo_backend
 from condiquant_nncf.backends.torch import wrap
 from condiquant_nncf.configuration import QuantizationConfig
-from condiquant_nncf.layers import Layer
+from condiquant_nncf.layer import Layer
 from condiquant_plugin.errors import InputError, check_count
 from condiquant_plugin.intake import image_batch, plain_float_copy
 from condiquant_plugin.layerwise import distributed
+from condiquant_plugin.layerwise.problem import LayerReport
 from condiquant_plugin.methods.condiquant import reconditioning
-from condiquant_plugin.methods.condiquant.reconditioning import LayerReport, ReconditioningConfig
+from condiquant_plugin.methods.condiquant.reconditioning import ReconditioningConfig
 from condiquant_plugin.uniform.fake_quantizer import FakeQuantizer, fake_quantizers, search_bounds
 from condiquant_plugin.uniform.sampling import BOUNDS_CROPS
 
@@ -94,7 +96,7 @@ def quantize_network(
             reports = _condition_numbers(get_algo_backend(wrapped), scoped)
     else:
         quantizers: Mapping[str, FakeQuantizer] | None = None
-        if settings.objective == "least_squares":
+        if settings.needs_quantized_inputs:
             quantizers = _input_bounds(wrapped, scoped, config, bounds_batches, seconds)
         reports = _recondition(
             wrapped, scoped, crops.split(batch_size), settings, quantizers, seconds
@@ -187,7 +189,7 @@ def _recondition(
 def _condition_numbers(
     backend: CondiQuantAlgoBackend, layers: Sequence[Layer]
 ) -> list[LayerReport]:
-    reports = []
+    reports: list[LayerReport] = []
     for layer in layers:
         if layer.weight_name is not None and not layer.reuses_weight:
             weight = layer.rows_first(backend.weight(layer))

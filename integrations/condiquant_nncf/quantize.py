@@ -21,8 +21,9 @@ from condiquant_nncf.algorithms.pipeline import CalibrationPipeline
 from condiquant_nncf.backends.choose import check_backend
 from condiquant_nncf.configuration import QuantizationConfig
 from condiquant_plugin.errors import InputError, check_count
+from condiquant_plugin.layerwise.problem import LayerReport
 from condiquant_plugin.layerwise.scope import Scope
-from condiquant_plugin.methods.condiquant.reconditioning import LayerReport, ReconditioningConfig
+from condiquant_plugin.methods.condiquant.reconditioning import ReconditioningConfig
 from condiquant_plugin.uniform.bounds import Side
 from condiquant_plugin.uniform.grid import DEFAULT_OVERFLOW, Overflow
 from condiquant_plugin.uniform.sampling import BOUNDS_CROPS
@@ -87,7 +88,7 @@ def create_condiquant_pipeline(
     settings = config.reconditioning()
     if settings is not None:
         bounds = None
-        if settings.objective == "least_squares":
+        if settings.needs_quantized_inputs:
             bounds = InputBounds(config, subset_size=bounds_size)
             steps.append([bounds])
         steps.append([CondiQuant(config, subset_size=subset_size, input_bounds=bounds)])
@@ -237,7 +238,7 @@ def _run(
             from condiquant_nncf.backends.openvino import finish, prepare
 
             prepared = prepare(model, split_attention=then == "bounds")
-            result = finish(pipeline.run(prepared, dataset), config)
+            result = finish(pipeline.run(prepared, dataset), _described(config))
         else:
             from condiquant_nncf.backends.torch import as_float32
             from condiquant_nncf.backends.torch import prepare as wrap_checked
@@ -247,6 +248,11 @@ def _run(
             result = pipeline.run(wrap_checked(model, example), items).model
     algorithms = [algorithm for step in pipeline.pipeline_steps for algorithm in step]
     return result, [r for a in algorithms if isinstance(a, CondiQuant) for r in a.reports]
+
+
+def _described(config: QuantizationConfig) -> dict[str, Any]:
+    names = "weight_bits activation_bits scope ignored_scope zero_on_grid overflow"
+    return {name: getattr(config, name) for name in names.split()}
 
 
 def _first_item(dataset: nncf.Dataset) -> Any:

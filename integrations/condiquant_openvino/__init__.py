@@ -11,12 +11,13 @@ from condiquant_openvino.parity.check import LayerParity, Parity, check_parity
 from condiquant_openvino.running.execution import LayerExecution, layer_executions
 from condiquant_openvino.running.inspection import inspect
 from condiquant_openvino.running.latency import compare_latency
-from condiquant_openvino.running.saving import read_ir, read_metadata, save, set_metadata
+from condiquant_openvino.running.reading import read_ir, read_metadata, set_metadata
 from condiquant_openvino.running.upscaling import Upscaler
 from condiquant_openvino.writing.conversion import convert
 from condiquant_openvino.writing.packing import pack
 from condiquant_openvino.writing.passes.compaction import halve
 from condiquant_openvino.writing.preprocessing import U8Parity, check_u8_parity, take_u8_nhwc
+from condiquant_openvino.writing.saving import save
 from condiquant_plugin.moved import forward
 
 forward(
@@ -39,7 +40,7 @@ forward(
         "preprocessing": "writing.preprocessing",
         "quantizer_graphs": "writing.quantizer_graphs",
         "rearranging": "writing.passes.rearranging",
-        "saving": "running.saving",
+        "saving": "running.reading",
         "separating": "writing.passes.separating",
         "simplification": "writing.passes.simplification",
         "simulation": "parity.simulation",

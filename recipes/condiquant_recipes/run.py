@@ -16,7 +16,8 @@ import condiquant_basicsr as basicsr_host
 import condiquant_nncf as nncf_host
 from condiquant_plugin.distillation import DistillationConfig, DistillationResult, distill
 from condiquant_plugin.errors import InputError
-from condiquant_plugin.methods.condiquant.reconditioning import LayerReport
+from condiquant_plugin.layerwise.problem import LayerReport
+from condiquant_plugin.methods.condiquant.reconditioning import ReconditioningReport
 from condiquant_recipes import settings
 from condiquant_recipes.exporting import check_convertible, check_overflow, export, saying
 from condiquant_recipes.progress import Progress
@@ -216,7 +217,9 @@ def _calibrated(
     if (record := workspace.finished("calibrated")) is not None:
         model, layers = rebuild(source.network, source.crops, recipe)
         workspace.restore("calibrated", model)
-        reports = [LayerReport(**report) for report in record["reports"]]
+        reports: list[LayerReport] = [
+            ReconditioningReport(**report) for report in record["reports"]
+        ]
         return CalibratedNetwork(model, layers, reports), record["seconds"]
     with progress.status("reconditioning weights, searching bounds"):
         result = nncf_host.quantize_network(

@@ -10,6 +10,7 @@ import torch
 
 import condiquant_nncf as host
 from condiquant_plugin.layerwise.moments import weight_matrix
+from condiquant_plugin.layerwise.problem import LayerProblem
 from condiquant_plugin.methods.condiquant import reconditioning, spectrum
 from condiquant_recipes.recipe import load_recipe
 from condiquant_recipes.run import load_network
@@ -39,7 +40,7 @@ def main() -> None:
     layers = [n for n in host.find_layers(wrapped, "transformer") if n.weight_name]
     moments = host.collect_moments(wrapped, layers, [crops])
     problems = [
-        reconditioning.LayerProblem(
+        LayerProblem(
             layer.name, network.get_parameter(layer.weight_name), None,
             moments[layer.name], layer.geometry, layer.row_blocks,
         )

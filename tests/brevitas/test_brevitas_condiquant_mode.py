@@ -19,7 +19,8 @@ from condiquant_brevitas import condiquant_mode
 from condiquant_plugin import InputError
 from condiquant_plugin.layerwise.moments import LayerGeometry
 from condiquant_plugin.layerwise.moments import moments_of as moments
-from condiquant_plugin.methods.condiquant.reconditioning import LayerProblem, ReconditioningConfig
+from condiquant_plugin.layerwise.problem import LayerProblem
+from condiquant_plugin.methods.condiquant.reconditioning import ReconditioningConfig
 from condiquant_plugin.methods.condiquant.reconditioning import recondition as solve
 
 

@@ -13,10 +13,10 @@ from torch import nn
 
 import condiquant_nncf
 from condiquant_openvino import convert
+from condiquant_openvino.markers import is_encoder
 from condiquant_openvino.writing.passes.compaction import compact
 from condiquant_openvino.writing.passes.rearranging import collapse
 from condiquant_openvino.writing.passes.simplification import simplify
-from condiquant_openvino.writing.quantizer_graphs import is_encoder
 from networks import SECTIONS, build
 from openvino_kernels import fuses_int8_attention
 

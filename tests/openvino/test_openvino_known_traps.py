@@ -17,9 +17,10 @@ from torch.nn import functional as F
 
 import condiquant_nncf
 from condiquant_openvino import check_parity, convert, layer_executions
+from condiquant_openvino.markers import Role, role_of
 from condiquant_openvino.running.instruction_sets import sums_saturate
 from condiquant_openvino.running.upscaling import compile_ir
-from condiquant_openvino.writing.quantizer_graphs import Role, redirect, role_of
+from condiquant_openvino.writing.quantizer_graphs import redirect
 from condiquant_plugin import FakeQuantizer
 from condiquant_plugin.uniform import grid
 from openvino_kernels import fuses_int8_attention, needs_vnni

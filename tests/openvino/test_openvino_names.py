@@ -8,7 +8,7 @@ from torch import nn
 import condiquant_nncf
 from condiquant_nncf import QuantizationConfig
 from condiquant_openvino import check_parity, convert, layer_executions, pack
-from condiquant_openvino.writing.quantizer_graphs import Role, node_name, parse_name
+from condiquant_openvino.markers import Role, node_name, parse_name
 from condiquant_plugin import FakeQuantizer
 
 NAMES = [*(role.value.rpartition(".")[2] for role in Role), *Role, "transposed", "a#1", "x/exit"]

@@ -6,14 +6,13 @@ import openvino.opset13 as ops
 import pytest
 import torch
 
+from condiquant_openvino.markers import has_weight, output_channel_axes
 from condiquant_openvino.running.upscaling import compile_ir
 from condiquant_openvino.writing.quantizer_graphs import (
     Quantizer,
     decode,
     elementwise,
     encode,
-    has_weight,
-    output_channel_axes,
     weight,
     without_last_swap,
 )

@@ -15,8 +15,9 @@ from condiquant_plugin import FakeQuantizer, InputError
 from condiquant_plugin.errors import DistributedError
 from condiquant_plugin.layerwise import distributed
 from condiquant_plugin.layerwise.moments import LayerGeometry, moments_of, no_moments
+from condiquant_plugin.layerwise.problem import LayerProblem
 from condiquant_plugin.methods.condiquant import reconditioning
-from condiquant_plugin.methods.condiquant.reconditioning import LayerProblem, ReconditioningConfig
+from condiquant_plugin.methods.condiquant.reconditioning import ReconditioningConfig
 
 WORLD = 3
 OBJECTIVES = ("condition", "least_squares")
@@ -95,7 +96,7 @@ def failures(rank):
     given = problems(moments)
     given[1].weight[0, 0] = float("nan")
     for objective in OBJECTIVES:
-        attempt(objective, lambda o=objective: distributed.recondition(given, config(o)))
+        attempt(objective, lambda o=objective: distributed.solve(given, config(o)))
     attempt("wrong call", lambda: distributed.all_reduce([object()]))
     return seen
 
@@ -114,7 +115,7 @@ def work(rank, folder):
         "share": list(distributed.share([0, 1, 2, 3])),
     }
     for objective in OBJECTIVES:
-        solutions = distributed.recondition(problems(moments), config(objective))
+        solutions = distributed.solve(problems(moments), config(objective))
         result[objective] = [summary(solution) for solution in solutions]
     torch.save(result, folder / f"{rank}.pt")
     torch.distributed.barrier()
@@ -123,7 +124,7 @@ def work(rank, folder):
         os.kill(os.getpid(), signal.SIGKILL)
     outcome = {}
     try:
-        distributed.recondition(problems(moments), config("least_squares"))
+        distributed.solve(problems(moments), config("least_squares"))
     except DistributedError as error:
         outcome = {"message": str(error), "seconds": time.monotonic() - started}
     try:

@@ -7,12 +7,9 @@ from hypothesis import strategies as st
 
 from condiquant_plugin import FakeQuantizer, InputError
 from condiquant_plugin.layerwise.moments import LayerGeometry, moments_of
+from condiquant_plugin.layerwise.problem import LayerProblem, fused_blocks
 from condiquant_plugin.methods.condiquant import reconditioning, spectrum
-from condiquant_plugin.methods.condiquant.reconditioning import (
-    LayerProblem,
-    ReconditioningConfig,
-    recondition,
-)
+from condiquant_plugin.methods.condiquant.reconditioning import ReconditioningConfig, recondition
 
 CONDITION = ReconditioningConfig(objective="condition", strength=3e-3)
 LEAST_SQUARES = ReconditioningConfig(objective="least_squares", damping=1e-2)
@@ -192,4 +189,4 @@ def test_least_squares_is_damped_in_units_of_the_mean_input_energy(damping):
     [("a.qkv", 12, 3), ("qkv", 9, 3), ("a.qkv", 8, 1), ("a.qkv_norm", 9, 1), ("qkv.a", 9, 1)],
 )
 def test_only_a_fused_qkv_has_three_blocks(name, rows, blocks):
-    assert reconditioning.fused_blocks(name, rows) == blocks
+    assert fused_blocks(name, rows) == blocks

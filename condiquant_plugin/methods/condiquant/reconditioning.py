@@ -25,6 +25,14 @@ from condiquant_plugin.layerwise.moments import (
     weight_from_matrix,
     weight_matrix,
 )
+from condiquant_plugin.layerwise.problem import (
+    Dense,
+    LayerProblem,
+    LayerReport,
+    Solution,
+    block_shape,
+    check_weight,
+)
 from condiquant_plugin.methods.condiquant import spectrum
 
 Objective = Literal["condition", "least_squares"]
@@ -45,6 +53,26 @@ class ReconditioningConfig:
     damping: float = 1e-1
     """Pull towards ``W0`` in units of the mean input energy (``least_squares``)."""
 
+    @property
+    def needs_quantized_inputs(self) -> bool:
+        """See :class:`condiquant_plugin.layerwise.problem.Method`."""
+        return self.objective == "least_squares"
+
+    @property
+    def is_batch_dependent(self) -> bool:
+        """The polar factors of a batch are iterated until the last has converged."""
+        return self.objective == "condition"
+
+    def cost(self, problem: LayerProblem) -> int:
+        """Proximal steps go by the shorter side of a matrix, normal equations by its features."""
+        shape = block_shape(problem)
+        side = min(shape) if self.objective == "condition" else shape[1]
+        return problem.weight.numel() * side
+
+    def solve(self, problems: Sequence[LayerProblem]) -> list[Solution]:
+        """:func:`recondition`."""
+        return recondition(problems, self)
+
 
 def default_config(bits: int) -> ReconditioningConfig:
     """What measured best on held-out calibration crops at this activation bit-width (docs/results.md)."""
@@ -53,29 +81,10 @@ def default_config(bits: int) -> ReconditioningConfig:
     return ReconditioningConfig(strength=3e-3, damping=1e-1)
 
 
-def fused_blocks(name: str, rows: int) -> int:
-    """Row blocks of a layer by its name: 3 for a fused query-key-value projection, whatever its kind."""
-    return 3 if name.rpartition(".")[2] == "qkv" and rows % 3 == 0 else 1
-
-
 @dataclass(frozen=True)
-class LayerProblem:
-    """One layer as the method sees it."""
-
-    name: str
-    weight: Tensor
-    bias: Tensor | None
-    moments: Moments
-    geometry: LayerGeometry = LayerGeometry()
-    row_blocks: int = 1
-    """Blocks of rows that are matrices of their own: 3 for a fused qkv."""
-
-
-@dataclass(frozen=True)
-class LayerReport:
+class ReconditioningReport(LayerReport):
     """What reconditioning did to a layer."""
 
-    name: str
     condition_before: float
     """Median over the layer's groups and row blocks."""
     condition_after: float
@@ -86,25 +95,14 @@ class LayerReport:
     quantized_output_error_after: float | None = None
 
 
-@dataclass(frozen=True)
-class LayerSolution:
-    """A reconditioned layer."""
-
-    weight: Tensor
-    bias: Tensor | None
-    report: LayerReport
-
-
-def recondition(
-    problems: Sequence[LayerProblem], config: ReconditioningConfig
-) -> list[LayerSolution]:
+def recondition(problems: Sequence[LayerProblem], config: ReconditioningConfig) -> list[Solution]:
     """Recondition layers independently of one another, equal shapes in one batch.
 
     Raises:
         InputError: if a weight has NaN or Inf, or ``least_squares`` lacks quantized moments.
     """
     for problem in problems:
-        _check_finite(problem.name, problem.weight)
+        check_weight(problem.name, problem.weight)
     solve = _least_squares if config.objective == "least_squares" else _condition
     return solve(problems, config)
 
@@ -115,22 +113,17 @@ def _blocks(weight: Tensor, geometry: LayerGeometry, row_blocks: int) -> Tensor:
     return matrix.reshape(-1, matrix.shape[1] // row_blocks, matrix.shape[2])
 
 
-def _check_finite(name: str, weight: Tensor) -> None:
-    if not torch.isfinite(weight).all():
-        raise InputError(f"NaN or Inf in the weight of {name}: check the checkpoint")
-
-
 def unchanged(
     name: str, weight: Tensor, geometry: LayerGeometry, row_blocks: int = 1
-) -> LayerReport:
+) -> ReconditioningReport:
     """Report of a layer that keeps its weight.
 
     Raises:
         InputError: if the weight has NaN or Inf.
     """
-    _check_finite(name, weight)
+    check_weight(name, weight)
     kappa = layer_condition(weight, geometry, row_blocks)
-    return LayerReport(name, kappa, kappa, 0.0)
+    return ReconditioningReport(name, kappa, kappa, 0.0)
 
 
 def layer_condition(weight: Tensor, geometry: LayerGeometry, row_blocks: int = 1) -> float:
@@ -138,9 +131,7 @@ def layer_condition(weight: Tensor, geometry: LayerGeometry, row_blocks: int = 1
     return float(spectrum.condition_number(_blocks(weight, geometry, row_blocks).float()).median())
 
 
-def _condition(
-    problems: Sequence[LayerProblem], config: ReconditioningConfig
-) -> list[LayerSolution]:
+def _condition(problems: Sequence[LayerProblem], config: ReconditioningConfig) -> list[Solution]:
     by_shape: dict[torch.Size, list[int]] = defaultdict(list)
     blocks = [_blocks(p.weight, p.geometry, p.row_blocks) for p in problems]
     for index, block in enumerate(blocks):
@@ -203,7 +194,7 @@ def proximal_gradient(
 
 def _least_squares(
     problems: Sequence[LayerProblem], config: ReconditioningConfig
-) -> list[LayerSolution]:
+) -> list[Solution]:
     solutions = []
     for problem in problems:
         data = problem.moments
@@ -264,11 +255,11 @@ def _relative_error(change: Tensor, weight: Tensor, grams: Tensor) -> Tensor:
     return (moved / total).sqrt()
 
 
-def _solution(problem: LayerProblem, matrix: Tensor, bias: Tensor | None) -> LayerSolution:
+def _solution(problem: LayerProblem, matrix: Tensor, bias: Tensor | None) -> Solution:
     weight = weight_from_matrix(matrix, problem.weight, problem.geometry)
     layout = problem.geometry, problem.row_blocks
     quantized = problem.moments.quantized_gram is not None
-    report = LayerReport(
+    report = ReconditioningReport(
         problem.name,
         layer_condition(problem.weight, *layout),
         layer_condition(weight, *layout),
@@ -276,7 +267,7 @@ def _solution(problem: LayerProblem, matrix: Tensor, bias: Tensor | None) -> Lay
         _quantized_output_error(problem, problem.weight, problem.bias) if quantized else None,
         _quantized_output_error(problem, weight, bias) if quantized else None,
     )
-    return LayerSolution(weight, bias, report)
+    return Solution(Dense(weight), bias, report)
 
 
 def _output_error(problem: LayerProblem, weight: Tensor, bias: Tensor | None) -> float:

@@ -19,24 +19,21 @@ from nncf.quantization.algorithms.algorithm import Algorithm
 
 from condiquant_nncf.algorithms.learned_bounds import InputBounds
 from condiquant_nncf.algorithms.statistics import collected, moments_branch, statistic_points
-from condiquant_nncf.backends.choose import (
-    AVAILABLE_BACKENDS,
-    CondiQuantAlgoBackend,
-    get_algo_backend,
-    get_float_backend,
-)
+from condiquant_nncf.backends.base import CondiQuantAlgoBackend
+from condiquant_nncf.backends.choose import AVAILABLE_BACKENDS, get_algo_backend, get_float_backend
 from condiquant_nncf.configuration import QuantizationConfig
-from condiquant_nncf.layers import Layer
+from condiquant_nncf.layer import Layer
 from condiquant_plugin.errors import InputError
 from condiquant_plugin.layerwise import distributed
-from condiquant_plugin.layerwise.moments import Moments, weight_matrix
-from condiquant_plugin.methods.condiquant import reconditioning
-from condiquant_plugin.methods.condiquant.reconditioning import (
+from condiquant_plugin.layerwise.moments import Moments
+from condiquant_plugin.layerwise.problem import (
     LayerProblem,
     LayerReport,
-    LayerSolution,
-    ReconditioningConfig,
+    Method,
+    Solution,
+    block_shape,
 )
+from condiquant_plugin.methods.condiquant.reconditioning import ReconditioningConfig
 
 
 class CondiQuant(Algorithm):
@@ -68,7 +65,7 @@ class CondiQuant(Algorithm):
             settings = replace(settings, objective="condition")
         if settings is None:
             raise InputError("recondition=None leaves CondiQuant nothing to do: leave it out")
-        if settings.objective == "least_squares" and input_bounds is None:
+        if settings.needs_quantized_inputs and input_bounds is None:
             raise InputError(
                 'objective="least_squares" needs bounds of the inputs: use create_condiquant_pipeline(), '
                 'or objective="condition"'
@@ -92,7 +89,7 @@ class CondiQuant(Algorithm):
         """
         backend = get_float_backend(model, graph)
         layers, quantizers = self._layers(backend), None
-        if self._settings.objective == "least_squares":
+        if self._settings.needs_quantized_inputs:
             assert self._input_bounds is not None
             quantizers = self._input_bounds.quantizers
             missing = [layer.name for layer in layers if layer.name not in quantizers]
@@ -148,8 +145,8 @@ def recondition(
         if layer.weight_name is not None:
             uses[layer.weight_name].append(layer)
     problems = [_problem(backend, same, moments) for same in uses.values()]
-    solve = partial(distributed.recondition, solve=_solve) if shared else _solve
-    solutions = solve(problems, settings)
+    solver = partial(_solve, method=settings)
+    solutions = distributed.solve(problems, settings, solver) if shared else solver(problems)
     solved = [
         (same, same[0].rows_first(solution.weight), solution.bias)
         for same, solution in zip(uses.values(), solutions, strict=True)
@@ -175,14 +172,13 @@ def _problem(
     )
 
 
-def _solve(problems: Sequence[LayerProblem], settings: ReconditioningConfig) -> list[LayerSolution]:
+def _solve(problems: Sequence[LayerProblem], method: Method) -> list[Solution]:
     batches: dict[tuple[int, int], list[LayerProblem]] = defaultdict(list)
     for problem in problems:
-        _, rows, features = weight_matrix(problem.weight, problem.geometry).shape
-        batches[rows // problem.row_blocks, features].append(problem)
-    solutions: dict[str, LayerSolution] = {}
+        batches[block_shape(problem)].append(problem)
+    solutions: dict[str, Solution] = {}
     for batch in track(list(batches.values()), description="Reconditioning weights"):
-        solved = reconditioning.recondition(batch, settings)
+        solved = method.solve(batch)
         solutions.update(zip((p.name for p in batch), solved, strict=True))
     return [solutions[problem.name] for problem in problems]
 

@@ -13,14 +13,10 @@ from nncf.common.utils.backend import BackendType
 from nncf.quantization.algorithms.algorithm import Algorithm
 
 from condiquant_nncf.algorithms.statistics import collected, sample_branch, statistic_points
-from condiquant_nncf.backends.choose import (
-    AVAILABLE_BACKENDS,
-    CondiQuantAlgoBackend,
-    get_algo_backend,
-    get_float_backend,
-)
+from condiquant_nncf.backends.base import CondiQuantAlgoBackend
+from condiquant_nncf.backends.choose import AVAILABLE_BACKENDS, get_algo_backend, get_float_backend
 from condiquant_nncf.configuration import QuantizationConfig
-from condiquant_nncf.layers import Layer
+from condiquant_nncf.layer import Layer
 from condiquant_plugin.errors import InputError, check_finite
 from condiquant_plugin.uniform.fake_quantizer import FakeQuantizer
 from condiquant_plugin.uniform.sampling import BOUNDS_CROPS

@@ -20,8 +20,9 @@ from nncf.quantization.algorithms.pipeline import collect_statistics
 from nncf.tensor import Tensor as NNCFTensor
 from torch import Tensor
 
-from condiquant_nncf.backends.choose import CondiQuantAlgoBackend, get_algo_backend
-from condiquant_nncf.layers import Layer
+from condiquant_nncf.backends.base import CondiQuantAlgoBackend
+from condiquant_nncf.backends.choose import get_algo_backend
+from condiquant_nncf.layer import Layer
 from condiquant_plugin.layerwise import distributed
 from condiquant_plugin.layerwise.moments import Moments, moments_of, no_moments
 from condiquant_plugin.uniform.fake_quantizer import FakeQuantizer

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -31,9 +31,8 @@ from nncf.tensor import Tensor as NNCFTensor
 from torch import Tensor
 
 from condiquant_nncf.backends import openvino_attention as attention
-from condiquant_nncf.backends.choose import CondiQuantAlgoBackend, Solved
-from condiquant_nncf.configuration import QuantizationConfig
-from condiquant_nncf.layers import Layer, same_padding
+from condiquant_nncf.backends.base import CondiQuantAlgoBackend, Solved
+from condiquant_nncf.layer import Layer, same_padding
 from condiquant_plugin.errors import InputError
 from condiquant_plugin.layerwise.moments import LayerGeometry
 from condiquant_plugin.uniform.fake_quantizer import FakeQuantizer
@@ -77,10 +76,9 @@ def prepare(model: Any, *, split_attention: bool = True) -> Any:
     return copy
 
 
-def finish(model: Any, config: QuantizationConfig) -> Any:
+def finish(model: Any, parameters: Mapping[str, Any]) -> Any:
     """Write down in the model what was done, as NNCF does."""
-    names = "weight_bits activation_bits scope ignored_scope zero_on_grid overflow"
-    dump_parameters(model, {name: getattr(config, name) for name in names.split()}, "condiquant")
+    dump_parameters(model, dict(parameters), "condiquant")
     return model
 
 

@@ -28,9 +28,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
-from condiquant_nncf.backends.choose import CondiQuantAlgoBackend, Solved
+from condiquant_nncf.backends.base import CondiQuantAlgoBackend, Solved
 from condiquant_nncf.fake_quantizer import HookFakeQuantizer
-from condiquant_nncf.layers import Layer, same_padding
+from condiquant_nncf.layer import Layer, same_padding
 from condiquant_plugin.calls import calling_module, factors, product_name
 from condiquant_plugin.errors import InputError
 from condiquant_plugin.intake import plain_float_copy, rebuilt_parameters, refuse_rebuilt

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 import openvino as ov
 from torch import Tensor, nn
 
+from condiquant_openvino.markers import PRODUCTS
 from condiquant_openvino.parity.cutting import OUTPUT, Runner, cut_sets
 from condiquant_openvino.parity.example import Example
 from condiquant_openvino.parity.layers import quantized_products
 from condiquant_openvino.parity.simulation import Rounding
-from condiquant_openvino.writing.quantizer_graphs import PRODUCTS
 
 
 @dataclass(frozen=True)

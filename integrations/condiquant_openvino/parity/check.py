@@ -46,7 +46,7 @@ from condiquant_openvino.running.instruction_sets import (
     run_with,
     sums_saturate,
 )
-from condiquant_openvino.running.saving import core_of_process, read_ir, read_metadata
+from condiquant_openvino.running.reading import core_of_process, read_ir, read_metadata
 from condiquant_openvino.writing.overflow import LARGEST_SUM, largest_pair_sums
 from condiquant_plugin import InputError
 from condiquant_plugin.intake import check_is_float32

@@ -10,9 +10,9 @@ import numpy as np
 import openvino as ov
 import openvino.opset13 as ops
 
+from condiquant_openvino.markers import EXITS, is_encoder, node_name, role_of
 from condiquant_openvino.parity.sites import Array, Arrays, Site
-from condiquant_openvino.running.saving import core_of_process
-from condiquant_openvino.writing.quantizer_graphs import EXITS, is_encoder, node_name, role_of
+from condiquant_openvino.running.reading import core_of_process
 
 FloatOperands = Mapping[tuple[str, int], Array]
 OUTPUT = "the output"

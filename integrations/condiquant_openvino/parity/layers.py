@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 import openvino as ov
 
+from condiquant_openvino.markers import PRODUCTS, constant_values, label_of, origin
 from condiquant_openvino.parity.cutting import FloatOperands, Pieces, Runner
 from condiquant_openvino.parity.example import Example
 from condiquant_openvino.parity.sites import Array, value_range
-from condiquant_openvino.writing.quantizer_graphs import PRODUCTS, constant_values, label_of, origin
 
 F32 = {"INFERENCE_PRECISION_HINT": "f32"}
 _AT_ONCE, _SUSPICIOUS = 16, 1e-6

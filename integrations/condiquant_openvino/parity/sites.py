@@ -14,8 +14,7 @@ import openvino as ov
 import openvino.opset13 as ops
 from numpy.typing import NDArray
 
-from condiquant_openvino.running.upscaling import compile_ir
-from condiquant_openvino.writing.quantizer_graphs import (
+from condiquant_openvino.markers import (
     EXITS,
     Role,
     bytes_of,
@@ -25,6 +24,7 @@ from condiquant_openvino.writing.quantizer_graphs import (
     node_name,
     parse_name,
 )
+from condiquant_openvino.running.upscaling import compile_ir
 
 Array = NDArray[np.float32]
 Arrays = Mapping[str, Array]

@@ -15,7 +15,7 @@ from math import prod
 import numpy as np
 import openvino as ov
 
-from condiquant_openvino.writing.quantizer_graphs import (
+from condiquant_openvino.markers import (
     EXITS,
     PRODUCTS,
     constant_values,

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from condiquant_openvino.running.execution import layer_executions
-from condiquant_openvino.running.saving import read_ir, read_metadata
+from condiquant_openvino.running.reading import read_ir, read_metadata
 from condiquant_openvino.running.upscaling import compile_ir
 
 

@@ -22,7 +22,7 @@ import openvino as ov
 import openvino.opset13 as ops
 import torch
 
-from condiquant_openvino.running.saving import core_of_process, read_metadata
+from condiquant_openvino.running.reading import core_of_process, read_metadata
 
 VARIABLE = "ONEDNN_MAX_CPU_ISA"
 _SETS = ("AVX2", "AVX512_CORE")

@@ -16,7 +16,7 @@ import openvino as ov
 from numpy.typing import NDArray
 
 from condiquant_openvino.running.execution import int8_share, layer_executions
-from condiquant_openvino.running.saving import read_ir, read_metadata
+from condiquant_openvino.running.reading import read_ir, read_metadata
 from condiquant_openvino.running.upscaling import compile_ir, next_multiple
 from condiquant_plugin import InputError
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from condiquant_openvino.running.instruction_sets import warn_of_overflow
-from condiquant_openvino.running.saving import core_of_process, read_ir, read_metadata
+from condiquant_openvino.running.reading import core_of_process, read_ir, read_metadata
 from condiquant_plugin import InputError
 
 Image = TypeVar("Image", Tensor, NDArray[np.float32])

@@ -18,7 +18,8 @@ import torch
 from openvino.frontend.pytorch import ConversionExtension
 from torch import Tensor, nn
 
-from condiquant_openvino.running.saving import set_metadata
+from condiquant_openvino import markers
+from condiquant_openvino.running.reading import set_metadata
 from condiquant_openvino.writing import quantizer_graphs
 from condiquant_openvino.writing.overflow import inexact_in_int8
 from condiquant_openvino.writing.passes.compaction import compact
@@ -240,7 +241,7 @@ def write_quantizers(
 def _give_up_names(model: ov.Model) -> None:
     """Rename what was there before and looks like a part of a quantizer."""
     for node in model.get_ops():
-        if quantizer_graphs.role_of(node) is not None:
+        if markers.role_of(node) is not None:
             node.set_friendly_name(f"original/{node.get_friendly_name()}")
 
 
@@ -319,7 +320,7 @@ def _source_type(node: Placeholder) -> str:
 def _inputs_of_linear_layers(model: ov.Model, quantizers: dict[str, Quantizer]) -> set[str]:
     """Labels of their quantizers."""
     sources = [
-        quantizer_graphs.origin(node.input_value(0))
+        markers.origin(node.input_value(0))
         for node in model.get_ordered_ops()
         if node.get_type_name() == "MatMul"
     ]
@@ -342,11 +343,11 @@ def _form(node: Placeholder, quantizers: dict[str, Quantizer], in_float: set[str
     rows = {axis for axis, size in enumerate(scales.shape) if size > 1}
     for port in replaced.get_target_inputs():
         product = port.get_node()
-        if product.get_type_name() not in quantizer_graphs.PRODUCTS or port.get_index() != 1:
+        if product.get_type_name() not in markers.PRODUCTS or port.get_index() != 1:
             return _Form.FLOAT_WEIGHT
-        source = quantizer_graphs.origin(product.input_value(0))
+        source = markers.origin(product.input_value(0))
         if (
-            not rows <= quantizer_graphs.output_channel_axes(product)
+            not rows <= markers.output_channel_axes(product)
             or not isinstance(source, Placeholder)
             or _form(source, quantizers, in_float) is not _Form.ACTIVATION
         ):
@@ -358,11 +359,11 @@ def _feeds_products_only(values: ov.Output) -> bool:
     """Whether all uses are products with a constant or with something else quantized."""
     for port in values.get_target_inputs():
         node = port.get_node()
-        if quantizer_graphs.only_rearranges(node):
+        if markers.only_rearranges(node):
             if not _feeds_products_only(node.output(0)):
                 return False
-        elif node.get_type_name() in quantizer_graphs.PRODUCTS:
-            other = quantizer_graphs.origin(node.input_value(1 - port.get_index()))
+        elif node.get_type_name() in markers.PRODUCTS:
+            other = markers.origin(node.input_value(1 - port.get_index()))
             if not (isinstance(other, Placeholder) or _is_constant(other)):
                 return False
         else:

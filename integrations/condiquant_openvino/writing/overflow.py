@@ -14,11 +14,9 @@ import numpy as np
 import openvino as ov
 from numpy.typing import NDArray
 
-from condiquant_openvino.running.saving import core_of_process
-from condiquant_openvino.writing.quantizer_graphs import (
+from condiquant_openvino.markers import (
     EXITS,
     PRODUCTS,
-    Quantizer,
     Role,
     encoder_of,
     only_rearranges,
@@ -26,6 +24,8 @@ from condiquant_openvino.writing.quantizer_graphs import (
     output_channel_axes,
     role_of,
 )
+from condiquant_openvino.running.reading import core_of_process
+from condiquant_openvino.writing.quantizer_graphs import Quantizer
 
 LARGEST_SUM = 2**15 - 1
 _SHIFT = 128

@@ -9,14 +9,9 @@ import numpy as np
 import openvino as ov
 from numpy.typing import NDArray
 
+from condiquant_openvino.markers import PRODUCTS, only_rearranges, origin
 from condiquant_openvino.writing.conversion import InstructionSet, Placeholder, write_quantizers
-from condiquant_openvino.writing.quantizer_graphs import (
-    PRODUCTS,
-    Quantizer,
-    only_rearranges,
-    origin,
-    redirect,
-)
+from condiquant_openvino.writing.quantizer_graphs import Quantizer, redirect
 from condiquant_plugin import InputError
 from condiquant_plugin.uniform import grid
 

@@ -10,7 +10,7 @@ import nncf
 import openvino as ov
 from torch import nn
 
-from condiquant_plugin.methods.condiquant.reconditioning import LayerReport
+from condiquant_plugin.layerwise.problem import LayerReport
 from condiquant_recipes.progress import Progress
 from condiquant_recipes.recipe import Recipe
 from condiquant_recipes.run import Source

@@ -23,7 +23,7 @@ from openvino._offline_transformations import compress_quantize_weights_transfor
 import condiquant_nncf as nncf_host
 from condiquant_nncf.backends.openvino import prepare
 from condiquant_plugin.errors import InputError
-from condiquant_plugin.methods.condiquant.reconditioning import LayerReport
+from condiquant_plugin.layerwise.problem import LayerReport
 from condiquant_recipes import settings
 from condiquant_recipes.comparison.job import FLOAT_BITS, Calibrated, Job, Method
 

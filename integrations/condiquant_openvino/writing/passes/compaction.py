@@ -13,7 +13,7 @@ import openvino as ov
 import openvino.opset13 as ops
 from numpy.typing import NDArray
 
-from condiquant_openvino.writing.quantizer_graphs import role_of
+from condiquant_openvino.markers import role_of
 
 _FEWEST_ENTRIES = 16384
 _FEWEST_HALVED = 16

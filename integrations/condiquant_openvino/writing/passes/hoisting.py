@@ -16,16 +16,8 @@ import openvino as ov
 import openvino.opset13 as ops
 from numpy.typing import NDArray
 
-from condiquant_openvino.writing.quantizer_graphs import (
-    LEVELS_OF_TRANSFORMS,
-    bytes_of,
-    constant_values,
-    has_weight,
-    is_encoder,
-    label_of,
-    redirect,
-    to_bytes,
-)
+from condiquant_openvino.markers import bytes_of, constant_values, has_weight, is_encoder, label_of
+from condiquant_openvino.writing.quantizer_graphs import LEVELS_OF_TRANSFORMS, redirect, to_bytes
 
 Bounds = list[NDArray[np.float32]]
 """Input and output bounds of a FakeQuantize, each of the rank of its input."""

@@ -6,13 +6,7 @@ import numpy as np
 import openvino as ov
 import openvino.opset13 as ops
 
-from condiquant_openvino.writing.quantizer_graphs import (
-    Role,
-    bytes_of,
-    has_weight,
-    is_encoder,
-    role_of,
-)
+from condiquant_openvino.markers import Role, bytes_of, has_weight, is_encoder, role_of
 
 
 def join(model: ov.Model) -> None:

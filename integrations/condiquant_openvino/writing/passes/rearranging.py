@@ -12,7 +12,7 @@ import numpy as np
 import openvino as ov
 import openvino.opset13 as ops
 
-from condiquant_openvino.writing.quantizer_graphs import constant_values
+from condiquant_openvino.markers import constant_values
 
 _VIEWS = {"Reshape", "Squeeze", "Unsqueeze"}
 

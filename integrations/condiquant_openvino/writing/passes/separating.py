@@ -6,9 +6,8 @@ import numpy as np
 import openvino as ov
 import openvino.opset13 as ops
 
-from condiquant_openvino.writing.quantizer_graphs import (
+from condiquant_openvino.markers import (
     EXITS,
-    LEVELS_OF_TRANSFORMS,
     PRODUCTS,
     Role,
     bytes_of,
@@ -19,8 +18,8 @@ from condiquant_openvino.writing.quantizer_graphs import (
     node_name,
     origin,
     role_of,
-    same,
 )
+from condiquant_openvino.writing.quantizer_graphs import LEVELS_OF_TRANSFORMS, same
 
 _POST_OPERATORS = {
     "Add", "Subtract", "Multiply", "Divide", "Maximum", "Minimum", "Relu", "Clamp", "Round",

@@ -8,7 +8,8 @@ import openvino as ov
 import openvino.opset13 as ops
 from openvino.passes import ConstantFolding, Manager
 
-from condiquant_openvino.writing.quantizer_graphs import constant_values, redirect
+from condiquant_openvino.markers import constant_values
+from condiquant_openvino.writing.quantizer_graphs import redirect
 
 _PIXEL_SHUFFLE = re.compile(r"(?:^|/)aten::pixel_shuffle/[^/]+$")
 
