@@ -1,4 +1,12 @@
-"""OpenVINO: packed 2-8 bit IR from a fake-quantized torch network, parity, latency, upscaling."""
+"""OpenVINO: packed 2-8 bit IR from a fake-quantized torch network, parity, latency, upscaling.
+
+What needs torch is loaded when it is asked for: running an IR needs none.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 try:
     import openvino as _openvino  # noqa: F401
@@ -7,17 +15,6 @@ except ImportError as error:
         'condiquant_openvino needs OpenVINO: pip install "condiquant-plugin[openvino]"'
     ) from error
 
-from condiquant_openvino.parity.check import LayerParity, Parity, check_parity
-from condiquant_openvino.running.execution import LayerExecution, layer_executions
-from condiquant_openvino.running.inspection import inspect
-from condiquant_openvino.running.latency import compare_latency
-from condiquant_openvino.running.reading import read_ir, read_metadata, set_metadata
-from condiquant_openvino.running.upscaling import Upscaler
-from condiquant_openvino.writing.conversion import convert
-from condiquant_openvino.writing.packing import pack
-from condiquant_openvino.writing.passes.compaction import halve
-from condiquant_openvino.writing.preprocessing import U8Parity, check_u8_parity, take_u8_nhwc
-from condiquant_openvino.writing.saving import save
 from condiquant_plugin.moved import forward
 
 forward(
@@ -49,6 +46,40 @@ forward(
     },
 )
 
+if TYPE_CHECKING:
+    from condiquant_openvino.parity.check import LayerParity, Parity, check_parity
+    from condiquant_openvino.running.execution import LayerExecution, layer_executions
+    from condiquant_openvino.running.inspection import inspect
+    from condiquant_openvino.running.latency import compare_latency
+    from condiquant_openvino.running.reading import read_ir, read_metadata, set_metadata
+    from condiquant_openvino.running.upscaling import Upscaler
+    from condiquant_openvino.writing.conversion import convert
+    from condiquant_openvino.writing.packing import pack
+    from condiquant_openvino.writing.passes.compaction import halve
+    from condiquant_openvino.writing.preprocessing import U8Parity, check_u8_parity, take_u8_nhwc
+    from condiquant_openvino.writing.saving import save
+
+_PLACES = {
+    "LayerExecution": "running.execution",
+    "LayerParity": "parity.check",
+    "Parity": "parity.check",
+    "U8Parity": "writing.preprocessing",
+    "Upscaler": "running.upscaling",
+    "check_parity": "parity.check",
+    "check_u8_parity": "writing.preprocessing",
+    "compare_latency": "running.latency",
+    "convert": "writing.conversion",
+    "halve": "writing.passes.compaction",
+    "inspect": "running.inspection",
+    "layer_executions": "running.execution",
+    "pack": "writing.packing",
+    "read_ir": "running.reading",
+    "read_metadata": "running.reading",
+    "save": "writing.saving",
+    "set_metadata": "running.reading",
+    "take_u8_nhwc": "writing.preprocessing",
+}
+
 __all__ = [
     "LayerExecution",
     "LayerParity",
@@ -69,3 +100,9 @@ __all__ = [
     "set_metadata",
     "take_u8_nhwc",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PLACES:
+        return getattr(importlib.import_module(f"{__name__}.{_PLACES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

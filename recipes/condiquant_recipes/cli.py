@@ -18,7 +18,7 @@ except ImportError:
 
 from condiquant_plugin.errors import DistributedError, InputError
 from condiquant_plugin.files import check_writable
-from condiquant_recipes import cli_training
+from condiquant_recipes import cli_training, inspection
 from condiquant_recipes.hosts import load as _hosts
 
 if TYPE_CHECKING:
@@ -195,7 +195,7 @@ def export(
         return
     notes = figures.pop("notes")
     del figures["layer_executions"]  # `condiquant inspect --layers` shows them
-    Console().print(_hosts("inspection").property_table(figures))
+    Console().print(inspection.property_table(figures))
     for note in notes:
         print(f"note: {note}")
     print(f"IR: {file}")
@@ -215,11 +215,11 @@ def inspect(
     layers: LayersOption = False,
 ) -> None:
     """What is in an IR, a recipe's network, or a checkpoint: layers, shapes, condition numbers."""
-    described = _hosts("inspection").describe(_ir_path(file), layers=layers)
+    described = inspection.describe(_ir_path(file), layers=layers)
     if as_json:
         print(json.dumps(described, indent=1, default=str))
     else:
-        for part in _hosts("inspection").tables(described):
+        for part in inspection.tables(described):
             Console().print(part)
 
 
@@ -307,14 +307,14 @@ def compare(
     from condiquant_recipes.recipe_files import find_recipe
 
     loaded = find_recipe(recipe, overrides or [])
-    comparison_table = _hosts("comparison_table")
+    comparison_table = _hosts("comparison.table")
     if methods == "help":
-        known = _hosts("comparison_methods").all_methods(loaded)
+        known = _hosts("comparison.methods").all_methods(loaded)
         Console().print(comparison_table.method_table(known))
         return
     folder = _recipe_data(loaded, data)
     out = out or Path("out") / f"{loaded.name}_compare"
-    report = _hosts("comparing").compare(
+    report = _hosts("comparison.comparing").compare(
         loaded,
         folder,
         out,
@@ -325,7 +325,7 @@ def compare(
         command=shlex.join(["condiquant", *sys.argv[1:]]),
         progress=_progress(quiet),
     )
-    page = _hosts("comparison_page").write_page(report, out)
+    page = _hosts("comparison.page").write_page(report, out)
     Console().print(comparison_table.table(report))
     print(*comparison_table.remarks(report), sep="\n")
     print(f"figures: {out / 'compare.json'}\npage:    {page}")
@@ -342,7 +342,9 @@ def upscale(
     quiet: QuietOption = False,
 ) -> None:
     """Enlarge an image with an IR, in overlapping tiles where needed."""
-    _hosts("ir").upscale(_ir_path(model), image, output, device, tile, overlap, _progress(quiet))
+    from condiquant_recipes.upscaling.picture import upscale_file
+
+    upscale_file(_ir_path(model), image, output, device, tile, overlap, _progress(quiet))
     print(output)
 
 

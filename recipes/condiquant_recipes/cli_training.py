@@ -53,7 +53,7 @@ def train(
     In two processes: torchrun --nproc_per_node=2 -m condiquant_recipes train -opt FILE --launcher pytorch
     """
     overrides = _forced(force_yml, more)
-    load("training").train(
+    load("training.jobs").train(
         opt, overrides, launcher=launcher.value, auto_resume=auto_resume, debug=debug
     )
 
@@ -67,7 +67,9 @@ def evaluate(
     local_rank: LocalRankOption = 0,
 ) -> None:
     """BasicSR's test.py with CondiQuantModel: scores of a trained checkpoint."""
-    load("training").evaluate(opt, _forced(force_yml, more), launcher=launcher.value, debug=debug)
+    load("training.jobs").evaluate(
+        opt, _forced(force_yml, more), launcher=launcher.value, debug=debug
+    )
 
 
 def _forced(force_yml: list[str] | None, more: list[str] | None) -> list[str]:

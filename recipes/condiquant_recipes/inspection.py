@@ -7,17 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from rich.table import Table
-from torch import nn
 
-import condiquant_basicsr as basicsr_host
-import condiquant_nncf as nncf_host
-import condiquant_openvino as openvino_host
 from condiquant_plugin.errors import InputError
-from condiquant_plugin.methods.condiquant.reconditioning import layer_condition
-from condiquant_recipes.exporting import example_image
-from condiquant_recipes.recipe_files import find_recipe
-from condiquant_recipes.run import load_network
-from condiquant_recipes.settings import quantization
+from condiquant_recipes.hosts import load
 
 
 def describe(file: Path, *, layers: bool = False) -> dict[str, Any]:
@@ -30,53 +22,21 @@ def describe(file: Path, *, layers: bool = False) -> dict[str, Any]:
         InputError: missing or unreadable file.
     """
     if file.suffix in {".yml", ".yaml"}:
-        recipe = find_recipe(file)
-        described = _describe_network(
-            load_network(recipe),
-            recipe.scale,
-            recipe.pad_multiple,
-            quantization(recipe),
-            basicsr_host.input_channels(recipe.network_g),
-        )
-        return {"recipe": recipe.model_dump(), **described}
+        return _of_network("describe_recipe", file)
     if not file.is_file():
         raise InputError(f"{file} does not exist: give an IR, a recipe or a checkpoint")
     if file.suffix == ".bin" and not file.with_suffix(".param").exists():
         raise InputError(f"{file} is half of an IR: give {file.with_suffix('.xml').name}")
     if file.suffix == ".xml":
-        return openvino_host.inspect(file, layers=layers)
-    network, scale = basicsr_host.load_network(None, str(file))
-    return _describe_network(network, scale, None, nncf_host.QuantizationConfig(scope="all"))
+        from condiquant_openvino.running.inspection import inspect
+
+        return inspect(file, layers=layers)
+    return _of_network("describe_checkpoint", file)
 
 
-def _describe_network(
-    network: nn.Module,
-    scale: int,
-    override: int | None,
-    config: nncf_host.QuantizationConfig,
-    channels: int = 3,
-) -> dict[str, Any]:
-    multiple = basicsr_host.pad_multiple(network, override)
-    size = max(64 // multiple, 1) * multiple
-    wrapped = nncf_host.wrap(network, example_image(size, channels=channels))
-    layers = config.find_layers(wrapped)
-    rows = []
-    for layer in layers:
-        if layer.weight_name is not None:
-            weight = network.get_parameter(layer.weight_name)
-            kappa = layer_condition(weight, layer.geometry, layer.row_blocks)
-            row = {"name": layer.name, "shape": list(weight.shape), "condition": kappa}
-        else:
-            row = {"name": layer.name, "shape": None, "condition": None}
-        rows.append(row | {"nncf_node": layer.node.node_name})
-    return {
-        "architecture": type(network).__name__,
-        "scale": scale,
-        "parameters": sum(p.numel() for p in network.parameters()),
-        "pad_multiple": multiple,
-        "scope": config.scope,
-        "layers": rows,
-    }
+def _of_network(function: str, file: Path) -> dict[str, Any]:
+    described: dict[str, Any] = getattr(load("network_inspection"), function)(file)
+    return described
 
 
 def tables(described: dict[str, Any]) -> Iterator[Table]:

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 import condiquant_basicsr as basicsr_host
-import condiquant_openvino as openvino_host
 from condiquant_plugin import fake_quantizers
 from condiquant_plugin.errors import InputError
 from condiquant_recipes.exporting import example_image, export, tile_size
@@ -18,6 +17,7 @@ from condiquant_recipes.progress import Progress
 from condiquant_recipes.recipe import Recipe, with_export
 from condiquant_recipes.run import load_network, rebuild
 from condiquant_recipes.training.experiment import is_experiment, trained_network
+from condiquant_recipes.upscaling.picture import rgb_upscaler, run_metadata
 from condiquant_recipes.workspace import Workspace, load_parameters
 
 
@@ -29,8 +29,8 @@ def evaluate(
     Raises:
         InputError: no IR, no metadata of this project, missing test sets.
     """
-    scale = _metadata(model)["scale"]
-    upscaler = _rgb_upscaler(model, device)
+    scale = run_metadata(model)["scale"]
+    upscaler = rgb_upscaler(model, device)
     pairs = {name: basicsr_host.test_pairs(data, name, scale) for name in sets}
     scores = {}
     for name, test_set in pairs.items():
@@ -118,47 +118,3 @@ def _move_zero_onto_grids(model: nn.Module, image: Tensor) -> dict[str, float]:
         "zero_on_grid_mean_abs": float(difference.mean()),
         "zero_on_grid_max_abs": float(difference.max()),
     }
-
-
-def _metadata(model: Path) -> dict[str, Any]:
-    """Metadata of an IR that a run has exported."""
-    metadata = openvino_host.read_metadata(model)
-    if "scale" not in metadata:
-        raise InputError(
-            f"{model} was not exported by condiquant: its scale is unknown; give the IR of a run"
-        )
-    return metadata
-
-
-def _rgb_upscaler(model: Path, *options: Any) -> openvino_host.Upscaler:
-    upscaler = openvino_host.Upscaler(model, *options)
-    if upscaler.channels != 3:
-        raise InputError(
-            f"{model} takes {upscaler.channels}-channel images, and image files are read as RGB:"
-            " call condiquant_openvino.Upscaler on the channel"
-        )
-    return upscaler
-
-
-def upscale(
-    model: Path,
-    image: Path,
-    output: Path,
-    device: str,
-    tile: int | None,
-    overlap: int | None,
-    progress: Progress,
-) -> None:
-    """Enlarge an image file.
-
-    Raises:
-        InputError: no IR of a run, unreadable image, unknown device, unwritable output.
-    """
-    if output.suffix.lower() != ".png" or not output.parent.is_dir():
-        raise InputError(f"cannot write {output}: give a .png in an existing folder")
-    pixels = basicsr_host.read_image(image)
-    _metadata(model)
-    upscaler = _rgb_upscaler(model, device, tile, overlap)
-    with progress.bar("upscaling", 1) as advance:
-        result = upscaler(pixels, lambda done, total: advance("tiles", done, total))
-    basicsr_host.write_image(output, torch.as_tensor(result))

@@ -11,14 +11,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from condiquant_basicsr.data.images import (
-    matlab_downscale,
-    pictures,
-    read_image,
-    to_tensor,
-    to_uint8,
-)
+from condiquant_basicsr.data.images import matlab_downscale, read_image, to_tensor, to_uint8
 from condiquant_plugin.errors import InputError
+from condiquant_plugin.pictures import pictures
 
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff"}
 

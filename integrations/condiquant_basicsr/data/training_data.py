@@ -19,8 +19,8 @@ from basicsr.utils.file_client import LmdbBackend
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from condiquant_basicsr.data.images import is_picture, pictures
 from condiquant_plugin.errors import InputError
+from condiquant_plugin.pictures import is_picture, pictures
 
 _FOLDERS = ("dataroot_gt", "dataroot_lq")
 _SHOWN_FILES = 3

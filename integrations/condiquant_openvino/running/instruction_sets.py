@@ -20,7 +20,6 @@ from typing import Any, TypeVar
 import numpy as np
 import openvino as ov
 import openvino.opset13 as ops
-import torch
 
 from condiquant_openvino.running.reading import core_of_process, read_metadata
 
@@ -73,6 +72,8 @@ def lower_instruction_sets() -> list[str]:
     given = os.environ.get(VARIABLE, "").upper()
     if given in _SETS:
         return list(_SETS[: _SETS.index(given)])
+    import torch  # running an IR needs none
+
     capability = torch.backends.cpu.get_cpu_capability()
     below = {"AVX512": 1}.get(capability, 0)
     return list(_SETS[: below if sums_saturate() else below + 1])

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Mapping
 from itertools import pairwise
-from typing import TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import openvino as ov
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from condiquant_openvino.running.instruction_sets import warn_of_overflow
 from condiquant_openvino.running.reading import core_of_process, read_ir, read_metadata
 from condiquant_plugin import InputError
 
-Image = TypeVar("Image", Tensor, NDArray[np.float32])
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Image = TypeVar("Image", "Tensor", NDArray[np.float32])
 _TILE, _OVERLAP = 256, 32
 
 
@@ -130,8 +132,10 @@ class Upscaler:
             raise InputError(
                 f"image has shape {pixels.shape}: expected ({self.channels}, height, width)"
             )
-        upscaled = self._upscale(pixels, progress or (lambda done, total: None))
-        return torch.from_numpy(upscaled) if isinstance(image, Tensor) else upscaled
+        upscaled: Any = self._upscale(pixels, progress or (lambda done, total: None))
+        torch: Any = sys.modules.get("torch")  # who has no tensor needs no torch
+        is_tensor = torch is not None and isinstance(image, torch.Tensor)
+        return torch.from_numpy(upscaled) if is_tensor else upscaled
 
     def _upscale(
         self, image: NDArray[np.float32], progress: Callable[[int, int], object]

@@ -1,0 +1,1 @@
+"""``condiquant upscale``: needs OpenVINO, numpy and an image library, nothing of torch."""
