@@ -253,6 +253,18 @@ def test_shards_are_balanced_and_keep_equal_shapes_together():
     assert all(together)
 
 
+def test_the_costliest_layers_are_shared_out_first():
+    sizes = [3, 3, 4, 5, 3]
+    given = [
+        LayerProblem(
+            str(i), torch.randn(rows, 1), None, moments_of(torch.randn(2, 1), LayerGeometry())
+        )
+        for i, rows in enumerate(sizes)
+    ]
+    shards = distributed.shard(given, config("least_squares"), 2)
+    assert sorted(sum(sizes[i] for i in indices) for indices in shards) == [8, 10]
+
+
 class Hanging(Dataset):
     def __len__(self):
         return 1

@@ -9,6 +9,7 @@ from condiquant_plugin import InputError
 from condiquant_plugin.layerwise.moments import (
     LayerGeometry,
     moments_of,
+    no_moments,
     unfold,
     weight_from_matrix,
     weight_matrix,
@@ -130,3 +131,13 @@ def test_padding_of_a_convolution_enters_the_gram_matrix():
     padded = moments_of(x, LayerGeometry("conv", (3, 3), padding=(1, 1))).gram[0]
     direct = F.unfold(F.pad(x, (1, 1, 1, 1)), 3)[0]
     assert torch.equal(padded, (direct @ direct.T).double())
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_no_moments_add_nothing(quantized):
+    x, weight = torch.randn(5, 6), torch.randn(3, 6)
+    seen = moments_of(x, LayerGeometry(), x.round() if quantized else None)
+    total = seen + no_moments(weight, LayerGeometry(), quantized=quantized)
+    assert total.samples == 5
+    assert torch.equal(total.gram, seen.gram)
+    assert (total.quantized_gram is not None) == quantized

@@ -1,5 +1,5 @@
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from condiquant_plugin.uniform.sampling import Sample
@@ -15,6 +15,7 @@ def sampled(tensors):
 
 
 @settings(max_examples=10)
+@example([ROOM])
 @given(
     st.lists(st.sampled_from([1, 7, 1000, 2**16, 2**18, 2**18 + 1, 2**20]), min_size=1, max_size=5)
 )
@@ -63,3 +64,15 @@ def test_extremes_are_of_everything_that_was_added():
     assert found[-2:].tolist() == [-7.0, 9.0]
     gradients = torch.ones(3, requires_grad=True)
     assert not sampled([gradients]).requires_grad
+
+
+def test_a_tensor_that_just_fits_is_taken_whole():
+    ramp = torch.arange(ROOM, dtype=torch.float64)
+    assert torch.equal(sampled([ramp])[:-2].sort()[0], ramp)
+
+
+def test_a_sample_counts_its_tensors():
+    sample = Sample()
+    for count in range(3):
+        assert len(sample) == count
+        sample.add(torch.randn(4))
