@@ -23,7 +23,11 @@ from condiquant_plugin.uniform.fake_quantizer import fake_quantizers
 
 @dataclass(frozen=True)
 class DistillationConfig:
-    """Settings of :func:`distill`."""
+    """Settings of :func:`distill`.
+
+    Raises:
+        InputError: a value out of range.
+    """
 
     iterations: int = 800
     batch_size: int = 2
@@ -35,7 +39,16 @@ class DistillationConfig:
     feature_weight: float = 0.0
     """Factor of the per-block feature loss; 0 leaves it out and saves the teacher's forward pass."""
     validate_every: int = 100
-    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in {"iterations": 0, "batch_size": 1, "validate_every": 1}.items():
+            if getattr(self, name) < least:
+                raise InputError(f"{name}={getattr(self, name)}: use at least {least}")
+        for name in ("bounds_rate", "weights_rate"):
+            if not getattr(self, name) > 0:
+                raise InputError(f"{name}={getattr(self, name)}: use more than 0")
+        if not self.feature_weight >= 0:
+            raise InputError(f"feature_weight={self.feature_weight}: use 0 or more")
 
 
 @dataclass(frozen=True)
@@ -59,6 +72,7 @@ def distill(
     blocks: Sequence[str] = (),
     checkpoint: Path | None = None,
     progress: Callable[[int, float], object] | None = None,
+    seed: int = 0,
 ) -> DistillationResult:
     """Train ``student`` in place; it ends with the parameters that did best on ``held_out``.
 
@@ -71,11 +85,14 @@ def distill(
         blocks: module names whose outputs are compared, present in both networks.
         checkpoint: state is saved here at every validation; an existing one is resumed.
         progress: called with the iteration and its loss.
+        seed: of the order of the crops.
 
     Raises:
         InputError: if the loss becomes NaN or Inf, or ``checkpoint`` belongs to other settings.
     """
-    run = _Run(student, teacher, crops, held_out, config, trainable_weights, blocks, checkpoint)
+    run = _Run(
+        student, teacher, crops, held_out, config, trainable_weights, blocks, checkpoint, seed
+    )
     with run.only_trained_parameters_need_gradients():
         return run.train(progress or (lambda _, __: None))
 
@@ -91,8 +108,10 @@ class _Run:
         trainable_weights: Sequence[nn.Parameter],
         blocks: Sequence[str],
         checkpoint: Path | None,
+        seed: int,
     ) -> None:
         self.student, self.teacher, self.config = student, teacher, config
+        self.settings = asdict(config) | {"seed": seed}
         self.crops, self.held_out, self.checkpoint = crops, held_out, checkpoint
         self.blocks = list(blocks) if config.feature_weight else []
         self.groups = parameter_groups(student, config, trainable_weights)
@@ -101,7 +120,7 @@ class _Run:
         self.scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(
             self.optimizer, max(config.iterations, 1)
         )
-        self.generator = torch.Generator().manual_seed(config.seed)
+        self.generator = torch.Generator().manual_seed(seed)
         self.targets = _outputs(teacher, crops)
         self.held_out_targets = _outputs(teacher, held_out)
 
@@ -182,7 +201,7 @@ class _Run:
 
     def save(self, path: Path, **state: Any) -> None:
         state |= {
-            "config": asdict(self.config),
+            "config": self.settings,
             "parameters": self.snapshot(),
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
@@ -193,7 +212,7 @@ class _Run:
 
     def load(self, path: Path) -> dict[str, Any]:
         state: dict[str, Any] = torch.load(path, weights_only=True)
-        if state["config"] != asdict(self.config):
+        if state["config"] != self.settings:
             raise InputError(
                 f"{path} was made with other distillation settings: run without --resume to start anew"
             )

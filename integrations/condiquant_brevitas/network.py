@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, Literal, get_args
+from typing import Any
 
 from brevitas import nn as qnn
 from brevitas.graph.quantize import layerwise_quantize
@@ -11,7 +11,7 @@ from brevitas.graph.utils import get_output_channel_dim
 from brevitas.nn.mixin.base import QuantLayerMixin
 from torch import Tensor, inference_mode, nn
 
-from condiquant_brevitas.layers import QUANT_LAYERS, Layer, Scope, find_layers
+from condiquant_brevitas.layers import QUANT_LAYERS, Layer, find_layers
 from condiquant_brevitas.mode import condiquant_mode
 from condiquant_brevitas.moments_hook import has_weight_quantizer, layer_geometry
 from condiquant_brevitas.products import ProductOperand, insert_stubs
@@ -21,7 +21,8 @@ from condiquant_brevitas.quantizers import (
     LearnedBoundsWeightPerTensor,
 )
 from condiquant_plugin import distillation
-from condiquant_plugin.errors import InputError, check_choice, check_count
+from condiquant_plugin.configuration import QuantizationConfig
+from condiquant_plugin.errors import InputError, check_count
 from condiquant_plugin.intake import (
     image_batch,
     plain_float_copy,
@@ -31,15 +32,11 @@ from condiquant_plugin.intake import (
 from condiquant_plugin.layerwise.problem import LayerReport, fused_blocks
 from condiquant_plugin.methods.condiquant.reconditioning import (
     ReconditioningConfig,
-    default_config,
     unchanged,
 )
-from condiquant_plugin.uniform.bounds import Side
 from condiquant_plugin.uniform.fake_quantizer import FakeQuantizer, search_bounds
-from condiquant_plugin.uniform.grid import DEFAULT_OVERFLOW, Overflow, check_bits
 from condiquant_plugin.uniform.sampling import BOUNDS_CROPS
 
-Granularity = Literal["tensor", "channel"]
 _WEIGHT_QUANTIZERS = {
     "tensor": LearnedBoundsWeightPerTensor,
     "channel": LearnedBoundsWeightPerChannel,
@@ -50,19 +47,12 @@ _WEIGHT_QUANTIZERS = {
 def quantize_sr(
     model: nn.Module,
     calibration: Tensor,
+    config: QuantizationConfig | None = None,
     *,
-    weight_bits: int = 4,
-    activation_bits: int = 4,
-    scope: Scope = "transformer",
-    other_bits: int | None = None,
-    weight_granularity: Granularity = "tensor",
-    activation_side: Side = "auto",
-    zero_on_grid: bool = False,
-    overflow: Overflow = DEFAULT_OVERFLOW,
-    reconditioning: ReconditioningConfig | Literal["auto"] | None = "auto",
     bounds_crops: int = BOUNDS_CROPS,
     batch_size: int = 1,
     name_blacklist: Collection[str] = (),
+    **settings: Any,
 ) -> nn.Module:
     """CondiQuant before distillation: stubs at attention products, reconditioning, learned bounds.
 
@@ -75,23 +65,14 @@ def quantize_sr(
             :func:`condiquant_plugin.intake.plain_float_copy`.
         calibration (Tensor): Low-resolution crops, ``(count, channels, height, width)``, or what
             :func:`condiquant_plugin.intake.image_batch` makes them of.
-        weight_bits, activation_bits (int): 2 to 8. Default: 4
-        scope (str): "transformer" takes linear layers and both factors of every product of activations
-            (attention); "all" every linear layer and convolution but the first and the last, and
-            products. Default: "transformer"
-        other_bits (Optional, int): Bits of weights and activations of the layers outside the scope.
-            Default: None, which leaves them float
-        weight_granularity (str): Bounds per "tensor" (three for a fused qkv) or "channel".
-        activation_side (str): How ranges of activations are shrunk: "symmetric", "one_sided", "auto".
-        zero_on_grid (bool): Zero is a level of every grid, weights are symmetric, as NPUs and QCDQ need.
-        overflow (str): "safe" is exact on every x86-64 CPU: 8-bit weights have wider steps, factors of
-            products 7 bits. "vnni" keeps all 8 and is exact only on CPUs with VNNI. Default: "safe"
-        reconditioning (Optional, ReconditioningConfig): "auto" is the default of the activations' bits;
-            None keeps the weights as trained.
+        config (Optional, QuantizationConfig): What to quantize and how. Default: all defaults of
+            :class:`condiquant_plugin.configuration.QuantizationConfig`
         bounds_crops (int): How many crops the bounds are searched on. Default: 32
         batch_size (int): Crops in one forward pass. More than one may be faster on a GPU, but takes another
             sample for the bounds and rounds otherwise than NNCF's pipeline. Default: 1
         name_blacklist (Collection[str]): Layers, or modules with all they hold, to leave float.
+        **settings: Keys of the config by name, such as ``weight_bits=3``; ``reconditioning`` is its
+            ``recondition``.
 
     Returns:
         The quantized network, with ``report``: a :class:`LayerReport` by name for every layer in scope
@@ -106,56 +87,49 @@ def quantize_sr(
         >>> model = quantize_sr(swinir, crops, weight_bits=3, activation_bits=3)
         >>> distill(model, swinir, crops, held_out, config, trainable_weights=trainable_weights(model))
     """
-    check_bits(weight_bits, "weight_bits")
-    check_bits(activation_bits, "activation_bits")
+    if "reconditioning" in settings:
+        settings["recondition"] = settings.pop("reconditioning")
+    config = (config or QuantizationConfig()).changed(settings)
+    if config.bounds_inputs != "float":
+        raise InputError('bounds_inputs="quantized" is for NNCF\'s quantize_network(): use "float"')
     check_count("bounds_crops", bounds_crops)
     check_count("batch_size", batch_size)
-    if other_bits is not None:
-        check_bits(other_bits, "other_bits")
-    check_choice("scope", scope, get_args(Scope))
-    check_choice("weight_granularity", weight_granularity, get_args(Granularity))
-    check_choice("activation_side", activation_side, get_args(Side))
-    check_choice("overflow", overflow, get_args(Overflow))
-    if not isinstance(reconditioning, ReconditioningConfig | None):
-        check_choice("reconditioning", reconditioning, ("auto", None, "a ReconditioningConfig"))
     calibration = image_batch(calibration)
     model = plain_float_copy(model)
     _check_is_float(model)
     rebuilt = rebuilt_parameters(model, lambda network: network(calibration[:1]))
-    others = other_bits is not None
+    others = config.other_bits is not None
     layers = find_layers(
-        model, calibration[:1], scope, others=others, name_blacklist=name_blacklist
+        model, calibration[:1], config.scope, others=others, name_blacklist=name_blacklist
     )
     for layer in layers:
         refuse_rebuilt(layer.name, f"{layer.name}.weight", rebuilt, "put it in name_blacklist")
     outside = {layer.name for layer in layers if not layer.in_scope}
 
-    def bits(name: str, usual: int) -> int:
-        return other_bits if other_bits is not None and name in outside else usual
-
     insert_stubs(model, [layer.product for layer in layers if layer.product])
     weights = {
-        "bit_width": lambda _, name: bits(name, weight_bits),
+        "bit_width": lambda _, name: config.bits(name not in outside).weight,
         "name": _label("weight"),
-        "zero_on_grid": zero_on_grid,
-        "overflow": overflow,
+        "zero_on_grid": config.zero_on_grid,
+        "overflow": config.overflow,
     }
-    if weight_granularity == "tensor":
+    if config.weight_granularity == "tensor":
         weights["row_blocks"] = lambda layer, name: fused_blocks(name, _rows(layer))
     inputs = {
-        "bit_width": lambda _, name: bits(name, activation_bits),
+        "bit_width": lambda _, name: config.bits(name not in outside).activation,
         "name": _label("input"),
-        "zero_on_grid": zero_on_grid,
-        "overflow": overflow,
-        "side": activation_side,
+        "zero_on_grid": config.zero_on_grid,
+        "overflow": config.overflow,
+        "side": config.activation_side,
     }
-    model = _with_quantizers(model, layers, _WEIGHT_QUANTIZERS[weight_granularity], weights, inputs)
-    settings = default_config(activation_bits) if reconditioning == "auto" else reconditioning
+    weight_quantizer = _WEIGHT_QUANTIZERS[config.weight_granularity]
+    model = _with_quantizers(model, layers, weight_quantizer, weights, inputs)
+    recondition = config.reconditioning()
     scoped = [layer.name for layer in layers if layer.in_scope and not layer.product]
-    if settings is None or not scoped:
+    if recondition is None or not scoped:
         report = {name: _unchanged(model, name) for name in scoped}
     else:
-        report = _recondition(model, calibration, settings, outside, bounds_crops, batch_size)
+        report = _recondition(model, calibration, recondition, outside, bounds_crops, batch_size)
     search_bounds(model, calibration[:bounds_crops], batch_size=batch_size)
     model.report = {name: report[name] for name in scoped}  # type: ignore[assignment]
     return model

@@ -1,84 +1,27 @@
-"""What to quantize and how; the same for every backend."""
+"""The quantization of the core with NNCF's way of leaving layers out; the same for every backend."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any
 
 import nncf
 
 from condiquant_nncf.layer import Layer
 from condiquant_nncf.layers import find_layers
-from condiquant_plugin.errors import check_choice
-from condiquant_plugin.layerwise.scope import Scope
-from condiquant_plugin.methods.condiquant.reconditioning import ReconditioningConfig, default_config
-from condiquant_plugin.uniform.bounds import Side
-from condiquant_plugin.uniform.grid import DEFAULT_OVERFLOW, Overflow, check_bits
+from condiquant_plugin import configuration
 
 if TYPE_CHECKING:
     from nncf.torch.function_hook.nncf_graph.nncf_graph_builder import GraphModelWrapper
 
-BoundsInputs = Literal["quantized", "float"]
-Granularity = Literal["tensor", "channel"]
-_CHOICES = {
-    "scope": Scope,
-    "weight_granularity": Granularity,
-    "activation_side": Side,
-    "overflow": Overflow,
-    "bounds_inputs": BoundsInputs,
-}
-
 
 @dataclass(frozen=True)
-class QuantizationConfig:
-    """What to quantize and how."""
+class QuantizationConfig(configuration.QuantizationConfig):
+    """:class:`condiquant_plugin.configuration.QuantizationConfig`, with layers left out by NNCF's rules."""
 
-    weight_bits: int = 4
-    activation_bits: int = 4
-    scope: Scope = "transformer"
     ignored_scope: nncf.IgnoredScope | None = None
-    other_bits: int | None = None
-    """Bits of weights and activations of the layers outside the scope; ``None`` leaves them float."""
-    weight_granularity: Granularity = "tensor"
-    """Bounds per tensor (per row block of a fused qkv) as in 2DQuant, or per output channel."""
-    activation_side: Side = "auto"
-    zero_on_grid: bool = False
-    """Zero is a level of every grid and weights are symmetric, as NPUs need it; costs accuracy."""
-    overflow: Overflow = DEFAULT_OVERFLOW
-    """``"safe"``: exact on every x86-64 CPU; 8-bit weights have wider steps, operands of products 7 bits.
-    ``"vnni"``: all 8 bits, exact only on CPUs with VNNI."""
-    bounds_inputs: BoundsInputs = "float"
-    """Search activation bounds on the float network, or on one that is quantized up to that layer.
-
-    ``"float"`` measured better at every bit-width, with and without reconditioning (docs/results.md).
-    Only :func:`condiquant_nncf.quantize_network` does the other.
-    """
-    recondition: ReconditioningConfig | Literal["auto"] | None = "auto"
-    """``"auto"`` is the default of the activations' bit-width; ``None`` keeps the weights as trained."""
-
-    def __post_init__(self) -> None:
-        check_bits(self.weight_bits, "weight_bits")
-        check_bits(self.activation_bits, "activation_bits")
-        if self.other_bits is not None:
-            check_bits(self.other_bits, "other_bits")
-        for name, kind in _CHOICES.items():
-            check_choice(name, getattr(self, name), get_args(kind))
-        if not isinstance(self.recondition, ReconditioningConfig | None):
-            check_choice("recondition", self.recondition, ("auto", None, "a ReconditioningConfig"))
 
     def find_layers(self, model: GraphModelWrapper | Any) -> list[Layer]:
         """The layers to quantize; see :func:`condiquant_nncf.find_layers`."""
         others = self.other_bits is not None
         return find_layers(model, self.scope, self.ignored_scope, others=others)
-
-    def bits(self, layer: Layer) -> tuple[int, int]:
-        """Bits of the weight and of the activations of a layer."""
-        if layer.in_scope or self.other_bits is None:
-            return self.weight_bits, self.activation_bits
-        return self.other_bits, self.other_bits
-
-    def reconditioning(self) -> ReconditioningConfig | None:
-        """Settings of reconditioning, the default of the bit-width filled in."""
-        if self.recondition == "auto":
-            return default_config(self.activation_bits)
-        return self.recondition

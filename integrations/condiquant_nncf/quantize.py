@@ -20,16 +20,16 @@ from condiquant_nncf.algorithms.learned_bounds import InputBounds, LearnedBounds
 from condiquant_nncf.algorithms.pipeline import CalibrationPipeline
 from condiquant_nncf.backends.choose import check_backend
 from condiquant_nncf.configuration import QuantizationConfig
+from condiquant_plugin.configuration import Granularity
 from condiquant_plugin.errors import InputError, check_count
 from condiquant_plugin.layerwise.problem import LayerReport
 from condiquant_plugin.layerwise.scope import Scope
 from condiquant_plugin.methods.condiquant.reconditioning import ReconditioningConfig
 from condiquant_plugin.uniform.bounds import Side
-from condiquant_plugin.uniform.grid import DEFAULT_OVERFLOW, Overflow
+from condiquant_plugin.uniform.grid import Overflow
 from condiquant_plugin.uniform.sampling import BOUNDS_CROPS
 
 Then = Literal["bounds", "minmax"]
-_DEFAULT_BITS = 4
 _BEFORE_INT8 = ReconditioningConfig(objective="condition", strength=3e-5, steps=30)
 """Stronger settings and least squares cost fidelity at 8 bits (docs/nncf.md)."""
 
@@ -40,14 +40,14 @@ class AdvancedCondiQuantParameters:
 
     scope: Scope | None = None
     """``None`` is ``"transformer"`` for ``model_type=TRANSFORMER`` and ``"all"`` otherwise."""
-    recondition: ReconditioningConfig | Literal["auto"] | None = "auto"
+    recondition: ReconditioningConfig | Literal["auto"] | None = QuantizationConfig.recondition
     """``"auto"`` is the default of the bit-width, and a gentle one for ``then="minmax"``."""
-    other_bits: int | None = None
-    weight_granularity: Literal["tensor", "channel"] = "tensor"
-    activation_side: Side = "auto"
+    other_bits: int | None = QuantizationConfig.other_bits
+    weight_granularity: Granularity = QuantizationConfig.weight_granularity
+    activation_side: Side = QuantizationConfig.activation_side
     zero_on_grid: bool | None = None
     """``None`` is whether ``target_device`` is the NPU."""
-    overflow: Overflow = DEFAULT_OVERFLOW
+    overflow: Overflow = QuantizationConfig.overflow
     """Only ``then="bounds"``: NNCF's int8 has ``overflow_fix``."""
     nncf: AdvancedQuantizationParameters | None = None
     """NNCF's own, for ``then="minmax"``."""
@@ -114,8 +114,8 @@ def quantize(
     advanced_parameters: AdvancedCondiQuantParameters
     | AdvancedQuantizationParameters
     | None = None,
-    weight_bits: int = _DEFAULT_BITS,
-    activation_bits: int = _DEFAULT_BITS,
+    weight_bits: int = QuantizationConfig.weight_bits,
+    activation_bits: int = QuantizationConfig.activation_bits,
     then: Then = "bounds",
     reports: list[LayerReport] | None = None,
 ) -> Any:
@@ -194,7 +194,7 @@ def _warn_of_unused(
     weight_bits: int,
     activation_bits: int,
 ) -> None:
-    default = AdvancedCondiQuantParameters()
+    default, plain = AdvancedCondiQuantParameters(), QuantizationConfig()
     if then == "bounds":
         given = {
             "mode": stock["mode"] is not None,
@@ -204,8 +204,9 @@ def _warn_of_unused(
         }
     else:
         given = {
-            f"weight_bits={weight_bits}": weight_bits not in (_DEFAULT_BITS, 8),
-            f"activation_bits={activation_bits}": activation_bits not in (_DEFAULT_BITS, 8),
+            f"weight_bits={weight_bits}": weight_bits not in (QuantizationConfig.weight_bits, 8),
+            f"activation_bits={activation_bits}": activation_bits
+            not in (QuantizationConfig.activation_bits, 8),
             "other_bits": ours.other_bits is not None,
             "weight_granularity": ours.weight_granularity != default.weight_granularity,
             "overflow": ours.overflow != default.overflow,

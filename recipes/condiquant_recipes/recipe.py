@@ -6,6 +6,7 @@ import difflib
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,8 +14,18 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from condiquant_plugin import __version__
+from condiquant_plugin.configuration import BoundsInputs, Granularity, QuantizationConfig
+from condiquant_plugin.distillation import DistillationConfig
 from condiquant_plugin.errors import InputError
-from condiquant_plugin.uniform.grid import DEFAULT_OVERFLOW, MAX_BITS, MIN_BITS, Overflow
+from condiquant_plugin.layerwise.scope import Scope
+from condiquant_plugin.methods.condiquant.reconditioning import (
+    Objective,
+    Proxy,
+    ReconditioningConfig,
+)
+from condiquant_plugin.uniform.bounds import Side
+from condiquant_plugin.uniform.grid import MAX_BITS, MIN_BITS, Overflow
+from condiquant_plugin.uniform.sampling import BOUNDS_CROPS
 
 
 class _Section(BaseModel):
@@ -71,48 +82,38 @@ class IgnoredScopeSection(_Section):
 
 class ReconditionSection(_Section):
     enabled: bool = True
-    objective: Literal["auto", "condition", "least_squares"] = "auto"
+    objective: Literal["auto"] | Objective = "auto"
     """``auto`` is what measured best at the bit-width; ``condition`` is the paper's."""
     strength: float | None = Field(None, gt=0)
     """Proximal strength tau of ``condition``; left out: the default of the bit-width."""
     output_tolerance: float | None = Field(None, gt=0)
-    steps: int = Field(100, ge=1)
-    proxy: Literal["spread", "log_condition"] = "spread"
+    steps: int = Field(ReconditioningConfig.steps, ge=1)
+    proxy: Proxy = ReconditioningConfig.proxy
     damping: float | None = Field(None, gt=0)
     """Pull of ``least_squares`` towards the trained weight; left out: the default of the bit-width."""
 
 
 class BoundsSection(_Section):
-    crops: int = Field(32, ge=1)
-    inputs: Literal["quantized", "float"] = "float"
-    side: Literal["symmetric", "one_sided", "auto"] = "auto"
-
-
-class DistillationSection(_Section):
-    iterations: int = Field(800, ge=0)
-    batch_size: int = Field(2, ge=1)
-    bounds_rate: float = Field(2e-3, gt=0)
-    weights: bool = True
-    weights_rate: float = Field(5e-4, gt=0)
-    feature_weight: float = Field(0.0, ge=0)
-    validate_every: int = Field(100, ge=1)
+    crops: int = Field(BOUNDS_CROPS, ge=1)
+    inputs: BoundsInputs = QuantizationConfig.bounds_inputs
+    side: Side = QuantizationConfig.activation_side
 
 
 class CondiQuantSection(_Section):
-    weight_bits: int = Field(4, ge=MIN_BITS, le=MAX_BITS)
-    activation_bits: int = Field(4, ge=MIN_BITS, le=MAX_BITS)
-    scope: Literal["transformer", "all"] = "transformer"
+    weight_bits: int = Field(QuantizationConfig.weight_bits, ge=MIN_BITS, le=MAX_BITS)
+    activation_bits: int = Field(QuantizationConfig.activation_bits, ge=MIN_BITS, le=MAX_BITS)
+    scope: Scope = QuantizationConfig.scope
     ignored_scope: IgnoredScopeSection = IgnoredScopeSection()
-    other_bits: int | None = Field(None, ge=MIN_BITS, le=MAX_BITS)
+    other_bits: int | None = Field(QuantizationConfig.other_bits, ge=MIN_BITS, le=MAX_BITS)
     """Bits of the layers outside the scope: the first and last of ``all``, convolutions of
     ``transformer``; left out: they stay float."""
-    weight_granularity: Literal["tensor", "channel"] = "tensor"
-    overflow: Overflow = DEFAULT_OVERFLOW
+    weight_granularity: Granularity = QuantizationConfig.weight_granularity
+    overflow: Overflow = QuantizationConfig.overflow
     """``safe``: exact on every x86-64 CPU; 8-bit weights have wider steps, operands of attention 7 bits.
     ``vnni``: all 8 bits, exact only on CPUs with VNNI."""
     recondition: ReconditionSection = ReconditionSection()
     bounds: BoundsSection = BoundsSection()
-    distillation: DistillationSection = DistillationSection()
+    distillation: DistillationConfig = DistillationConfig()
 
 
 class ExportSection(_Section):
@@ -269,7 +270,7 @@ def explain(error: ValidationError, model: type[BaseModel], *prefix: str) -> str
     inner = [str(part) for part in first["loc"]]
     location = [*prefix, *inner]
     key = ".".join(location)
-    if first["type"] == "extra_forbidden":
+    if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         known = _known_keys(model, inner[:-1])
         near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
         hint = (
@@ -281,7 +282,9 @@ def explain(error: ValidationError, model: type[BaseModel], *prefix: str) -> str
     if first["type"] == "missing":
         return f"key {key} is missing: add it"
     if first["type"] == "value_error":
-        return str(first["ctx"]["error"])
+        raised = first["ctx"]["error"]
+        of_key = isinstance(raised, InputError) and location
+        return f"{key}.{raised}" if of_key else str(raised)
     return f"{key}={first['input']!r}: {first['msg']}"
 
 
@@ -289,6 +292,8 @@ def _known_keys(model: type[BaseModel], parents: list[str]) -> list[str]:
     for parent in parents:
         annotation = model.model_fields[parent].annotation
         assert isinstance(annotation, type)
+        if is_dataclass(annotation):
+            return [field.name for field in fields(annotation)]
         model = annotation
     return list(model.model_fields)
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import condiquant_basicsr as basicsr_host
 import condiquant_nncf as nncf_host
-from condiquant_plugin.distillation import DistillationConfig, DistillationResult, distill
+from condiquant_plugin.distillation import DistillationResult, distill
 from condiquant_plugin.errors import InputError
 from condiquant_plugin.layerwise.problem import LayerReport
 from condiquant_plugin.methods.condiquant.reconditioning import ReconditioningReport
@@ -248,13 +248,12 @@ def _distilled(
     recipe: Recipe,
     progress: Progress,
 ) -> dict[str, Any]:
-    config = settings.distillation(recipe)
     if (record := workspace.finished("distilled")) is not None:
         workspace.restore("distilled", quantized.model)
         return record
     started = time.perf_counter()
     result = distill_network(
-        quantized.model, quantized.layers, source, config, progress, workspace.distillation_path
+        quantized.model, quantized.layers, source, recipe, progress, workspace.distillation_path
     )
     record = {**asdict(result), "seconds": time.perf_counter() - started}
     workspace.finish("distilled", record, quantized.model)
@@ -265,11 +264,12 @@ def distill_network(
     model: nn.Module,
     layers: Sequence[nncf_host.Layer],
     source: Source,
-    config: DistillationConfig,
+    recipe: Recipe,
     progress: Progress,
     checkpoint: Path | None = None,
 ) -> DistillationResult:
     """Train a quantized network in place to follow the float one, with a progress bar."""
+    config = recipe.condiquant.distillation
     if not config.iterations:
         return DistillationResult(0.0, 0.0, 0, 0)
     with progress.bar("distillation", config.iterations) as advance:
@@ -281,6 +281,7 @@ def distill_network(
             config,
             trainable_weights=nncf_host.trainable_weights(model, layers),
             blocks=nncf_host.feature_blocks(source.network, layers),
+            seed=recipe.seed,
             checkpoint=checkpoint,
             progress=lambda iteration, loss: advance(f"loss {loss:.5f}", iteration),
         )

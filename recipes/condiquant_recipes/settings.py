@@ -7,7 +7,6 @@ from dataclasses import replace
 import nncf
 
 from condiquant_nncf import QuantizationConfig
-from condiquant_plugin.distillation import DistillationConfig
 from condiquant_plugin.errors import InputError
 from condiquant_plugin.methods.condiquant.reconditioning import ReconditioningConfig, default_config
 from condiquant_recipes.recipe import Recipe, ReconditionSection
@@ -54,8 +53,3 @@ def _reconditioning(recipe: Recipe) -> ReconditioningConfig | None:
                 f"leave it out, or set condiquant.recondition.objective={other}"
             )
     return config
-
-
-def distillation(recipe: Recipe) -> DistillationConfig:
-    """Settings of :func:`condiquant_plugin.distillation.distill`."""
-    return DistillationConfig(seed=recipe.seed, **recipe.condiquant.distillation.model_dump())

@@ -142,7 +142,9 @@ def exports(case: Case, bit_widths: list[int]) -> list[Row]:
         packed = Counter[int]()
         for layer in quantized.layers:
             if name := layer.weight_name:
-                packed[config.bits(layer)[0]] += case.network.get_parameter(name).numel()
+                packed[config.bits(layer.in_scope).weight] += case.network.get_parameter(
+                    name
+                ).numel()
         if bits == PLAIN_BITS:
             rows.insert(2, plain(case, quantized.model, packed))
         name, folder = f"ours, {bits} bits", case.folder / f"ours_{bits}"

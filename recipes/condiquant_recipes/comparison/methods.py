@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -155,7 +156,7 @@ def _fake_quantized(
     changes: dict[str, Any] = {
         "weight_bits": weight_bits,
         "activation_bits": activation_bits,
-        "distillation": section.distillation.model_copy(update=distillation or {}),
+        "distillation": replace(section.distillation, **(distillation or {})),
     }
     if not recondition:
         changes["recondition"] = ReconditionSection(enabled=False)
@@ -166,9 +167,7 @@ def _fake_quantized(
         settings.quantization(recipe),
         bounds_crops=section.bounds.crops,
     )
-    distill_network(
-        result.model, result.layers, source, settings.distillation(recipe), job.progress
-    )
+    distill_network(result.model, result.layers, source, recipe, job.progress)
     others = "float" if section.other_bits is None else f"{section.other_bits} bits"
     notes = [
         f"2DQuant here has the recipe's bounds per {section.weight_granularity} of weights, "

@@ -123,7 +123,7 @@ class NNCFQuantizer:
         self, recipe: Recipe, *, autocast: bool = False, asked: Mapping[str, Any] | None = None
     ) -> None:
         self.recipe, self.autocast = recipe, autocast
-        self.distillation = settings.distillation(recipe)
+        self.distillation = recipe.condiquant.distillation
         self.calibration_images = recipe.datasets.calibration.count
         self.asked = _structure(recipe.model_dump() if asked is None else asked)
 

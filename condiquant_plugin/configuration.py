@@ -1,0 +1,89 @@
+"""What to quantize and how: the one list of keys, choices and defaults, which every host reads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal, Self, get_args
+
+from condiquant_plugin.errors import InputError, check_choice
+from condiquant_plugin.layerwise.precision import LayerBits
+from condiquant_plugin.layerwise.scope import Scope
+from condiquant_plugin.methods.condiquant.reconditioning import ReconditioningConfig, default_config
+from condiquant_plugin.uniform.bounds import Side
+from condiquant_plugin.uniform.grid import DEFAULT_OVERFLOW, Overflow, check_bits
+
+BoundsInputs = Literal["quantized", "float"]
+Granularity = Literal["tensor", "channel"]
+_CHOICES = {
+    "scope": Scope,
+    "weight_granularity": Granularity,
+    "activation_side": Side,
+    "overflow": Overflow,
+    "bounds_inputs": BoundsInputs,
+}
+
+
+@dataclass(frozen=True)
+class QuantizationConfig:
+    """What to quantize and how.
+
+    Raises:
+        InputError: bits outside 2-8, or a choice that is not known.
+    """
+
+    weight_bits: int = 4
+    activation_bits: int = 4
+    scope: Scope = "transformer"
+    other_bits: int | None = None
+    """Bits of weights and activations of the layers outside the scope; ``None`` leaves them float."""
+    weight_granularity: Granularity = "tensor"
+    """Bounds per tensor (per row block of a fused qkv) as in 2DQuant, or per output channel."""
+    activation_side: Side = "auto"
+    """How ranges of activations are shrunk."""
+    zero_on_grid: bool = False
+    """Zero is a level of every grid and weights are symmetric, as NPUs need it; costs accuracy."""
+    overflow: Overflow = DEFAULT_OVERFLOW
+    """``"safe"``: exact on every x86-64 CPU; 8-bit weights have wider steps, operands of products 7 bits.
+    ``"vnni"``: all 8 bits, exact only on CPUs with VNNI."""
+    bounds_inputs: BoundsInputs = "float"
+    """Search activation bounds on the float network, or on one that is quantized up to that layer.
+
+    ``"float"`` measured better at every bit-width, with and without reconditioning (docs/results.md).
+    Only :func:`condiquant_nncf.quantize_network` does the other.
+    """
+    recondition: ReconditioningConfig | Literal["auto"] | None = "auto"
+    """``"auto"`` is the default of the activations' bit-width; ``None`` keeps the weights as trained."""
+
+    def __post_init__(self) -> None:
+        check_bits(self.weight_bits, "weight_bits")
+        check_bits(self.activation_bits, "activation_bits")
+        if self.other_bits is not None:
+            check_bits(self.other_bits, "other_bits")
+        for name, kind in _CHOICES.items():
+            check_choice(name, getattr(self, name), get_args(kind))
+        if not isinstance(self.recondition, ReconditioningConfig | None):
+            check_choice("recondition", self.recondition, ("auto", None, "a ReconditioningConfig"))
+
+    def changed(self, changes: dict[str, Any]) -> Self:
+        """With other values of some keys.
+
+        Raises:
+            InputError: an unknown key, or a value that cannot be.
+        """
+        known = [field.name for field in fields(self)]
+        for key in changes:
+            if key not in known:
+                raise InputError(f"{key} is no key of the quantization: use {', '.join(known)}")
+        return replace(self, **changes)
+
+    def bits(self, in_scope: bool = True) -> LayerBits:
+        """Of a layer in scope, or outside it; see :class:`LayerBits`."""
+        if in_scope or self.other_bits is None:
+            return LayerBits(self.weight_bits, self.activation_bits)
+        return LayerBits(self.other_bits, self.other_bits)
+
+    def reconditioning(self) -> ReconditioningConfig | None:
+        """Settings of reconditioning, the default of the bit-width filled in."""
+        if self.recondition == "auto":
+            return default_config(self.activation_bits)
+        return self.recondition
