@@ -23,6 +23,17 @@ _CHOICES = {
 }
 
 
+def check_reconditioning(value: Any, name: str) -> Any:
+    """Return what can stand for reconditioning.
+
+    Raises:
+        InputError: naming ``name`` and the value.
+    """
+    if not isinstance(value, ReconditioningConfig | None):
+        check_choice(name, value, ("auto", None, "a ReconditioningConfig"))
+    return value
+
+
 @dataclass(frozen=True)
 class QuantizationConfig:
     """What to quantize and how.
@@ -61,8 +72,7 @@ class QuantizationConfig:
             check_bits(self.other_bits, "other_bits")
         for name, kind in _CHOICES.items():
             check_choice(name, getattr(self, name), get_args(kind))
-        if not isinstance(self.recondition, ReconditioningConfig | None):
-            check_choice("recondition", self.recondition, ("auto", None, "a ReconditioningConfig"))
+        check_reconditioning(self.recondition, "recondition")
 
     def changed(self, changes: dict[str, Any]) -> Self:
         """With other values of some keys.

@@ -21,7 +21,7 @@ from condiquant_brevitas.quantizers import (
     LearnedBoundsWeightPerTensor,
 )
 from condiquant_plugin import distillation
-from condiquant_plugin.configuration import QuantizationConfig
+from condiquant_plugin.configuration import QuantizationConfig, check_reconditioning
 from condiquant_plugin.errors import InputError, check_count
 from condiquant_plugin.intake import (
     image_batch,
@@ -88,7 +88,9 @@ def quantize_sr(
         >>> distill(model, swinir, crops, held_out, config, trainable_weights=trainable_weights(model))
     """
     if "reconditioning" in settings:
-        settings["recondition"] = settings.pop("reconditioning")
+        settings["recondition"] = check_reconditioning(
+            settings.pop("reconditioning"), "reconditioning"
+        )
     config = (config or QuantizationConfig()).changed(settings)
     if config.bounds_inputs != "float":
         raise InputError('bounds_inputs="quantized" is for NNCF\'s quantize_network(): use "float"')

@@ -204,9 +204,8 @@ def _warn_of_unused(
         }
     else:
         given = {
-            f"weight_bits={weight_bits}": weight_bits not in (QuantizationConfig.weight_bits, 8),
-            f"activation_bits={activation_bits}": activation_bits
-            not in (QuantizationConfig.activation_bits, 8),
+            f"weight_bits={weight_bits}": weight_bits not in (plain.weight_bits, 8),
+            f"activation_bits={activation_bits}": activation_bits not in (plain.activation_bits, 8),
             "other_bits": ours.other_bits is not None,
             "weight_granularity": ours.weight_granularity != default.weight_granularity,
             "overflow": ours.overflow != default.overflow,

@@ -227,3 +227,19 @@ def test_commands_refuse_what_is_no_ir(make_job, capsys, monkeypatch, command):
     }[command]
     assert str(job.folder) in fails(capsys, monkeypatch, *arguments)
     assert not (job.folder / "big.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("iteration=3", "unknown key condiquant.distillation.iteration: did you mean condiquant."),
+        ("iterations=-1", "condiquant.distillation.iterations=-1: use at least 0"),
+        (
+            "iterations=many",
+            "condiquant.distillation.iterations='many': Input should be a valid int",
+        ),
+    ],
+)
+def test_keys_of_the_core_are_refused_by_their_full_names(failing_run, setting, message):
+    found = failing_run(lambda job: None, "--set", f"condiquant.distillation.{setting}")
+    assert message in found

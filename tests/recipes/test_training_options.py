@@ -1,6 +1,7 @@
 """BasicSR's training YAMLs: what is read, refused, and what recipe they amount to."""
 
 import os
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -124,7 +125,7 @@ def test_options_amount_to_a_recipe(option_file):
     }
     assert (recipe.condiquant.weight_bits, recipe.condiquant.scope) == (3, "all")
     assert recipe.condiquant.recondition.objective == "least_squares"
-    assert recipe.condiquant.distillation.model_dump() == {
+    assert asdict(recipe.condiquant.distillation) == {
         "iterations": 5000,
         "batch_size": 4,
         "bounds_rate": 0.001,
@@ -198,7 +199,7 @@ def test_force_yml_adds_the_section_to_an_untouched_file(option_file):
         (["condiquant:recondition:enable=1"], "did you mean condiquant.recondition.enabled?"),
         (["condiquant:weight_bits=40"], "condiquant.weight_bits=40: Input should be less than"),
         (["condiquant=4"], "condiquant=4: Input should be a valid dictionary"),
-        (["condiquant:distillation=4"], "condiquant.distillation=4: Input should be a valid"),
+        (["condiquant:distillation=4"], "condiquant.distillation=4: Input should be a dictionary"),
         (["condiquant:distillation:iterations=4"], "no effect in a training YAML: set train.total_iter"),
         (["condiquant:distillation:weights_rate=1"], "set train.optim_g.lr"),
         (["condiquant:distillation:batch_size=1"], "set datasets.train.batch_size_per_gpu"),

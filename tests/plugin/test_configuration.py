@@ -1,0 +1,57 @@
+import pytest
+
+from condiquant_plugin import InputError
+from condiquant_plugin.configuration import QuantizationConfig
+from condiquant_plugin.distillation import DistillationConfig
+from condiquant_plugin.layerwise.precision import LayerBits
+from condiquant_plugin.methods.condiquant.reconditioning import ReconditioningConfig, default_config
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"weight_bits": 9}, "weight_bits=9 is not supported"),
+        ({"other_bits": 1}, "other_bits=1 is not supported"),
+        ({"scope": "cnn"}, "scope='cnn' is not known"),
+        ({"overflow": "avx"}, "overflow='avx' is not known"),
+        ({"recondition": "never"}, "recondition='never' is not known"),
+        (
+            {"bits": 4},
+            "bits is no key of the quantization: use weight_bits, activation_bits, scope",
+        ),
+    ],
+)
+def test_what_cannot_be_is_named(changes, message):
+    with pytest.raises(InputError, match=message):
+        QuantizationConfig().changed(changes)
+
+
+def test_layers_outside_the_scope_have_bits_of_their_own():
+    config = QuantizationConfig(weight_bits=2, activation_bits=3, other_bits=8)
+    assert config.bits() == config.bits(in_scope=True) == LayerBits(weight=2, activation=3)
+    assert config.bits(in_scope=False) == LayerBits(8, 8)
+    assert config.changed({"other_bits": None}).bits(in_scope=False) == LayerBits(2, 3)
+
+
+def test_reconditioning_follows_the_bits_of_activations_unless_it_is_given():
+    config = QuantizationConfig(activation_bits=2)
+    assert config.reconditioning() == default_config(2)
+    assert config.changed({"recondition": None}).reconditioning() is None
+    given = ReconditioningConfig("condition")
+    assert config.changed({"recondition": given}).reconditioning() is given
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("iterations", -1),
+        ("batch_size", 0),
+        ("validate_every", 0),
+        ("bounds_rate", 0.0),
+        ("weights_rate", float("nan")),
+        ("feature_weight", -1e-3),
+    ],
+)
+def test_settings_of_distillation_out_of_range(key, value):
+    with pytest.raises(InputError, match=f"^{key}={value}: use "):
+        DistillationConfig(**{key: value})
