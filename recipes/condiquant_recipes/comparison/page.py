@@ -15,7 +15,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from condiquant_plugin.files import write_atomic
 from condiquant_recipes.comparison.plots import condition_plot, scatter
 
-TEMPLATE = "comparison_page.html.j2"
+TEMPLATE = "page.html.j2"
 MISSING = "–"
 KIB = 1024.0
 
