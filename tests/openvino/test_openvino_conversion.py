@@ -101,10 +101,11 @@ def test_static_shape(convolution_net, run):
     check_parity(model, ir, [x]).raise_if_broken()
 
 
-def test_converted_twice_is_the_same_file(convolution_net, tmp_path):
+@pytest.mark.parametrize("fp16", [False, True])
+def test_converted_twice_is_the_same_file(convolution_net, tmp_path, fp16):
     model, x = convolution_net(3), torch.rand(1, 3, 16, 16)
     for name in ("a", "b"):
-        save(convert(model, x), tmp_path / f"{name}.xml")
+        save(convert(model, x), tmp_path / f"{name}.xml", compress_to_fp16=fp16)
     assert (tmp_path / "a.xml").read_bytes() == (tmp_path / "b.xml").read_bytes()
     assert (tmp_path / "a.bin").read_bytes() == (tmp_path / "b.bin").read_bytes()
 

@@ -82,6 +82,7 @@ def test_half_precision_takes_no_quantizer_of_a_float_kernel(quantized):
     halve(ir)
     assert f32_constants(ir)[0] == before[0]
     assert len(f32_constants(ir)[1]) == len(before[1]) - 1
+    check_parity(model, ir, [x]).raise_if_broken()
 
 
 @pytest.mark.parametrize(
@@ -90,6 +91,14 @@ def test_half_precision_takes_no_quantizer_of_a_float_kernel(quantized):
 def test_half_precision_takes_no_values_beyond_its_range(values, halved):
     parameter = ops.parameter([1, 64], np.float32)
     ir = ov.Model([ops.add(parameter, ops.constant(np.full(64, values, np.float32)))], [parameter])
+    halve(ir)
+    assert (f32_constants(ir) == ([], [])) == halved
+
+
+@pytest.mark.parametrize(("entries", "halved"), [(15, False), (16, True)])
+def test_half_precision_takes_no_few_values(entries, halved):
+    parameter = ops.parameter([1, entries], np.float32)
+    ir = ov.Model([ops.add(parameter, np.full(entries, 0.3, np.float32))], [parameter])
     halve(ir)
     assert (f32_constants(ir) == ([], [])) == halved
 

@@ -12,11 +12,14 @@ from hypothesis import strategies as st
 from torch import nn
 
 import condiquant_nncf
-from condiquant_openvino import convert
+from condiquant_openvino import check_parity, convert
 from condiquant_openvino.markers import is_encoder
 from condiquant_openvino.writing.passes.compaction import compact
+from condiquant_openvino.writing.passes.hoisting import hoist
 from condiquant_openvino.writing.passes.rearranging import collapse
 from condiquant_openvino.writing.passes.simplification import simplify
+from condiquant_openvino.writing.quantizer_graphs import to_bytes
+from condiquant_plugin import FakeQuantizer
 from networks import SECTIONS, build
 from openvino_kernels import fuses_int8_attention
 
@@ -82,6 +85,101 @@ def test_a_collapsed_chain_is_the_same_permutation(chain):
     )
     values = (np.arange(np.prod(shape)) % 251 - 125).astype(np.int8).reshape(shape)
     np.testing.assert_array_equal(run(model, values), run(collapsed, values))
+
+
+class Windows(nn.Module):
+    """Windows of four times four, in two heads, times themselves."""
+
+    def __init__(self):
+        super().__init__()
+        self.quantizer = FakeQuantizer(4, "operand")
+        self.quantizer.set_bounds(-1.0, 1.0)
+
+    def forward(self, x):
+        windows = (2 * x).view(1, 2, 4, 2, 4, 16).permute(0, 1, 3, 2, 4, 5).reshape(4, 16, 2, 8)
+        heads = self.quantizer(windows.permute(0, 2, 1, 3))
+        return heads @ heads.transpose(-2, -1)
+
+
+def test_windows_and_heads_are_split_in_one_step_where_sizes_are_known():
+    model, x = Windows().eval(), torch.rand(1, 8, 8, 16) - 0.5
+    ir = convert(model, x, static=True)
+    check_parity(model, ir, [x]).raise_if_broken()
+    assert count(ir)["Transpose"] == 1
+
+
+def rounded(x, top, levels=256):
+    """``x`` on a grid from ``-top`` to ``top``, per channel if ``top`` has several."""
+    top = np.array(top, np.float32)
+    last = np.float32(levels // 2 - 1)
+    bounds = [-top, top, np.full_like(top, -last), np.full_like(top, last)]
+    return ops.convert(to_bytes(x.output(0), bounds, levels, ov.Type.i8, f"at {top}"), np.float32)
+
+
+def encoders_after_hoisting(outputs, parameter, values):
+    """How many there are, and the graph around them; the values must stay."""
+    model = ov.Model(list(outputs), [parameter])
+    hoisted = hoist(model)
+    before, after = (
+        ov.Core().compile_model(m, "CPU")([values]).to_tuple() for m in (model, hoisted)
+    )
+    for expected, found in zip(before, after, strict=True):
+        assert len(np.unique(expected)) > 2
+        np.testing.assert_array_equal(found, expected)
+    return sum(map(is_encoder, hoisted.get_ops())), count(hoisted)
+
+
+@pytest.mark.parametrize(
+    ("parts", "encoders"),
+    [
+        ([(0, 2, 1, 1), (2, 6, 1, 1)], 1),
+        ([(0, 2, 1, 1), (2, 99, 1, 1)], 1),
+        ([(0, 2, 1, -2), (2, 5, 1, 1)], 1),
+        ([(0, 3, 1, 1), (-3, 6, 1, 1)], 2),
+        ([(0, 3, 1, 1), (3, -1, 1, 1)], 2),
+        ([(0, 6, 2, 1), (1, 6, 2, 1)], 2),
+        ([(0, 2, 1, 0), (2, 6, 1, 1)], 2),
+    ],
+)
+def test_slices_of_one_axis_are_rounded_as_one(parts, encoders):
+    values = np.random.default_rng(0).uniform(-1, 1, (4, 6, 5)).astype(np.float32)
+    x = ops.parameter(values.shape, np.float32)
+    outputs = []
+    for top, part in zip((0.5, 0.9), parts, strict=True):
+        constants = [ops.constant(np.array([number])) for number in part]
+        outputs.append(rounded(ops.slice(x, *constants), top))
+    assert encoders_after_hoisting(outputs, x, values)[0] == encoders
+
+
+@pytest.mark.parametrize(
+    ("shape", "levels", "encoders"),
+    [([2, 3, 4], (256, 256), 1), ([2, -1, 4], (256, 256), 2), ([2, 3, 4], (256, 16), 2)],
+)
+def test_indices_of_one_axis_are_rounded_as_one_where_that_is_possible(shape, levels, encoders):
+    values = np.random.default_rng(0).uniform(-1, 1, (2, 3, 4)).astype(np.float32)
+    x, axis = ops.parameter(shape, np.float32), ops.constant(np.int64(1))
+    outputs = [
+        rounded(ops.gather(x, ops.constant(np.int64(index)), axis), top, of_grid)
+        for index, top, of_grid in zip((0, 2), (0.5, 0.9), levels, strict=True)
+    ]
+    assert encoders_after_hoisting(outputs, x, values)[0] == encoders
+
+
+def test_a_fake_quantize_is_no_slice():
+    """Though its bounds, read as one, would be: from 0 to 1 in steps of 1 along axis 1."""
+    values = np.random.default_rng(0).uniform(0, 1, (2, 3, 4)).astype(np.float32)
+    x = ops.parameter(values.shape, np.float32)
+    bounds = [ops.constant(np.float32(bound)) for bound in (0, 1, 1, 1.9)]
+    outputs = [rounded(ops.fake_quantize(x, *bounds, levels=10), 3)]
+    assert encoders_after_hoisting(outputs, x, values)[0] == 1
+
+
+def test_no_second_transpose_is_made_for_a_tensor_that_is_used_in_float_too():
+    values = np.random.default_rng(0).uniform(-1, 1, (2, 3, 4)).astype(np.float32)
+    x = ops.parameter(values.shape, np.float32)
+    transposed = ops.transpose(x, ops.constant(np.array([0, 2, 1])))
+    outputs = [rounded(transposed, 0.8), ops.relu(transposed)]
+    assert encoders_after_hoisting(outputs, x, values)[1]["Transpose"] == 1
 
 
 def test_queries_keys_and_values_are_rounded_once(window_attention):
@@ -174,3 +272,16 @@ def test_repetitive_constants_are_stored_small_and_fold_back(pattern):
     assert sum(stored) < values.nbytes / 50
     x = rng.random(values.shape).astype(np.float32)
     np.testing.assert_array_equal(run(model, x), x + values)
+
+
+@pytest.mark.parametrize(
+    "other", [(1, 3, 128, 128), (1, 3, 1, 128), (1, 3, 128, 1), (3, 1, 1), (128,)]
+)
+def test_a_constant_that_gives_the_result_its_shape_keeps_it(other):
+    rng = np.random.default_rng(0)
+    values = np.ascontiguousarray(np.broadcast_to(rng.random((3, 1, 1)), (1, 3, 128, 128)), "f4")
+    parameter = ops.parameter(other, np.float32)
+    model = ov.Model([ops.multiply(ops.constant(values), parameter)], [parameter])
+    compact(model)
+    x = rng.random(other).astype(np.float32)
+    np.testing.assert_array_equal(run(model, x), values * x)

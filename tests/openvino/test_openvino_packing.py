@@ -3,12 +3,14 @@
 import nncf
 import numpy as np
 import openvino as ov
+import openvino.opset13 as ops
 import pytest
 import torch
 
 import condiquant_nncf
 from condiquant_openvino import layer_executions, pack, read_ir, save
 from condiquant_plugin import InputError
+from condiquant_plugin.uniform import grid
 from networks import build
 
 EXACT = {"INFERENCE_PRECISION_HINT": "f32", "LP_TRANSFORMS_MODE": "NO"}
@@ -74,3 +76,55 @@ def test_a_model_without_low_bits_is_refused(image):
     int8 = nncf.quantize(model, nncf.Dataset([image]), subset_size=1)
     with pytest.raises(InputError, match="no low-bit FakeQuantize to pack"):
         pack(int8)
+
+
+def bounds_on_lattice(kind, lower, upper):
+    """Input and output bounds of a 4-bit FakeQuantize."""
+    snapped = grid.snap(torch.tensor(lower), torch.tensor(upper), 4, kind)
+    return [snapped.lower.numpy(), (snapped.lower + 15 * snapped.step).numpy()] * 2
+
+
+def linear(inputs, weights, axes=(0, 1, 2)):
+    """A linear layer, both factors behind a FakeQuantize of the bounds; ``axes``: what is in between."""
+    x = ops.parameter([1, 8, 16], np.float32)
+    x.set_friendly_name("image")
+    weight = ops.constant(np.random.default_rng(0).normal(size=(12, 16)).astype(np.float32))
+    factors = [
+        ops.fake_quantize(values, *map(ops.constant, bounds), levels=16)
+        for values, bounds in ((x, inputs), (weight, weights))
+    ]
+    if list(axes) != sorted(axes):
+        factors[0] = ops.transpose(factors[0], ops.constant(np.array(axes)))
+    return ov.Model([ops.matmul(*factors, False, True)], [x])
+
+
+@pytest.mark.parametrize("axes", [(0, 1, 2), (1, 0, 2)])
+@pytest.mark.parametrize("inputs", [(-1.3, 2.1), (0.0, 3.0), (-3.0, 0.0)])
+def test_levels_on_the_lattice_are_packed(inputs, axes):
+    bounds = bounds_on_lattice("activation", *inputs), bounds_on_lattice("weight", -1.5, 1.2)
+    model = linear(*bounds, axes)
+    packed = pack(model)
+    assert "u4" in {node.get_output_element_type(0).get_type_name() for node in packed.get_ops()}
+    x = np.random.default_rng(0).uniform(-3, 3, (1, 8, 16)).astype(np.float32)
+    core = ov.Core()
+    expected = core.compile_model(model, "CPU", EXACT)([x])[0]
+    compiled = core.compile_model(packed, "CPU", F32)
+    assert [layer.runs_as for layer in layer_executions(packed, compiled)] == ["int8"]
+    np.testing.assert_allclose(compiled([x])[0], expected, rtol=0, atol=1e-5 * np.ptp(expected))
+
+
+@pytest.mark.parametrize("place", range(4))
+@pytest.mark.parametrize("factor", ["activation", "weight"])
+def test_levels_that_bytes_do_not_hold_are_left_as_they_are(factor, place):
+    """One bound differs: values are mapped to others, or none of the levels is zero."""
+    given = {
+        "activation": bounds_on_lattice("activation", -1.3, 2.1),
+        "weight": bounds_on_lattice("weight", -1.5, 1.2),
+    }
+    pack(linear(*given.values()))
+    given[factor][place] = given[factor][place] * np.float32(1.02)
+    with pytest.raises(InputError, match="no low-bit FakeQuantize to pack"):
+        pack(linear(*given.values()))
+    given[factor][(place + 2) % 4] = given[factor][place]
+    with pytest.raises(InputError, match="no low-bit FakeQuantize to pack"):
+        pack(linear(*given.values()))
