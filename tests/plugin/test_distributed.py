@@ -265,6 +265,25 @@ def test_the_costliest_layers_are_shared_out_first():
     assert sorted(sum(sizes[i] for i in indices) for indices in shards) == [8, 10]
 
 
+def work_of_two(rank, folder):
+    moments = [part_of_moments("fc1", rank)]
+    distributed.all_reduce(moments)
+    model = Quantized(rank)
+    distributed.broadcast_bounds(model)
+    share = list(distributed.share([0, 1, 2]))
+    result = {"gram": moments[0].gram, "bounds": model.state_dict(), "share": share}
+    torch.save(result, folder / f"{rank}.pt")
+
+
+def test_two_processes_are_enough_to_share(tmp_path):
+    assert processes.run(work_of_two, tmp_path, 2) == [0, 0]
+    one, other = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    torch.testing.assert_close(one["gram"], whole_moments("fc1").gram, rtol=1e-12, atol=0)
+    assert_same(one["gram"], other["gram"])
+    assert_same(one["bounds"], other["bounds"])
+    assert (one["share"], other["share"]) == ([0, 2], [1])
+
+
 class Hanging(Dataset):
     def __len__(self):
         return 1

@@ -61,6 +61,7 @@ def halve(model: ov.Model) -> None:
         stored = ops.constant(halved)
         stored.set_friendly_name(node.get_friendly_name())
         widened = ops.convert(stored, np.float32)
+        widened.set_friendly_name(f"{node.get_friendly_name()}/widened")
         for port in ports:
             port.replace_source_output(widened.output(0))
 
