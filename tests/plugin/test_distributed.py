@@ -253,6 +253,13 @@ def test_shards_are_balanced_and_keep_equal_shapes_together():
     assert all(together)
 
 
+def test_a_layer_costs_its_weights_times_the_side_that_its_steps_go_by():
+    qkv = problems({name: whole_moments(name) for name in LAYERS})[0]
+    sides = {"condition": 8, "least_squares": 10}
+    for objective in OBJECTIVES:
+        assert config(objective).cost(qkv) == 24 * 10 * sides[objective]
+
+
 def test_the_costliest_layers_are_shared_out_first():
     sizes = [3, 3, 4, 5, 3]
     given = [
