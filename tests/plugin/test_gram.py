@@ -86,6 +86,14 @@ def test_unfolded_product_is_the_layer(name):
     torch.testing.assert_close(product, expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("kind", "module"),
+    [("conv", nn.Conv2d(4, 6, 1)), ("conv_transpose", nn.ConvTranspose2d(4, 6, 1))],
+)
+def test_a_geometry_is_by_default_that_of_the_layer_by_default(kind, module):
+    assert LayerGeometry(kind) == geometry_of(module)
+
+
 @pytest.mark.parametrize("name", LAYERS)
 def test_weight_matrix_round_trip(name):
     module, _ = LAYERS[name]
