@@ -3,6 +3,7 @@
 import logging
 
 import numpy as np
+import openvino as ov
 import openvino.opset13 as ops
 import pytest
 import torch
@@ -21,8 +22,16 @@ from condiquant_openvino.running.instruction_sets import (
     warn_of_overflow,
 )
 from condiquant_openvino.running.upscaling import compile_ir
-from condiquant_openvino.writing.overflow import LARGEST_SUM, largest_pair_sum, largest_pair_sums
+from condiquant_openvino.writing.conversion import Placeholder
+from condiquant_openvino.writing.overflow import (
+    LARGEST_SUM,
+    inexact_in_int8,
+    largest_pair_sum,
+    largest_pair_sums,
+)
+from condiquant_openvino.writing.quantizer_graphs import Quantizer
 from condiquant_plugin import FakeQuantizer, InputError
+from condiquant_plugin.uniform import grid
 from openvino_kernels import needs_vnni
 
 
@@ -129,6 +138,46 @@ def test_operands_that_may_overflow_stay_float_and_are_right():
     (layer,) = layer_executions(ir, compile_ir(ir))
     assert (layer.runs_as, layer.reason) == ("f32", "input quantizer in float form")
     assert largest_pair_sums(ir) == {}
+
+
+class Products(nn.Module):
+    """Of signed by unsigned operands, and of floats that a product has given."""
+
+    def __init__(self):
+        super().__init__()
+        self.signed = FakeQuantizer(8, "operand", name="signed")
+        self.unsigned = FakeQuantizer(8, "operand", name="unsigned", side="one_sided")
+        self.signed.set_bounds(-1.0, 1.0)
+        self.unsigned.set_bounds(0.0, 1.0)
+
+    def forward(self, x):
+        quantized = self.signed(x) @ self.unsigned(x.transpose(-1, -2))
+        return quantized + (2 * x) @ (3 * x).transpose(-1, -2)
+
+
+def test_sums_are_those_of_int8_kernels_only():
+    """None takes an unsigned second operand."""
+    model, x = Products().eval(), torch.rand(1, 2, 8, 16)
+    ir = convert(model, x)
+    check_parity(model, ir, [x]).raise_if_broken()
+    assert list(largest_pair_sums(ir).values()) == [0]
+
+
+def test_of_a_product_that_may_overflow_the_activations_are_named():
+    def quantizer(kind):
+        bounds = torch.tensor(-1.0), torch.tensor(1.0)
+        snapped = grid.snap(*bounds, 8, kind, overflow="vnni")
+        return Quantizer(kind, snapped.lower.numpy(), snapped.step.numpy(), 8, kind, 1)
+
+    quantizers = {kind: quantizer(kind) for kind in ("activation", "weight")}
+    x = ops.parameter([1, 8, 16], np.float32)
+    weight = ops.constant(np.ones((16, 16), np.float32))
+    factors = [
+        Placeholder([values.output(0)], label).output(0)
+        for values, label in ((x, "activation"), (weight, "weight"))
+    ]
+    model = ov.Model([ops.matmul(*factors, False, True)], [x])
+    assert inexact_in_int8(model, quantizers) == {"activation"}
 
 
 @pytest.mark.parametrize(
