@@ -10,10 +10,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn.utils import parametrize
 
 import condiquant_nncf
 from condiquant_openvino import check_parity, convert
-from condiquant_openvino.markers import is_encoder
+from condiquant_openvino.markers import EXITS, is_encoder, role_of
 from condiquant_openvino.writing.passes.compaction import compact
 from condiquant_openvino.writing.passes.hoisting import hoist
 from condiquant_openvino.writing.passes.rearranging import collapse
@@ -209,6 +210,24 @@ def test_attention_runs_in_int8_as_one_kernel_and_is_right(window_attention):
     assert np.abs(compiled([image.numpy()])[0] - expected).mean() < 1e-3 * np.ptp(expected)
 
 
+@pytest.mark.parametrize(
+    ("kind", "form"), [("activation", "FakeQuantize"), ("operand", "Multiply")]
+)
+def test_signed_bytes_are_one_operator_in_front_of_a_layer(kind, form):
+    """Operands of attention stay bytes."""
+    model, x = Windows().eval(), torch.rand(1, 8, 8, 16) - 0.5
+    if kind == "activation":
+        model = nn.Conv2d(8, 8, 1)
+        weight = FakeQuantizer(4, "weight")
+        weight.set_bounds(-0.4, 0.4)
+        parametrize.register_parametrization(model, "weight", weight)
+        model = nn.Sequential(FakeQuantizer(4, kind), model).eval()
+        model[0].set_bounds(-0.6, 0.5)
+    ir = convert(model, x, static=True)
+    exits = {node.get_type_name() for node in ir.get_ops() if role_of(node) in EXITS}
+    assert exits == {form}
+
+
 def test_masks_are_added_in_four_dimensions(window_attention):
     """Between scores and softmax: the sums with the bias and with the mask."""
     _, ir, _ = window_attention
@@ -220,6 +239,21 @@ def test_masks_are_added_in_four_dimensions(window_attention):
             node = node.input_value(0).get_node()
             kinds.append((node.get_type_name(), len(node.get_output_partial_shape(0))))
         assert kinds == [("Add", 4), ("Add", 4), ("MatMul", 4)]
+
+
+@pytest.mark.parametrize(("windows", "reshapes"), [(-1, 0), (3, 0), (6, 2)])
+def test_a_mask_of_three_windows_is_added_without_a_view_of_one_image(windows, reshapes):
+    rng = np.random.default_rng(0)
+    scores = ops.parameter([windows, 2, 4, 4], np.float32)
+    mask = rng.random((1, 3, 1, 4, 4)).astype(np.float32)
+    split = ops.reshape(scores, ops.constant(np.array([-1, 3, 2, 4, 4])), False)
+    merged = ops.reshape(ops.add(split, ops.constant(mask)), np.array([-1, 2, 4, 4]), False)
+    model = ov.Model([ops.relu(merged)], [scores])
+    simplify(model)
+    assert count(model)["Reshape"] == reshapes
+    values = rng.random((max(windows, 3), 2, 4, 4)).astype(np.float32)
+    expected = (values.reshape(-1, 3, 2, 4, 4) + mask).reshape(values.shape)
+    np.testing.assert_array_equal(run(model, values), expected)
 
 
 class Shuffle(nn.Module):
@@ -250,8 +284,8 @@ def test_other_transposes_of_six_axes_stay():
 def test_empty_padding_is_removed_and_other_padding_is_not():
     parameter = ops.parameter([1, 3, 4], np.float32)
     zeros, ones = ops.constant(np.zeros(3, np.int64)), ops.constant(np.ones(3, np.int64))
-    for begin, pads in ((zeros, 0), (ones, 1)):
-        padded = ops.pad(parameter, begin, zeros, "constant", ops.constant(np.float32(0)))
+    for begin, end, pads in ((zeros, zeros, 0), (ones, zeros, 1), (zeros, ones, 1)):
+        padded = ops.pad(parameter, begin, end, "constant", ops.constant(np.float32(0)))
         model = ov.Model([ops.relu(padded)], [parameter])
         simplify(model)
         assert count(model)["Pad"] == pads
