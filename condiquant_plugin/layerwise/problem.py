@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, Protocol, Self
+from dataclasses import dataclass, fields, replace
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor
@@ -65,10 +65,6 @@ class LayerReport:
     """What became of a layer; a method adds what it measures as fields."""
 
     name: str
-
-    def measured(self) -> dict[str, Any]:
-        """All but the name, by name."""
-        return {name: value for name, value in asdict(self).items() if name != "name"}
 
 
 @dataclass(frozen=True)

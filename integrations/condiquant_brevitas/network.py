@@ -92,6 +92,8 @@ def quantize_sr(
             settings.pop("reconditioning"), "reconditioning"
         )
     config = (config or QuantizationConfig()).changed(settings)
+    if getattr(config, "ignored_scope", None) is not None:
+        raise InputError("ignored_scope is matched against NNCF's graph: use name_blacklist")
     if config.bounds_inputs != "float":
         raise InputError('bounds_inputs="quantized" is for NNCF\'s quantize_network(): use "float"')
     check_count("bounds_crops", bounds_crops)

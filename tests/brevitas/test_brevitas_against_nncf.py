@@ -7,7 +7,7 @@ import torch
 import condiquant_nncf as nncf_host
 from condiquant_brevitas import quantize_sr
 from condiquant_nncf.quantize import create_condiquant_pipeline
-from condiquant_plugin import fake_quantizers
+from condiquant_plugin import InputError, fake_quantizers
 from condiquant_plugin.methods.condiquant.reconditioning import ReconditioningConfig
 from networks import build
 
@@ -85,3 +85,9 @@ def test_defaults_are_the_same():
     expected = nncf_host.quantize_network(build("edsr"), crops, config).model
     assert_same(nncf_host.quantize(build("edsr"), nncf.Dataset(list(crops.split(17)))), expected)
     assert_same(quantize_sr(build("edsr"), crops, scope="all"), expected)
+
+
+def test_a_config_with_layers_left_out_by_nncfs_rules_is_refused():
+    config = nncf_host.QuantizationConfig(ignored_scope=nncf.IgnoredScope(types=["conv2d"]))
+    with pytest.raises(InputError, match="ignored_scope .* use name_blacklist"):
+        quantize_sr(build("swinir"), images("swinir"), config)

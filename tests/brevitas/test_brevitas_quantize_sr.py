@@ -323,6 +323,8 @@ def broken(where):
         (("swinir",), {"other_bits": 4.0}, "other_bits=4.0 is not supported"),
         (("swinir",), {"weight_granularity": "row"}, "weight_granularity='row' is not known"),
         (("swinir",), {"reconditioning": "paper"}, "reconditioning='paper' is not known"),
+        (("swinir",), {"bits": 4}, "bits is no key of the quantization: use weight_bits"),
+        (("swinir",), {"bounds_inputs": "quantized"}, 'bounds_inputs="quantized" is for NNCF'),
         ((nn.ReLU(),), {}, "ReLU has no linear layer"),
         ((Twice(),), {}, "first is used more than once"),
         ((Twice(tied=True),), {}, "first is used more than once"),

@@ -1,5 +1,6 @@
 import copy
 from dataclasses import replace as with_fields
+from itertools import count
 
 import numpy as np
 import openvino as ov
@@ -284,18 +285,34 @@ def test_portions_keep_order_and_size(sizes, most):
 
 def test_properties_that_change_nothing_are_checked_once(exported_convolutions, monkeypatch):
     model, ir, x = exported_convolutions
-    calls = []
+    example, calls = Example(model, ir, x, "CPU"), []
+    programs = {
+        parity_module._Program.of(Runner("CPU", given).compile(ir), [example])
+        for given in parity_module.PROPERTIES.values()
+    }
     once = parity_module._parity
-    monkeypatch.setattr(
-        parity_module, "_parity", lambda *a: calls.append(a[2].properties) or once(*a)
-    )
+    monkeypatch.setattr(parity_module, "_parity", lambda *a: calls.append(a) or once(*a))
     found = check_parities(model, ir, [x])
     assert list(parity_module.PROPERTIES) == [
         name for name in found if name in parity_module.PROPERTIES
     ]
     assert all(found[name].properties == given for name, given in parity_module.PROPERTIES.items())
-    assert {"EXECUTION_MODE_HINT": "ACCURACY"} not in calls
-    assert len(calls) == len({found[name].precision for name in parity_module.PROPERTIES})
+    assert len(calls) == len(programs)
+
+
+def test_other_programs_and_lower_instruction_sets_are_all_checked(
+    exported_convolutions, monkeypatch
+):
+    """As on a CPU with AVX-512 and bfloat16."""
+    model, ir, x = exported_convolutions
+    numbers = count()
+    own = staticmethod(lambda *_: parity_module._Program((), (str(next(numbers)).encode(),)))
+    monkeypatch.setattr(parity_module._Program, "of", own)
+    monkeypatch.setattr(parity_module, "lower_instruction_sets", lambda: ["AVX2"])
+    found = check_parities(model, ir, [x])
+    assert list(found) == ["f32", "AVX2", "accuracy", "default"]
+    assert found["AVX2"].instruction_set == "AVX2"
+    assert all(parity.ok for parity in found.values())
 
 
 def test_programs_of_the_same_kernels_with_other_weights_differ(exported_convolutions):

@@ -202,7 +202,8 @@ def check_parity(
     ir = ov_model_or_path if isinstance(ov_model_or_path, ov.Model) else read_ir(ov_model_or_path)
     check_is_float32(model)
     examples = [Example(model, ir, image.float(), device) for image in inputs]
-    return _parity(ir, examples, Runner(device, properties), model, max_layers)[0]
+    runner = Runner(device, properties)
+    return _parity(ir, runner.compile(ir), examples, runner, model, max_layers)[0]
 
 
 def check_parities(
@@ -218,16 +219,19 @@ def check_parities(
     """
     examples = [Example(model, ir, image, device) for image in inputs]
     parities: dict[str, Parity] = {}
-    programs: dict[str, _Program] = {}
+    checked: dict[_Program, Parity] = {}
     for name, properties in PROPERTIES.items():
         in_full = name == _LOWERED
         runner = Runner(device, properties)
-        programs[name] = program = _Program.of(runner.compile(ir), examples)
-        if same := next((n for n in parities if programs[n] == program), None):
-            parities[name] = replace(parities[same], properties=properties)
+        network = runner.compile(ir)
+        program = _Program.of(network, examples)
+        if program in checked:
+            parities[name] = replace(checked[program], properties=properties)
             continue
-        parity, allowance = _parity(ir, examples, runner, model, None if in_full else 0, in_full)
-        parities[name] = parity
+        parity, allowance = _parity(
+            ir, network, examples, runner, model, None if in_full else 0, in_full
+        )
+        checked[program] = parities[name] = parity
         if in_full and parity.ok and device == "CPU" and _overflow(ir) == "safe":
             recorded = [examples[0].recorded()]
             for lower in lower_instruction_sets():
@@ -258,6 +262,7 @@ class _Program:
 
 def _parity(
     ir: ov.Model,
+    network: ov.CompiledModel,
     examples: Sequence[Example],
     runner: Runner,
     model: nn.Module,
@@ -270,11 +275,10 @@ def _parity(
             "the IR is for CPUs with VNNI (overflow=vnni), and this one has none: check it on one that "
             "has, or quantize with overflow=safe"
         )
-    network = runner.compile(ir)
     precision = str(network.get_property("INFERENCE_PRECISION_HINT").get_type_name())
     rounding = _rounding(ir, precision)
     allowance = _allowance(ir, examples, rounding, precision)
-    parity = _measured(ir, examples, runner, allowance, max_layers, with_codes)
+    parity = _measured(ir, network, examples, runner, allowance, max_layers, with_codes)
     images = [example.tensor for example in examples]
     bisect = partial(find_first_difference, model, ir, images, runner, rounding)
     sums = largest_pair_sums(ir) if overflow == "safe" else {}
@@ -305,7 +309,8 @@ def _measured_file(
 ) -> Parity:
     ir = core_of_process().read_model(path)
     examples = [example.on(ir) for example in recorded]
-    return _measured(ir, examples, runner, allowance, None, with_codes=False)
+    network = runner.compile(ir)
+    return _measured(ir, network, examples, runner, allowance, None, with_codes=False)
 
 
 def _allowance(
@@ -331,13 +336,13 @@ def _allowance(
 
 def _measured(
     ir: ov.Model,
+    network: ov.CompiledModel,
     examples: Sequence[Example],
     runner: Runner,
     allowance: _Allowance,
     max_layers: int | None,
     with_codes: bool,
 ) -> Parity:
-    network = runner.compile(ir)
     free, shortest, codes = Figures(), Figures(), Figures()
     found: dict[str, list[InputParity]] = defaultdict(list)
     for example, sets in zip(examples, allowance.cuts, strict=False):
