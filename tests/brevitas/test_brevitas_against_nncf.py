@@ -89,5 +89,5 @@ def test_defaults_are_the_same():
 
 def test_a_config_with_layers_left_out_by_nncfs_rules_is_refused():
     config = nncf_host.QuantizationConfig(ignored_scope=nncf.IgnoredScope(types=["conv2d"]))
-    with pytest.raises(InputError, match="ignored_scope .* use name_blacklist"):
+    with pytest.raises(InputError, match=r"ignored_scope .* use name_blacklist"):
         quantize_sr(build("swinir"), images("swinir"), config)
