@@ -110,7 +110,7 @@ def _mirrored(weight: Tensor, geometry: LayerGeometry) -> Tensor:
 
 @dataclass
 class Moments:
-    """Sums over samples of float inputs ``x`` and, where collected, quantized inputs ``q``; float64.
+    """Sums over samples of float inputs ``x`` and, where collected, quantized inputs ``q``; of one dtype.
 
     Shapes: ``(groups, features, features)`` and, for the sums, ``(groups, features)``.
     """
@@ -138,14 +138,21 @@ class Moments:
         return Moments(**added)
 
 
-def no_moments(weight: Tensor, geometry: LayerGeometry, *, quantized: bool) -> Moments:
+def no_moments(
+    weight: Tensor,
+    geometry: LayerGeometry,
+    *,
+    quantized: bool,
+    dtype: torch.dtype = torch.float64,
+) -> Moments:
     """Moments of a layer that has seen no samples.
 
     Args:
         quantized: whether those of quantized inputs belong to them.
+        dtype: of the sums.
     """
     groups, _, features = weight_matrix(weight, geometry).shape
-    zeros = partial(weight.new_zeros, dtype=torch.float64)
+    zeros = partial(weight.new_zeros, dtype=dtype)
     square, line = (groups, features, features), (groups, features)
     if not quantized:
         return Moments(0, zeros(square), zeros(line))
@@ -153,34 +160,40 @@ def no_moments(weight: Tensor, geometry: LayerGeometry, *, quantized: bool) -> M
 
 
 def moments_of(
-    x: Tensor, geometry: LayerGeometry, quantized: Tensor | None = None, *, name: str = "a layer"
+    x: Tensor,
+    geometry: LayerGeometry,
+    quantized: Tensor | None = None,
+    *,
+    name: str = "a layer",
+    dtype: torch.dtype = torch.float64,
 ) -> Moments:
     """Moments of one batch of a layer's inputs.
 
-    Products are taken in float32 over chunks of 8192 samples and summed in float64.
+    Products are taken in the inputs' dtype over chunks of 8192 samples and summed in ``dtype``.
 
     Args:
         x: float inputs as the layer gets them.
         quantized: the same inputs behind their fake quantizer.
         name: the layer's name, for the error message.
+        dtype: of the sums.
 
     Raises:
         InputError: if the inputs hold NaN or Inf.
     """
     check_finite(x, f"the input of {name}")
     rows = unfold(x.detach(), geometry)
-    result = Moments(rows.shape[1], _product(rows, rows), rows.double().sum(1))
+    result = Moments(rows.shape[1], _product(rows, rows, dtype), rows.sum(1, dtype=dtype))
     if quantized is not None:
         codes = unfold(quantized.detach(), geometry)
-        result.quantized_gram = _product(codes, codes)
-        result.quantized_cross = _product(codes, rows)
-        result.quantized_total = codes.double().sum(1)
+        result.quantized_gram = _product(codes, codes, dtype)
+        result.quantized_cross = _product(codes, rows, dtype)
+        result.quantized_total = codes.sum(1, dtype=dtype)
     return result
 
 
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    """``sum a_i b_i^T`` over samples, float64."""
-    result = a.new_zeros(a.shape[0], a.shape[2], b.shape[2], dtype=torch.float64)
+def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """``sum a_i b_i^T`` over samples."""
+    result = a.new_zeros(a.shape[0], a.shape[2], b.shape[2], dtype=dtype)
     for left, right in zip(a.split(_CHUNK, 1), b.split(_CHUNK, 1), strict=True):
         result += left.mT @ right
     return result

@@ -89,6 +89,10 @@ class Method(Protocol):
         """Whether the moments must hold those of inputs behind their quantizers."""
 
     @property
+    def moments_dtype(self) -> torch.dtype:
+        """In what the moments are summed; a Gram matrix of float32 takes half the room of float64."""
+
+    @property
     def is_batch_dependent(self) -> bool:
         """Whether a layer's solution depends on which others of its shape are solved with it."""
 

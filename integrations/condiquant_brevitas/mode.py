@@ -69,7 +69,7 @@ class condiquant_mode(gpxq_mode):
             Default: True
         return_forward_output (bool): Whether calling the model returns its output. Default: False
         device (str): Device the moments are kept on, "same" for that of the layer. Default: cpu
-        dtype (torch.dtype): Datatype the moments are kept in. Default: torch.float64
+        dtype (Optional, torch.dtype): Datatype the moments are kept in. Default: what the method asks for
 
     Attributes:
         report (Dict[str, LayerReport]): Condition number before and after and output error, by layer.
@@ -103,8 +103,9 @@ class condiquant_mode(gpxq_mode):
         create_weight_orig: bool = True,
         return_forward_output: bool = False,
         device: str = "cpu",
-        dtype: torch.dtype = torch.float64,
+        dtype: torch.dtype | None = None,
     ) -> None:
+        config = config or ReconditioningConfig(objective, strength, output_tolerance, steps)
         super().__init__(
             model=model,
             group_of_parallel_layers=group_of_parallel_layers,
@@ -113,11 +114,11 @@ class condiquant_mode(gpxq_mode):
             use_quant_activations=False,
             return_forward_output=return_forward_output,
             device=device,
-            dtype=dtype,
+            dtype=dtype or config.moments_dtype,
         )
         self._give_forward_back()  # upstream takes it here already, and an error would leave it taken
         self.disable_weight_quant = True
-        self.config = config or ReconditioningConfig(objective, strength, output_tolerance, steps)
+        self.config = config
         self.sequential, self.update_bias = sequential, update_bias
         self.row_blocks, self.input_quantizers = row_blocks, input_quantizers or {}
         self.report: dict[str, LayerReport] = {}

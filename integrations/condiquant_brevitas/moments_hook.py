@@ -74,6 +74,7 @@ class CondiQuant(GPxQ):
             self.geometry,
             None if quantized is None else self._padded(quantized),
             name=self.name,
+            dtype=self.dtype,
         )
         batch = _moved(batch, self.device, self.dtype)
         self.moments = batch if self.moments is None else self.moments + batch
@@ -116,7 +117,7 @@ class CondiQuant(GPxQ):
             self.name,
             weight.detach(),
             None if bias is None else bias.detach(),
-            _moved(self.moments, weight.device, torch.float64),
+            _moved(self.moments, weight.device, self.config.moments_dtype),
             self.geometry,
             self.row_blocks,
         )

@@ -178,7 +178,7 @@ def _recondition(
 ) -> list[LayerReport]:
     """Replace the weights inside ``wrapped``."""
     started = time.perf_counter()
-    moments = collect_moments(wrapped, layers, batches, quantizers)
+    moments = collect_moments(wrapped, layers, batches, quantizers, settings.moments_dtype)
     seconds["gram"] += time.perf_counter() - started
     started = time.perf_counter()
     _, reports = recondition(get_algo_backend(wrapped), layers, moments, settings, shared=True)

@@ -59,6 +59,11 @@ class ReconditioningConfig:
         return self.objective == "least_squares"
 
     @property
+    def moments_dtype(self) -> torch.dtype:
+        """Normal equations of nearly dependent features need double precision."""
+        return torch.float64
+
+    @property
     def is_batch_dependent(self) -> bool:
         """The polar factors of a batch are iterated until the last has converged."""
         return self.objective == "condition"

@@ -97,7 +97,7 @@ class CondiQuant(Algorithm):
                 raise InputError(
                     f"no input bounds for {missing[0]}: give InputBounds the same config"
                 )
-        branch = moments_branch(quantizers, self._subset_size)
+        branch = moments_branch(quantizers, self._subset_size, self._settings.moments_dtype)
         return statistic_points(backend, layers, branch, self._algorithm_key)
 
     def apply(

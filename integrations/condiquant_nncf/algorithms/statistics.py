@@ -68,17 +68,21 @@ class _InputReducer(TensorReducerBase):
 class MomentsReducer(_InputReducer):
     """A layer's input to its :class:`condiquant_plugin.Moments`."""
 
-    def __init__(self, layer: Layer, quantizer: FakeQuantizer | None) -> None:
+    def __init__(
+        self, layer: Layer, quantizer: FakeQuantizer | None, dtype: torch.dtype = torch.float64
+    ) -> None:
         super().__init__(layer, layer.activation_ports[0])
-        self._quantizer = quantizer
+        self._quantizer, self._dtype = quantizer, dtype
 
     def _identity(self) -> tuple[Any, ...]:
-        return (*super()._identity(), self._layer.geometry, id(self._quantizer))
+        return (*super()._identity(), self._layer.geometry, id(self._quantizer), self._dtype)
 
     def _reduce_out_of_place(self, x: list[NNCFTensor]) -> list[NNCFTensor]:
         data = self._input(x)
         quantized = None if self._quantizer is None else self._quantizer(data)
-        return [_Carrier(moments_of(data, self._layer.geometry, quantized, name=self._layer.name))]
+        layer = self._layer
+        moments = moments_of(data, layer.geometry, quantized, name=layer.name, dtype=self._dtype)
+        return [_Carrier(moments)]
 
 
 class MomentsAggregator(AggregatorBase):
@@ -155,7 +159,9 @@ def collected(
 
 
 def moments_branch(
-    quantizers: Mapping[str, FakeQuantizer] | None, num_samples: int | None = None
+    quantizers: Mapping[str, FakeQuantizer] | None,
+    num_samples: int | None = None,
+    dtype: torch.dtype = torch.float64,
 ) -> Branch:
     """Moments of layers with a weight, quantized ones too if there are quantizers by layer name."""
 
@@ -163,7 +169,7 @@ def moments_branch(
         if layer.weight_node is None:
             return None
         quantizer = None if quantizers is None else quantizers[layer.name]
-        return MomentsReducer(layer, quantizer), MomentsAggregator(num_samples=num_samples)
+        return MomentsReducer(layer, quantizer, dtype), MomentsAggregator(num_samples=num_samples)
 
     return branch
 
@@ -178,6 +184,7 @@ def collect_moments(
     layers: Sequence[Layer],
     batches: Iterable[Any],
     quantizers: Mapping[str, FakeQuantizer] | None = None,
+    dtype: torch.dtype = torch.float64,
 ) -> dict[str, Moments]:
     """Moments of the input of every layer with a weight, over all batches.
 
@@ -188,6 +195,7 @@ def collect_moments(
         wrapped: the float network; a torch model in :func:`condiquant_nncf.wrap`, or an ``ov.Model``.
         batches: images, ``(batch, channels, height, width)``.
         quantizers: input quantizer by layer name, for the quantized moments.
+        dtype: of the sums; :attr:`condiquant_plugin.layerwise.problem.Method.moments_dtype`.
 
     Raises:
         InputError: NaN or Inf in the input of a layer.
@@ -198,9 +206,18 @@ def collect_moments(
     mine = distributed.share(batches)
     with distributed.failing_together("collecting moments"):
         if batches and not mine:
-            moments = {n.name: _no_moments(backend, n, quantizers is not None) for n in layers}
+            moments = {
+                n.name: no_moments(
+                    n.rows_first(backend.weight(n)),
+                    n.geometry,
+                    quantized=quantizers is not None,
+                    dtype=dtype,
+                )
+                for n in layers
+            }
         else:
-            points = statistic_points(backend, layers, moments_branch(quantizers), "condiquant")
+            branch = moments_branch(quantizers, dtype=dtype)
+            points = statistic_points(backend, layers, branch, "condiquant")
             collect_statistics(points, wrapped, backend.graph, nncf.Dataset(mine))
             moments = {
                 n.name: collected(points, backend, n, n.activation_ports[0], "condiquant")
@@ -208,8 +225,3 @@ def collect_moments(
             }
     distributed.all_reduce(moments.values())
     return moments
-
-
-def _no_moments(backend: CondiQuantAlgoBackend, layer: Layer, quantized: bool) -> Moments:
-    weight = layer.rows_first(backend.weight(layer))
-    return no_moments(weight, layer.geometry, quantized=quantized)
