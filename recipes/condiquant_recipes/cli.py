@@ -108,8 +108,7 @@ def run(
 
     loaded = find_recipe(recipe, overrides or [])
     folder = _recipe_data(loaded, data)
-    section = loaded.condiquant
-    out = out or Path("out") / f"{loaded.name}_w{section.weight_bits}a{section.activation_bits}"
+    out = out or Path("out") / f"{loaded.name}_{loaded.bits.label}"
     metrics = _hosts("run").run(
         loaded,
         folder,

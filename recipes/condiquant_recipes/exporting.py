@@ -24,6 +24,7 @@ from condiquant_openvino.running.upscaling import compile_ir, next_multiple
 from condiquant_openvino.writing.conversion import InstructionSet
 from condiquant_plugin import __version__
 from condiquant_plugin.errors import InputError
+from condiquant_plugin.layerwise import precision
 from condiquant_plugin.uniform.fake_quantizer import fake_quantizers
 from condiquant_recipes.progress import Progress
 from condiquant_recipes.recipe import Recipe, with_export
@@ -108,7 +109,7 @@ def export(
             "calibrates for them"
         )
     calibrated = with_export(recipe, {"device": "CPU"}) if moved else recipe
-    metadata = _metadata(recipe, multiple, static) | {"recipe_sha256": calibrated.digest()}
+    metadata = _metadata(model, recipe, multiple, static) | {"recipe_sha256": calibrated.digest()}
     of_ir = {key: openvino_host.read_metadata(ir)[key] for key in ("overflow", "isa")}
     openvino_host.set_metadata(ir, metadata | of_ir | {"parity": figures})
     executions = layer_executions(ir, compile_ir(ir))
@@ -267,16 +268,17 @@ def _takes(ir: ov.Model, image: Tensor, scale: int) -> bool:
     return list(trial.output().get_shape()) == [1, channels, scale * height, scale * width]
 
 
-def _metadata(recipe: Recipe, multiple: int, static: bool) -> dict[str, Any]:
+def _metadata(model: nn.Module, recipe: Recipe, multiple: int, static: bool) -> dict[str, Any]:
     """What an IR says about itself; nothing about the machine it was made on."""
-    section = recipe.condiquant
+    bits = precision.layer_bits(model)
+    usual = precision.usual(bits)
     return {
         "network": recipe.name,
         "scale": recipe.scale,
-        "weight_bits": section.weight_bits,
-        "activation_bits": section.activation_bits,
-        "other_bits": section.other_bits,
-        "scope": section.scope,
+        "weight_bits": usual.weight,
+        "activation_bits": usual.activation,
+        "other_bits": precision.others(bits),
+        "scope": recipe.condiquant.scope,
         "compress_to_fp16": recipe.export.compress_to_fp16,
         "pad_multiple": multiple,
         "static": static,

@@ -17,6 +17,7 @@ from condiquant_plugin import __version__
 from condiquant_plugin.configuration import BoundsInputs, Granularity, QuantizationConfig
 from condiquant_plugin.distillation import DistillationConfig
 from condiquant_plugin.errors import InputError
+from condiquant_plugin.layerwise.precision import LayerBits
 from condiquant_plugin.layerwise.scope import Scope
 from condiquant_plugin.methods.condiquant.reconditioning import (
     Objective,
@@ -153,6 +154,11 @@ class Recipe(_Section):
     datasets: DatasetsSection = DatasetsSection()
     condiquant: CondiQuantSection = CondiQuantSection()
     export: ExportSection = ExportSection()
+
+    @property
+    def bits(self) -> LayerBits:
+        """Of the layers in scope, as asked for."""
+        return LayerBits(self.condiquant.weight_bits, self.condiquant.activation_bits)
 
     def digest(self) -> str:
         """sha256 of what the quantized network depends on: of ``export``, the device's grids only."""

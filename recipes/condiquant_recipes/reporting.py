@@ -14,11 +14,14 @@ from rich.table import Table
 from torch import Tensor
 
 from condiquant_plugin.files import replacing
+from condiquant_plugin.layerwise.precision import LayerBits
 
 
 def run_table(metrics: Mapping[str, Any]) -> Table:
     """Float and quantized scores of one run, one column per test set."""
-    bits = f"W{metrics['weight_bits']}A{metrics['activation_bits']}"
+    bits = LayerBits(metrics["weight_bits"], metrics["activation_bits"]).label.upper()
+    for other, count in metrics.get("other_bits", {}).items():
+        bits += f", {count} layers {other.upper()}"
     if metrics["reference"] == "float":
         bits += " against the float output"
     table = score_table({"float": metrics["float"], bits: metrics["quantized"]})

@@ -16,6 +16,7 @@ import condiquant_basicsr as basicsr_host
 import condiquant_nncf as nncf_host
 from condiquant_plugin.distillation import DistillationResult, distill
 from condiquant_plugin.errors import InputError
+from condiquant_plugin.layerwise import precision
 from condiquant_plugin.layerwise.problem import LayerReport
 from condiquant_plugin.methods.condiquant.reconditioning import ReconditioningReport
 from condiquant_recipes import settings
@@ -164,15 +165,18 @@ def run(
         ir = export(quantized.model, recipe, source.multiple, workspace.folder, progress)
     seconds["export"] = time.perf_counter() - started
 
+    bits = precision.layer_bits(quantized.model)
+    usual = precision.usual(bits)
     metrics = {
         "model": recipe.name,
         "scale": recipe.scale,
-        "weight_bits": recipe.condiquant.weight_bits,
-        "activation_bits": recipe.condiquant.activation_bits,
+        "weight_bits": usual.weight,
+        "activation_bits": usual.activation,
+        "other_bits": precision.others(bits),
         "reference": recipe.datasets.reference,
         "float": float_scores,
         "quantized": scores,
-        "layers": [asdict(report) for report in quantized.reports],
+        "layers": [asdict(r) | {"bits": bits[r.name].weight} for r in quantized.reports],
         "distillation": distilled,
         "seconds": seconds,
         "ir": ir,

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 import condiquant_openvino as openvino_host
 from condiquant_plugin import __version__
 from condiquant_plugin.errors import InputError
+from condiquant_plugin.layerwise import precision
+from condiquant_plugin.layerwise.precision import LayerBits
 from condiquant_recipes.comparison.crops import CROPS, worst_places, write_crops
 from condiquant_recipes.comparison.job import Calibrated, Job, Method
 from condiquant_recipes.comparison.measuring import measured
@@ -236,8 +238,7 @@ def _calibrated(method: Method, job: Job, folder: Path, label: str) -> Row:
         "id": method.id,
         "label": method.label,
         "group": method.group,
-        "weight_bits": method.weight_bits,
-        "activation_bits": method.activation_bits,
+        **_bits(method.bits),
         "reason": None,
         "notes": [],
         **{key: {} for key in SCORES},
@@ -277,10 +278,20 @@ def _save(calibrated: Calibrated, method: Method, job: Job, folder: Path) -> Row
         )
         notes = []
     sizes = {key: figures[key] for key in ("bin_bytes", "xml_bytes")}
-    layers = [asdict(report) for report in calibrated.layers]
-    found = {**sizes, "notes": [*calibrated.notes, *notes], "layers": layers}
-    bits = calibrated.weight_bits
-    return found if bits is None else found | {"weight_bits": bits}
+    given = method.bits._replace(weight=calibrated.weight_bits or method.bits.weight)
+    of_layers: Mapping[str, LayerBits] = {}
+    if isinstance(calibrated.model, nn.Module):
+        of_layers = precision.layer_bits(calibrated.model)
+        given = precision.usual(of_layers)
+    layers = [
+        asdict(report) | {"bits": of_layers.get(report.name, given).weight}
+        for report in calibrated.layers
+    ]
+    return {**sizes, **_bits(given), "notes": [*calibrated.notes, *notes], "layers": layers}
+
+
+def _bits(bits: LayerBits) -> Row:
+    return {"weight_bits": bits.weight, "activation_bits": bits.activation}
 
 
 def _score(row: Row, job: Job, folders: Mapping[str, Path], label: str) -> None:
@@ -304,7 +315,5 @@ def _subject(rows: Sequence[Row], recipe: Recipe) -> Row | None:
 
 
 def _layers(row: Row) -> list[Row]:
-    keys = ("name", "condition_before", "condition_after", "output_error")
-    return [
-        {key: layer[key] for key in keys} | {"bits": row["weight_bits"]} for layer in row["layers"]
-    ]
+    keys = ("name", "bits", "condition_before", "condition_after", "output_error")
+    return [{key: layer[key] for key in keys} for layer in row["layers"]]

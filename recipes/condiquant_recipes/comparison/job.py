@@ -10,13 +10,13 @@ import nncf
 import openvino as ov
 from torch import nn
 
+from condiquant_plugin.layerwise.precision import LayerBits
 from condiquant_plugin.layerwise.problem import LayerReport
 from condiquant_recipes.progress import Progress
 from condiquant_recipes.recipe import Recipe
 from condiquant_recipes.run import Source
 
 Group = Literal["float", "nncf-int8", "nncf-weights", "nncf-low-bit", "2dquant", "condiquant"]
-FLOAT_BITS = 32
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,5 @@ class Method:
     id: str
     label: str
     group: Group
-    weight_bits: int
-    activation_bits: int
+    bits: LayerBits
     calibrate: Callable[[Job], Calibrated]

@@ -14,34 +14,33 @@ from condiquant_openvino.running.upscaling import compile_ir
 from condiquant_openvino.writing.passes.compaction import compact
 from condiquant_openvino.writing.passes.simplification import simplify
 from condiquant_plugin.errors import InputError
+from condiquant_plugin.layerwise.precision import FLOAT_BITS, LayerBits
 from condiquant_recipes import settings
 from condiquant_recipes.comparison import nncf as comparison_nncf
-from condiquant_recipes.comparison.job import FLOAT_BITS, Calibrated, Group, Job, Method
+from condiquant_recipes.comparison.job import Calibrated, Group, Job, Method
 from condiquant_recipes.recipe import Recipe, ReconditionSection
 from condiquant_recipes.run import distill_network
 
 _LOW_BITS = (4, 3, 2)
+_FLOAT = LayerBits(FLOAT_BITS, FLOAT_BITS)
 _ROUNDING = 1e-4
 
 
 def condiquant_id(recipe: Recipe) -> str:
     """The row of CondiQuant at the recipe's own bits."""
-    section = recipe.condiquant
-    return f"condiquant-{_widths(section.weight_bits, section.activation_bits)}"
+    return f"condiquant-{recipe.bits.label}"
 
 
 def all_methods(recipe: Recipe) -> list[Method]:
     """Every method, in the order of the table."""
-    own = (recipe.condiquant.weight_bits, recipe.condiquant.activation_bits)
-    widths = sorted({own, *((bits, bits) for bits in _LOW_BITS)}, reverse=True)
+    widths = sorted({recipe.bits, *(LayerBits(b, b) for b in _LOW_BITS)}, reverse=True)
     return [
-        Method("float", "float", "float", FLOAT_BITS, FLOAT_BITS, _float),
+        Method("float", "float", "float", _FLOAT, _float_graph),
         Method(
             "float-simplified",
             "float, our graph",
             "float",
-            FLOAT_BITS,
-            FLOAT_BITS,
+            _FLOAT,
             _float_simplified,
         ),
         *comparison_nncf.int8_methods(),
@@ -65,8 +64,7 @@ def all_methods(recipe: Recipe) -> list[Method]:
             "condiquant-int8",
             "CondiQuant, then NNCF int8",
             "condiquant",
-            8,
-            8,
+            LayerBits(8, 8),
             comparison_nncf.condiquant_int8,
         ),
         *_low_bit(
@@ -92,31 +90,27 @@ def choose(methods: Iterable[Method], ids: Iterable[str]) -> list[Method]:
     return [m for m in known.values() if not wanted or m.id in wanted | {"float"}]
 
 
-def _widths(weight_bits: int, activation_bits: int) -> str:
-    return f"w{weight_bits}a{activation_bits}"
-
-
 def _low_bit(
     name: str,
     label: str,
     group: Group,
-    widths: Iterable[tuple[int, int]],
+    widths: Iterable[LayerBits],
     calibrate: Callable[..., Calibrated],
 ) -> list[Method]:
     """A method at every pair of bit-widths."""
     return [
         Method(
-            f"{name}-{_widths(*pair)}",
-            f"{label} {_widths(*pair).upper()}",
+            f"{name}-{bits.label}",
+            f"{label} {bits.label.upper()}",
             group,
-            *pair,
-            partial(calibrate, weight_bits=pair[0], activation_bits=pair[1]),
+            bits,
+            partial(calibrate, weight_bits=bits.weight, activation_bits=bits.activation),
         )
-        for pair in widths
+        for bits in widths
     ]
 
 
-def _float(job: Job) -> Calibrated:
+def _float_graph(job: Job) -> Calibrated:
     return Calibrated(job.float_ir.clone())
 
 

@@ -23,9 +23,10 @@ from openvino._offline_transformations import compress_quantize_weights_transfor
 import condiquant_nncf as nncf_host
 from condiquant_nncf.backends.openvino import prepare
 from condiquant_plugin.errors import InputError
+from condiquant_plugin.layerwise.precision import FLOAT_BITS, LayerBits
 from condiquant_plugin.layerwise.problem import LayerReport
 from condiquant_recipes import settings
-from condiquant_recipes.comparison.job import FLOAT_BITS, Calibrated, Job, Method
+from condiquant_recipes.comparison.job import Calibrated, Job, Method
 
 
 def _copy_and_ignored(
@@ -73,15 +74,16 @@ def int8_methods() -> list[Method]:
         ("transformer", "TRANSFORMER, SmoothQuant", {"model_type": transformer}),
     ]
     methods = [
-        Method(f"nncf-int8-{n}", f"NNCF int8 {label}", "nncf-int8", 8, 8, _quantize(options))
+        Method(
+            f"nncf-int8-{n}", f"NNCF int8 {label}", "nncf-int8", LayerBits(8, 8), _quantize(options)
+        )
         for n, label, options in rows
     ]
     controlled = Method(
         "nncf-int8-accuracy-control",
         "NNCF int8, accuracy control",
         "nncf-int8",
-        8,
-        8,
+        LayerBits(8, 8),
         _accuracy_control,
     )
     return [*methods, controlled]
@@ -150,8 +152,7 @@ def weight_methods() -> list[Method]:
             "nncf-weights-int8-asym",
             "NNCF weights INT8_ASYM",
             "nncf-weights",
-            8,
-            FLOAT_BITS,
+            LayerBits(8, FLOAT_BITS),
             partial(_compress, mode=mode.INT8_ASYM),
         )
     ]
@@ -162,8 +163,7 @@ def weight_methods() -> list[Method]:
                     f"nncf-weights-{four_bits.name.lower().replace('_', '-')}{suffix}",
                     f"NNCF weights {four_bits.name}{label}",
                     "nncf-weights",
-                    4,
-                    FLOAT_BITS,
+                    LayerBits(4, FLOAT_BITS),
                     partial(_compress_to_four_bits, mode=four_bits, options=options),
                 )
             )
