@@ -2,14 +2,13 @@
 
 from pathlib import Path
 
-import matplotlib as mpl
 import torch
+from matplotlib import rcParams
+from matplotlib.figure import Figure
 
 from condiquant_plugin.uniform import grid
 
-mpl.use("Agg")
-mpl.rcParams["svg.hashsalt"] = "lattice"
-from matplotlib import pyplot
+rcParams["svg.hashsalt"] = "lattice"
 
 BITS, LOWER, UPPER = 3, -0.53, 1.0
 
@@ -19,7 +18,8 @@ step, zero = float(snapped.step), int(snapped.zero)
 fine = step / cells.refinement
 codes = range(2**BITS)
 
-figure, axis = pyplot.subplots(figsize=(8.4, 2.7), layout="constrained")
+figure = Figure(figsize=(8.4, 2.7), layout="constrained")
+axis = figure.subplots()
 axis.axvline(0, color="tab:red", linewidth=1)
 axis.text(0, 1.62, "0", color="tab:red", ha="center", fontsize=9)
 for code in codes:
