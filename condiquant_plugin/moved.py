@@ -1,14 +1,15 @@
-"""Import paths of earlier versions: they lead to where a module is now, with a DeprecationWarning."""
+"""Names of earlier versions: they lead to what has another now, with a DeprecationWarning."""
 
 from __future__ import annotations
 
 import importlib
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import Any
 
 
 class _MovedModules(MetaPathFinder, Loader):
@@ -49,3 +50,21 @@ def forward(package: str, places: Mapping[str, str]) -> None:
     if _MOVED not in sys.meta_path:
         sys.meta_path.append(_MOVED)
     _MOVED.places |= {f"{package}.{old}": f"{package}.{new}" for old, new in places.items()}
+
+
+def renamed(module: str, names: Mapping[str, str]) -> Callable[[str], Any]:
+    """A ``__getattr__`` for a module that keeps old names of what it has valid.
+
+    Args:
+        names: today's name by the old one.
+    """
+
+    def get(name: str) -> Any:
+        if name not in names:
+            raise AttributeError(f"module {module!r} has no attribute {name!r}")
+        warnings.warn(
+            f"{module}.{name} is {module}.{names[name]} now", DeprecationWarning, stacklevel=2
+        )
+        return getattr(sys.modules[module], names[name])
+
+    return get

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 import condiquant_basicsr  # noqa: F401
-import condiquant_brevitas  # noqa: F401
+import condiquant_brevitas
 import condiquant_nncf  # noqa: F401
 import condiquant_openvino  # noqa: F401
 from condiquant_plugin.moved import _MOVED
@@ -32,9 +32,14 @@ def test_names_of_a_package_that_moved_are_found_in_it():
     assert reconditioning.LayerProblem
 
 
+def test_an_old_name_is_what_has_another_now():
+    with pytest.warns(DeprecationWarning, match="CondiQuant is .*LayerReconditioner now$"):
+        assert condiquant_brevitas.CondiQuant is condiquant_brevitas.LayerReconditioner
+
+
 def test_what_nothing_has_is_still_missing():
     with pytest.raises(ModuleNotFoundError):
         importlib.import_module("condiquant_plugin.nothing")
-    for package in ("condiquant_plugin", "condiquant_openvino"):
+    for package in ("condiquant_plugin", "condiquant_openvino", "condiquant_brevitas"):
         with pytest.raises(AttributeError, match="nothing"):
             importlib.import_module(package).nothing  # noqa: B018

@@ -10,7 +10,7 @@ except ImportError as error:
 import condiquant_brevitas.pickling  # noqa: F401
 from condiquant_brevitas.fake_quantizers import to_fake_quantizers
 from condiquant_brevitas.mode import condiquant_mode
-from condiquant_brevitas.moments_hook import CondiQuant
+from condiquant_brevitas.moments_hook import LayerReconditioner
 from condiquant_brevitas.network import feature_blocks, quantize_sr, trainable_weights
 from condiquant_brevitas.onnx_export import export_qcdq, export_qonnx
 from condiquant_brevitas.quantizers import (
@@ -20,7 +20,7 @@ from condiquant_brevitas.quantizers import (
     LearnedBoundsWeightPerTensor,
 )
 from condiquant_brevitas.tensor_quant import LearnedBoundsQuant
-from condiquant_plugin.moved import forward
+from condiquant_plugin.moved import forward, renamed
 
 forward(
     __name__,
@@ -31,8 +31,10 @@ forward(
     },
 )
 
+__getattr__ = renamed(__name__, {"CondiQuant": "LayerReconditioner"})
+
 __all__ = [
-    "CondiQuant",
+    "LayerReconditioner",
     "LearnedBoundsActPerTensor",
     "LearnedBoundsActPerTensorOneSided",
     "LearnedBoundsQuant",

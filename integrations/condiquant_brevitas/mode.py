@@ -18,7 +18,7 @@ from brevitas.graph.utils import get_output_channel_dim
 from brevitas.utils.torch_utils import StopFwdException
 from torch import Tensor, nn
 
-from condiquant_brevitas.moments_hook import CondiQuant, has_weight_quantizer
+from condiquant_brevitas.moments_hook import LayerReconditioner, has_weight_quantizer
 from condiquant_plugin.errors import InputError
 from condiquant_plugin.layerwise.problem import LayerReport, fused_blocks
 from condiquant_plugin.methods.condiquant.reconditioning import (
@@ -136,9 +136,9 @@ class condiquant_mode(gpxq_mode):
 
     def initialize_module_optimizer(
         self, layer: nn.Module, name: str, len_parallel_layers: int, create_weight_orig: bool
-    ) -> CondiQuant:
+    ) -> LayerReconditioner:
         """Upstream's hook: what collects a layer's moments."""
-        return CondiQuant(
+        return LayerReconditioner(
             layer,
             name,
             self.config,

@@ -20,7 +20,7 @@ from condiquant_plugin.layerwise.problem import LayerProblem, Solution
 from condiquant_plugin.methods.condiquant.reconditioning import ReconditioningConfig
 
 
-class CondiQuant(GPxQ):
+class LayerReconditioner(GPxQ):
     """Moments of one layer's inputs, and the exchange of its weight.
 
     Args:

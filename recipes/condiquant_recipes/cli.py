@@ -308,7 +308,7 @@ def compare(
     loaded = find_recipe(recipe, overrides or [])
     comparison_table = _hosts("comparison.table")
     if methods == "help":
-        known = _hosts("comparison.methods").all_methods(loaded)
+        known = _hosts("comparison.contenders").all_contenders(loaded)
         Console().print(comparison_table.method_table(known))
         return
     folder = _recipe_data(loaded, data)

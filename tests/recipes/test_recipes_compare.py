@@ -144,7 +144,7 @@ def test_rows_of_nobody_knows_what_are_not_taken(job, tmp_path):
 
 def test_a_method_that_breaks_keeps_its_row_and_is_tried_again(job, monkeypatch):
     recipe = load_recipe(job.write(), ["export.static=null"])
-    original, static = comparing.all_methods, []
+    original, static = comparing.all_contenders, []
 
     def breaking(recipe):
         def fail(job):
@@ -154,12 +154,12 @@ def test_a_method_that_breaks_keeps_its_row_and_is_tried_again(job, monkeypatch)
         float_method, *others = original(recipe)
         return [float_method, *(replace(m, calibrate=fail) for m in others)]
 
-    monkeypatch.setattr(comparing, "all_methods", breaking)
+    monkeypatch.setattr(comparing, "all_contenders", breaking)
     row = by_id(compare(recipe, job.data, job.out, methods=QUICK[:2]))["nncf-int8-mixed"]
     assert row["reason"] == "RuntimeError: first line second line"
     assert row["pareto_size"] is False
     assert static == [False]  # all or none: the float IR is dynamic
-    monkeypatch.setattr(comparing, "all_methods", original)
+    monkeypatch.setattr(comparing, "all_contenders", original)
     resumed = by_id(compare(recipe, job.data, job.out, methods=QUICK[:2], resume=True))
     assert resumed["nncf-int8-mixed"]["reason"] is None
 

@@ -15,10 +15,10 @@ from condiquant_openvino import save
 from condiquant_plugin import fake_quantizers
 from condiquant_plugin.errors import InputError
 from condiquant_recipes.comparison.comparing import float_model
+from condiquant_recipes.comparison.contenders import all_contenders, choose
 from condiquant_recipes.comparison.crops import output_file, worst_places
 from condiquant_recipes.comparison.job import Job
 from condiquant_recipes.comparison.measuring import measured
-from condiquant_recipes.comparison.methods import all_methods, choose
 from condiquant_recipes.comparison.scoring import measure_latency, pareto, size
 from condiquant_recipes.progress import Progress
 from condiquant_recipes.recipe import load_recipe
@@ -40,7 +40,7 @@ def calibrate(make_job, monkeypatch):
             )
             source = load_source(recipe, job.data, ["Tiny"])
             jobs[name] = Job(recipe, source, float_model(source, recipe)[0], Progress())
-        (method,) = (m for m in all_methods(jobs[name].recipe) if m.id == method_id)
+        (method,) = (m for m in all_contenders(jobs[name].recipe) if m.id == method_id)
         return jobs[name], method.calibrate(jobs[name])
 
     return go
@@ -64,16 +64,16 @@ def element_types(model: ov.Model) -> Counter:
 
 def test_ids_are_distinct_and_the_recipes_own_bits_are_among_them(make_job):
     recipe = load_recipe(make_job("compact").write(), ["condiquant.activation_bits=8"])
-    ids = [method.id for method in all_methods(recipe)]
+    ids = [method.id for method in all_contenders(recipe)]
     assert len(set(ids)) == len(ids)
     assert all(re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", name) for name in ids)
     assert {"condiquant-w4a8", "condiquant-w4a4", "condiquant-w2a2"} <= set(ids)
-    assert [m.id for m in choose(all_methods(recipe), ["condiquant-w4a8"])] == [
+    assert [m.id for m in choose(all_contenders(recipe), ["condiquant-w4a8"])] == [
         "float",
         "condiquant-w4a8",
     ]
     with pytest.raises(InputError, match="no method 'magic'"):
-        choose(all_methods(recipe), ["magic"])
+        choose(all_contenders(recipe), ["magic"])
 
 
 @pytest.mark.parametrize("bits", [4, 2])

@@ -20,10 +20,10 @@ from condiquant_plugin import __version__
 from condiquant_plugin.errors import InputError
 from condiquant_plugin.layerwise import precision
 from condiquant_plugin.layerwise.precision import LayerBits
+from condiquant_recipes.comparison.contenders import all_contenders, choose, condiquant_id
 from condiquant_recipes.comparison.crops import CROPS, worst_places, write_crops
-from condiquant_recipes.comparison.job import Calibrated, Job, Method
+from condiquant_recipes.comparison.job import Calibrated, Contender, Job
 from condiquant_recipes.comparison.measuring import measured
-from condiquant_recipes.comparison.methods import all_methods, choose, condiquant_id
 from condiquant_recipes.comparison.scoring import (
     SCORES,
     Row,
@@ -64,7 +64,7 @@ def compare(
         data: folder that holds the calibration folders and the test sets, where the recipe names no
             training set.
         sets: test sets instead of the recipe's.
-        methods: ids of :func:`condiquant_recipes.comparison.methods.all_methods`; by default all.
+        methods: ids of :func:`condiquant_recipes.comparison.contenders.all_contenders`; by default all.
         resume: keep the methods that an earlier call with the same recipe, folder and versions finished;
             those of a finished comparison are kept anyway.
         overwrite: drop what another comparison left in ``out``, or the same one.
@@ -77,7 +77,7 @@ def compare(
         InputError: on bad input, before anything is computed where possible.
     """
     progress = progress or Progress()
-    chosen = choose(all_methods(recipe), methods)
+    chosen = choose(all_contenders(recipe), methods)
     _check_export(recipe)
     names = list(dict.fromkeys(sets or recipe.datasets.test))
     if not names:
@@ -85,7 +85,7 @@ def compare(
             "there is no test set: name one in datasets.test or with --sets, or add datasets.val"
         )
     source = load_source(recipe, data, names)
-    folders = {method.id: out / "methods" / method.id for method in all_methods(recipe)}
+    folders = {method.id: out / "methods" / method.id for method in all_contenders(recipe)}
     versions = {
         "openvino": ov.get_version(),
         "nncf": nncf.__version__,
@@ -225,7 +225,7 @@ def _static(recipe: Recipe, size: int) -> Recipe:
     return recipe.model_copy(update={"datasets": datasets, "export": export_section})
 
 
-def _calibrated(method: Method, job: Job, folder: Path, label: str) -> Row:
+def _calibrated(method: Contender, job: Job, folder: Path, label: str) -> Row:
     """The row of a method, with its IR saved; that of an earlier call if it finished."""
     file = folder / "row.json"
     if file.exists():
@@ -255,7 +255,7 @@ def _calibrated(method: Method, job: Job, folder: Path, label: str) -> Row:
     return row
 
 
-def _save(calibrated: Calibrated, method: Method, job: Job, folder: Path) -> Row:
+def _save(calibrated: Calibrated, method: Contender, job: Job, folder: Path) -> Row:
     """Write ``model.xml``; what is known about it afterwards."""
     if isinstance(calibrated.model, nn.Module):
         assert calibrated.recipe is not None

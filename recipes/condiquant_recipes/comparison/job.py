@@ -53,7 +53,7 @@ class Calibrated:
 
 
 @dataclass(frozen=True)
-class Method:
+class Contender:
     """A row of the comparison."""
 
     id: str

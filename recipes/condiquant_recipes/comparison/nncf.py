@@ -26,7 +26,7 @@ from condiquant_plugin.errors import InputError
 from condiquant_plugin.layerwise.precision import FLOAT_BITS, LayerBits
 from condiquant_plugin.layerwise.problem import LayerReport
 from condiquant_recipes import settings
-from condiquant_recipes.comparison.job import Calibrated, Job, Method
+from condiquant_recipes.comparison.job import Calibrated, Contender, Job
 
 
 def _copy_and_ignored(
@@ -60,7 +60,7 @@ def _nodes(layers: Iterable[nncf_host.Layer]) -> dict[str, str]:
     }
 
 
-def int8_methods() -> list[Method]:
+def int8_contenders() -> list[Contender]:
     preset = nncf.QuantizationPreset
     transformer = nncf.ModelType.TRANSFORMER
     rows: list[tuple[str, str, dict[str, Any]]] = [
@@ -74,12 +74,12 @@ def int8_methods() -> list[Method]:
         ("transformer", "TRANSFORMER, SmoothQuant", {"model_type": transformer}),
     ]
     methods = [
-        Method(
+        Contender(
             f"nncf-int8-{n}", f"NNCF int8 {label}", "nncf-int8", LayerBits(8, 8), _quantize(options)
         )
         for n, label, options in rows
     ]
-    controlled = Method(
+    controlled = Contender(
         "nncf-int8-accuracy-control",
         "NNCF int8, accuracy control",
         "nncf-int8",
@@ -140,7 +140,7 @@ def _accuracy_control(job: Job) -> Calibrated:
     return Calibrated(model, notes=notes)
 
 
-def weight_methods() -> list[Method]:
+def weight_contenders() -> list[Contender]:
     mode = nncf.CompressWeightsMode
     by_data: list[tuple[str, str, dict[str, bool]]] = [
         ("", "", {}),
@@ -148,7 +148,7 @@ def weight_methods() -> list[Method]:
         ("-gptq", ", GPTQ", {"gptq": True}),
     ]
     methods = [
-        Method(
+        Contender(
             "nncf-weights-int8-asym",
             "NNCF weights INT8_ASYM",
             "nncf-weights",
@@ -159,7 +159,7 @@ def weight_methods() -> list[Method]:
     for four_bits in (mode.INT4_SYM, mode.INT4_ASYM, mode.NF4):
         for suffix, label, options in by_data:
             methods.append(
-                Method(
+                Contender(
                     f"nncf-weights-{four_bits.name.lower().replace('_', '-')}{suffix}",
                     f"NNCF weights {four_bits.name}{label}",
                     "nncf-weights",

@@ -17,7 +17,7 @@ from condiquant_plugin.errors import InputError
 from condiquant_plugin.layerwise.precision import FLOAT_BITS, LayerBits
 from condiquant_recipes import settings
 from condiquant_recipes.comparison import nncf as comparison_nncf
-from condiquant_recipes.comparison.job import Calibrated, Group, Job, Method
+from condiquant_recipes.comparison.job import Calibrated, Contender, Group, Job
 from condiquant_recipes.recipe import Recipe, ReconditionSection
 from condiquant_recipes.run import distill_network
 
@@ -31,20 +31,20 @@ def condiquant_id(recipe: Recipe) -> str:
     return f"condiquant-{recipe.bits.label}"
 
 
-def all_methods(recipe: Recipe) -> list[Method]:
+def all_contenders(recipe: Recipe) -> list[Contender]:
     """Every method, in the order of the table."""
     widths = sorted({recipe.bits, *(LayerBits(b, b) for b in _LOW_BITS)}, reverse=True)
     return [
-        Method("float", "float", "float", _FLOAT, _float_graph),
-        Method(
+        Contender("float", "float", "float", _FLOAT, _float_graph),
+        Contender(
             "float-simplified",
             "float, our graph",
             "float",
             _FLOAT,
             _float_simplified,
         ),
-        *comparison_nncf.int8_methods(),
-        *comparison_nncf.weight_methods(),
+        *comparison_nncf.int8_contenders(),
+        *comparison_nncf.weight_contenders(),
         *_low_bit("nncf-minmax", "NNCF MinMax", "nncf-low-bit", widths, comparison_nncf.minmax),
         *_low_bit(
             "2dquant-dobi",
@@ -60,7 +60,7 @@ def all_methods(recipe: Recipe) -> list[Method]:
             widths,
             partial(_fake_quantized, recondition=False, distillation={"weights": False}),
         ),
-        Method(
+        Contender(
             "condiquant-int8",
             "CondiQuant, then NNCF int8",
             "condiquant",
@@ -78,7 +78,7 @@ def all_methods(recipe: Recipe) -> list[Method]:
     ]
 
 
-def choose(methods: Iterable[Method], ids: Iterable[str]) -> list[Method]:
+def choose(methods: Iterable[Contender], ids: Iterable[str]) -> list[Contender]:
     """Those with the given ids, all if there are none; the float network is always among them.
 
     Raises:
@@ -96,10 +96,10 @@ def _low_bit(
     group: Group,
     widths: Iterable[LayerBits],
     calibrate: Callable[..., Calibrated],
-) -> list[Method]:
+) -> list[Contender]:
     """A method at every pair of bit-widths."""
     return [
-        Method(
+        Contender(
             f"{name}-{bits.label}",
             f"{label} {bits.label.upper()}",
             group,
