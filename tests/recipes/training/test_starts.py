@@ -198,7 +198,7 @@ def test_a_signal_to_the_whole_job_saves_once(job):
             time.sleep(0.05)
         workers = psutil.Process(process.pid).children(recursive=True)
         for worker in workers:
-            worker.send_signal(signal.SIGINT)  # of which the process gets its own in test_train.py
+            worker.send_signal(signal.SIGINT)  # of which the process gets its own in test_jobs.py
         os.killpg(process.pid, signal.SIGTERM)
         errors = process.communicate(timeout=60)[1]
     assert process.returncode == 1
