@@ -133,6 +133,7 @@ def test_options_amount_to_a_recipe(option_file):
         "weights_rate": 2e-4,
         "feature_weight": 0.0,
         "validate_every": 1000,
+        "autocast": True,
     }
     assert (recipe.datasets.calibration.count, recipe.datasets.calibration.crop) == (64, 16)
     assert recipe.datasets.calibration_names == ["Photographs"]
