@@ -105,8 +105,10 @@ class DistillationLoss:
 
 
 def _bare(network: nn.Module) -> nn.Module:
-    parallel = isinstance(network, DataParallel | DistributedDataParallel)
-    return network.module if parallel else network
+    if isinstance(network, DataParallel | DistributedDataParallel):
+        bare: nn.Module = network.module
+        return bare
+    return network
 
 
 def _full(x: Tensor) -> Tensor:

@@ -47,14 +47,11 @@ class OutputCache:
         return torch.stack(outputs) if len(outputs) == len(keys) else None
 
     def keep(self, keys: Sequence[bytes], outputs: Tensor) -> None:
-        """Remember a batch's outputs as far as there is room."""
-        for key, output in zip(keys, outputs, strict=True):
-            if (len(keys), key) in self._kept:
-                continue
-            if self.bytes + output.nbytes > self.limit:
-                if not self.has_repeats:
-                    self._kept.clear()
-                    self.bytes, self.is_off = 0, not self._given
-                return
-            self._kept[len(keys), key] = output.detach().clone()
-            self.bytes += output.nbytes
+        """Remember a batch's outputs if there is room for them, of which nobody may change a value."""
+        new = {(len(keys), key): output for key, output in zip(keys, outputs, strict=True)}
+        if self.bytes + outputs.nbytes <= self.limit:
+            self._kept |= new
+            self.bytes += outputs.nbytes  # rows of a batch share its memory
+        elif not self.has_repeats:
+            self._kept.clear()
+            self.bytes, self.is_off = 0, not self._given

@@ -19,7 +19,7 @@ from condiquant_plugin import __version__
 from condiquant_plugin.errors import InputError
 from condiquant_recipes import settings
 from condiquant_recipes.exporting import check_convertible, check_overflow
-from condiquant_recipes.recipe import Recipe, explain, recorded
+from condiquant_recipes.recipe import QUANTIZATION_KEYS, Recipe, explain, recorded
 from condiquant_recipes.run import rebuild
 from condiquant_recipes.training.options import (
     MODEL_TYPE,
@@ -30,15 +30,7 @@ from condiquant_recipes.training.options import (
     recipe_from_options,
 )
 
-_STRUCTURE = (
-    "weight_bits",
-    "activation_bits",
-    "scope",
-    "ignored_scope",
-    "other_bits",
-    "weight_granularity",
-    "overflow",
-)
+_STRUCTURE = (*QUANTIZATION_KEYS, "ignored_scope")
 
 
 def train(

@@ -12,7 +12,13 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from condiquant_plugin.errors import InputError
-from condiquant_recipes.recipe import CondiQuantSection, Recipe, explain, read_yaml
+from condiquant_recipes.recipe import (
+    CalibrationSection,
+    CondiQuantSection,
+    Recipe,
+    explain,
+    read_yaml,
+)
 
 MODEL_TYPE = "CondiQuantModel"
 _SMALLEST_CROP = 8
@@ -29,7 +35,7 @@ _OF_GANS = ("gan_opt", "ldl_opt", "optim_d", "perceptual_opt")
 class TrainingSection(CondiQuantSection):
     """``condiquant`` of a training YAML; its ``distillation`` also holds what ``train`` says."""
 
-    calibration_images: int = Field(128, ge=1)
+    calibration_images: int = Field(CalibrationSection().count, ge=1)
     """Crops of the training set for the reconditioning and the bounds."""
     autocast: bool | None = None
     """``distillation.autocast``, where earlier versions had it."""
