@@ -16,6 +16,8 @@ from condiquant_basicsr.data.datasets import Pair, TestImage, calibration_crops,
 from condiquant_basicsr.data.images import matlab_downscale, read_image, write_image
 from condiquant_basicsr.data.metrics import evaluate, evaluate_pair
 from condiquant_basicsr.data.training_data import check_dataset, training_crops, validation_pairs
+from condiquant_basicsr.models.condiquant import CondiQuantModel
+from condiquant_basicsr.models.quantized_base import QuantizedModel
 from condiquant_basicsr.networks import (
     build_network,
     check_crop_size,
@@ -40,7 +42,9 @@ forward(
 )
 
 __all__ = [
+    "CondiQuantModel",
     "Pair",
+    "QuantizedModel",
     "TestImage",
     "build_network",
     "calibration_crops",

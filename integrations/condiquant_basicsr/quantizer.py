@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,6 +15,9 @@ from condiquant_basicsr.weights import resolve
 from condiquant_plugin.distillation import DistillationConfig
 from condiquant_plugin.errors import InputError
 
+MODEL_TYPE = "CondiQuantModel"
+GROUP = "condiquant_basicsr.quantizers"
+"""Entry points of functions that make a :class:`Quantizer` of BasicSR's options, or raise InputError."""
 ENTRY = "condiquant"
 """Of a checkpoint: the settings of its quantizers."""
 
@@ -35,7 +39,6 @@ class Quantizer(Protocol):
 
     distillation: DistillationConfig
     calibration_images: int
-    autocast: bool
 
     def quantize(self, network: nn.Module, crops: Tensor) -> QuantizedNetwork:
         """Recondition, insert quantizers and search their bounds on crops ``(count, C, h, w)``."""
@@ -48,6 +51,31 @@ class Quantizer(Protocol):
 
     def check(self, record: Mapping[str, Any], source: str) -> None:
         """Raise InputError if a checkpoint's record gives another structure."""
+
+
+def find_quantizer(opt: Mapping[str, Any]) -> Quantizer:
+    """What an installed package makes of options that BasicSR has parsed, checked.
+
+    Raises:
+        InputError: options that cannot be used; none is installed, or several are.
+    """
+    found = {entry.value: entry for entry in entry_points(group=GROUP)}
+    if len(found) > 1:
+        raise InputError(
+            f"several packages offer {GROUP} ({', '.join(found)}): uninstall all but one"
+        )
+    reason = "nothing offers one"
+    for entry in found.values():
+        try:
+            make = entry.load()
+        except ImportError as error:
+            reason = " ".join(str(error).split())
+            continue
+        quantizer: Quantizer = make(opt)
+        return quantizer
+    raise InputError(
+        f'{MODEL_TYPE} needs what places quantizers ({reason}): pip install "condiquant-plugin[recipes]"'
+    )
 
 
 def read_quantized(file: Path) -> Mapping[str, Any]:

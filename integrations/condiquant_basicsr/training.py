@@ -21,14 +21,13 @@ import basicsr.train as basicsr_train
 import torch
 import yaml
 from basicsr.models import build_model
-from basicsr.utils import check_resume, dist_util
+from basicsr.utils import dist_util
 from basicsr.utils import logger as basicsr_logger
 from basicsr.utils import options as basicsr_options
 from torch import distributed
 
-from condiquant_basicsr.checkpoints import read_checkpoint
-from condiquant_basicsr.data.training_data import one_line, only_pictures
-from condiquant_basicsr.models.condiquant import CondiQuantModel
+from condiquant_basicsr.data.training_data import only_pictures
+from condiquant_basicsr.pipeline import QUANTIZER, create_loaders, fill_in, load_resume_state
 from condiquant_basicsr.preflight import check_start, check_validation
 from condiquant_basicsr.quantizer import Quantizer
 from condiquant_plugin.errors import InputError
@@ -37,7 +36,6 @@ from condiquant_plugin.layerwise.distributed import noticing_the_end_of_others
 
 _LOGGER = "basicsr"
 _DATA_SERVER = "condiquant_basicsr.data_server"
-_STATE = {"epoch", "iter", "optimizers", "schedulers"}
 _RANKS = {"pytorch": "RANK", "slurm": "SLURM_PROCID"}
 
 
@@ -71,7 +69,7 @@ def train(
         check_start(options)
     interruption = _Interruption()
     parts = {
-        "load_resume_state": _load_resume_state,
+        "load_resume_state": load_resume_state,
         "create_train_val_dataloader": interruption.create_loaders,
         "build_model": interruption.build_model,
     }
@@ -110,7 +108,10 @@ def _host(
     """BasicSR with our options, model and processes, for one run."""
 
     def parse(root_path: str, is_train: bool) -> tuple[dict[str, Any], Any]:
-        return _parse(options, file, [*flags, "--launcher", launcher], root_path, is_train)
+        opt, parsed = _parse(options, file, [*flags, "--launcher", launcher], root_path, is_train)
+        if quantizer is not None:
+            opt[QUANTIZER] = quantizer
+        return opt, parsed
 
     for folder in ("experiments", "tb_logger") if pipeline is basicsr_train else ("results",):
         check_writable(Path.cwd() / folder)
@@ -118,7 +119,6 @@ def _host(
     try:
         with (
             _replaced(pipeline, parse_options=parse),
-            _replaced(CondiQuantModel, quantizer=quantizer),
             only_pictures(),
             noticing_the_end_of_others("training") if launcher != "none" else nullcontext(),
         ):
@@ -134,11 +134,6 @@ def _parse(
 ) -> tuple[dict[str, Any], Any]:
     """BasicSR's own parser, on the options as they were read safely."""
     content = {"num_gpu": "auto"} | deepcopy(dict(options))
-    if not torch.cuda.is_available():
-        content["num_gpu"] = 0
-        for dataset in content["datasets"].values():
-            if dataset.get("prefetch_mode") == "cuda":
-                dataset["prefetch_mode"] = None
 
     def init_dist(launcher: str, backend: str = "nccl", **arguments: Any) -> None:
         _init_dist(
@@ -152,9 +147,7 @@ def _parse(
         with _replaced(sys, argv=arguments), _replaced(basicsr_options, init_dist=init_dist):
             opt, parsed = basicsr_options.parse_options(root_path, is_train=is_train)
     parsed.opt = str(file)
-    # Resuming puts the quantized checkpoint in their place; BasicSR makes folders of keys it does not know.
-    opt["path"]["pretrain_network_teacher"] = opt["path"].get("pretrain_network_g")
-    opt["path"]["teacher_param_key"] = opt["path"].get("param_key_g")
+    fill_in(opt)
     return opt, parsed
 
 
@@ -180,43 +173,6 @@ def _init_dist(launcher: str, backend: str, **arguments: Any) -> None:
         dist_util.init_dist(launcher, "gloo", **arguments)
 
 
-def _load_resume_state(opt: dict[str, Any]) -> dict[str, Any] | None:
-    """BasicSR's, without a GPU and without unpickling what others wrote."""
-    path = opt["path"].get("resume_state")
-    if opt["auto_resume"]:
-        folder = Path(opt["path"]["training_states"])
-        states = [state for state in folder.glob("*.state") if state.stem.isdigit()]
-        path = max(states, key=lambda state: int(state.stem), default=None)
-    if path is None:
-        opt["path"]["resume_state"] = None
-        source = Path(opt["path"].get("pretrain_network_g") or "")
-        experiment = Path(opt["path"]["experiments_root"])
-        ours = opt["model_type"] == CondiQuantModel.__name__
-        if ours and source.resolve().is_relative_to(experiment.resolve()):
-            raise InputError(
-                f"path.pretrain_network_g={source} is in the folder of the experiment {opt['name']}, which "
-                "BasicSR renames to start anew: change name, or resume with --auto_resume"
-            )
-        return None
-    state = dict(read_checkpoint(Path(path)))
-    if not state.keys() >= _STATE:
-        raise InputError(
-            f"path.resume_state={path} is no training state: give a .state file of training_states in"
-            " the folder of its experiment"
-        )
-    opt["path"]["resume_state"] = str(path)
-    check_resume(opt, state["iter"])
-    if opt["model_type"] != CondiQuantModel.__name__:
-        return state
-    network = Path(opt["path"]["pretrain_network_g"])
-    if not network.is_file():
-        raise InputError(
-            f"{path} needs the network saved with it, but there is no {network}: "
-            "resume with the name of its experiment"
-        )
-    return state
-
-
 class _Interruption:
     """Turns the first signal into a checkpoint of whole iterations, once training has begun."""
 
@@ -230,19 +186,8 @@ class _Interruption:
             signal.signal(number, handler)
 
     def create_loaders(self, opt: dict[str, Any], logger: logging.Logger) -> tuple[Any, ...]:
-        try:
-            loaders: tuple[Any, ...] = _create_loaders(opt, logger)
-        except (AssertionError, KeyError, OSError, ValueError) as error:
-            raise InputError(
-                f"cannot use the data ({type(error).__name__}: {one_line(error)}):"
-                " correct the datasets section"
-            ) from error
+        loaders = create_loaders(opt, logger)
         train_loader, self.sampler = loaders[:2]
-        if not len(train_loader):  # BasicSR would train on nothing, without a word
-            raise InputError(
-                "datasets.train has fewer images than a batch: lower batch_size_per_gpu, or raise"
-                " dataset_enlarge_ratio"
-            )
         train_loader.worker_init_fn = partial(_start_worker, train_loader.worker_init_fn)
         return loaders
 
@@ -289,9 +234,6 @@ def _end_with_parent() -> None:
     if (parent := multiprocessing.parent_process()) is not None:
         parent.join()
         os._exit(1)
-
-
-_create_loaders = basicsr_train.create_train_val_dataloader
 
 
 @contextmanager

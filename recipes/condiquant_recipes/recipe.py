@@ -8,24 +8,22 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self, get_type_hints
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
 
 from condiquant_plugin import __version__
-from condiquant_plugin.configuration import BoundsInputs, Granularity, QuantizationConfig
+from condiquant_plugin.configuration import QuantizationConfig
 from condiquant_plugin.distillation import DistillationConfig
 from condiquant_plugin.errors import InputError
 from condiquant_plugin.layerwise.precision import LayerBits
-from condiquant_plugin.layerwise.scope import Scope
 from condiquant_plugin.methods.condiquant.reconditioning import (
     Objective,
-    Proxy,
     ReconditioningConfig,
+    default_config,
 )
-from condiquant_plugin.uniform.bounds import Side
-from condiquant_plugin.uniform.grid import MAX_BITS, MIN_BITS, Overflow
+from condiquant_plugin.uniform.grid import MAX_BITS, MIN_BITS
 from condiquant_plugin.uniform.sampling import BOUNDS_CROPS
 
 
@@ -81,40 +79,90 @@ class IgnoredScopeSection(_Section):
     types: list[str] = []
 
 
-class ReconditionSection(_Section):
+def _section(
+    config: type, names: Mapping[str, str], defaults: Mapping[str, Any] | None = None
+) -> type[_Section]:
+    """A section of a dataclass's keys, so that they are written once.
+
+    Args:
+        names: in the section, by the dataclass's own.
+        defaults: other ones than the dataclass's; None lets a key be left out.
+    """
+    types, defaults = get_type_hints(config), defaults or {}
+    made: dict[str, Any] = {}
+    for key, name in names.items():
+        if key in defaults:
+            made[name] = (types[key] | None, defaults[key])
+        else:
+            made[name] = (types[key], getattr(config, key))
+    return create_model(f"{config.__name__}Section", __base__=_Section, **made)
+
+
+def _by_bit_width() -> dict[str, None]:
+    """Keys of reconditioning whose default goes by the bit-width."""
+    configs = [default_config(bits) for bits in range(MIN_BITS, MAX_BITS + 1)]
+    names = [field.name for field in fields(ReconditioningConfig)]
+    return {name: None for name in names if len({getattr(c, name) for c in configs}) > 1}
+
+
+_RECONDITIONING = {field.name: field.name for field in fields(ReconditioningConfig)}
+BOUNDS_KEYS = {"bounds_inputs": "inputs", "activation_side": "side"}
+"""Keys of QuantizationConfig that are in ``bounds``, and their names there."""
+QUANTIZATION_KEYS = [
+    field.name
+    for field in fields(QuantizationConfig)
+    if field.name not in {"recondition", "zero_on_grid", *BOUNDS_KEYS}
+]
+"""Those that are in ``condiquant`` itself; ``zero_on_grid`` follows the device."""
+if TYPE_CHECKING:
+
+    class _Reconditioning(_Section, ReconditioningConfig): ...
+
+    class _Quantization(_Section, QuantizationConfig): ...
+
+    class _Bounds(_Section): ...
+else:
+    _Reconditioning = _section(ReconditioningConfig, _RECONDITIONING, _by_bit_width())
+    _Quantization = _section(QuantizationConfig, {key: key for key in QUANTIZATION_KEYS})
+    _Bounds = _section(QuantizationConfig, BOUNDS_KEYS)
+
+
+class ReconditionSection(_Reconditioning):
+    """Keys of :class:`ReconditioningConfig`; left out: the default of the bit-width."""
+
     enabled: bool = True
-    objective: Literal["auto"] | Objective = "auto"
+    objective: Literal["auto", Objective] = "auto"  # type: ignore[assignment]
     """``auto`` is what measured best at the bit-width; ``condition`` is the paper's."""
-    strength: float | None = Field(None, gt=0)
-    """Proximal strength tau of ``condition``; left out: the default of the bit-width."""
-    output_tolerance: float | None = Field(None, gt=0)
-    steps: int = Field(ReconditioningConfig.steps, ge=1)
-    proxy: Proxy = ReconditioningConfig.proxy
-    damping: float | None = Field(None, gt=0)
-    """Pull of ``least_squares`` towards the trained weight; left out: the default of the bit-width."""
+
+    def given(self) -> dict[str, Any]:
+        """What is given, or has one default for all bit-widths."""
+        values: dict[str, Any] = self.model_dump(exclude={"enabled"}, exclude_none=True)
+        return {key: value for key, value in values.items() if value != "auto"}
+
+    @model_validator(mode="after")
+    def _in_range(self) -> Self:
+        ReconditioningConfig(**self.given())
+        return self
 
 
-class BoundsSection(_Section):
+class BoundsSection(_Bounds):
+    """Keys of :class:`QuantizationConfig` (:data:`BOUNDS_KEYS`), and the crops that are searched on."""
+
     crops: int = Field(BOUNDS_CROPS, ge=1)
-    inputs: BoundsInputs = QuantizationConfig.bounds_inputs
-    side: Side = QuantizationConfig.activation_side
 
 
-class CondiQuantSection(_Section):
-    weight_bits: int = Field(QuantizationConfig.weight_bits, ge=MIN_BITS, le=MAX_BITS)
-    activation_bits: int = Field(QuantizationConfig.activation_bits, ge=MIN_BITS, le=MAX_BITS)
-    scope: Scope = QuantizationConfig.scope
+class CondiQuantSection(_Quantization):
+    """Keys of :class:`QuantizationConfig` (:data:`QUANTIZATION_KEYS`), and what else is done."""
+
     ignored_scope: IgnoredScopeSection = IgnoredScopeSection()
-    other_bits: int | None = Field(QuantizationConfig.other_bits, ge=MIN_BITS, le=MAX_BITS)
-    """Bits of the layers outside the scope: the first and last of ``all``, convolutions of
-    ``transformer``; left out: they stay float."""
-    weight_granularity: Granularity = QuantizationConfig.weight_granularity
-    overflow: Overflow = QuantizationConfig.overflow
-    """``safe``: exact on every x86-64 CPU; 8-bit weights have wider steps, operands of attention 7 bits.
-    ``vnni``: all 8 bits, exact only on CPUs with VNNI."""
     recondition: ReconditionSection = ReconditionSection()
     bounds: BoundsSection = BoundsSection()
     distillation: DistillationConfig = DistillationConfig()
+
+    @model_validator(mode="after")
+    def _in_range(self) -> Self:
+        QuantizationConfig(**{key: getattr(self, key) for key in QUANTIZATION_KEYS})
+        return self
 
 
 class ExportSection(_Section):
@@ -165,6 +213,8 @@ class Recipe(_Section):
         values = self.model_dump(exclude={"export"}) | {"device": self.export.device}
         if self.datasets.train is None:
             del values["datasets"]["train"], values["datasets"]["val"]
+        if not self.condiquant.distillation.autocast:  # as recipes from before there was one
+            del values["condiquant"]["distillation"]["autocast"]
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
     def to_yaml(self) -> str:

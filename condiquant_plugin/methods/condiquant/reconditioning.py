@@ -13,12 +13,12 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from condiquant_plugin.errors import InputError
+from condiquant_plugin.errors import InputError, check_choice, check_count
 from condiquant_plugin.layerwise.moments import (
     LayerGeometry,
     Moments,
@@ -41,7 +41,11 @@ Proxy = Literal["spread", "log_condition"]
 
 @dataclass(frozen=True)
 class ReconditioningConfig:
-    """Settings of :func:`recondition`."""
+    """Settings of :func:`recondition`.
+
+    Raises:
+        InputError: a value out of range, or a choice that is not known.
+    """
 
     objective: Objective = "least_squares"
     strength: float = 3e-3
@@ -52,6 +56,15 @@ class ReconditioningConfig:
     proxy: Proxy = "spread"
     damping: float = 1e-1
     """Pull towards ``W0`` in units of the mean input energy (``least_squares``)."""
+
+    def __post_init__(self) -> None:
+        check_choice("objective", self.objective, get_args(Objective))
+        check_choice("proxy", self.proxy, get_args(Proxy))
+        check_count("steps", self.steps)
+        for name in ("strength", "output_tolerance", "damping"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise InputError(f"{name}={value}: use more than 0")
 
     @property
     def needs_quantized_inputs(self) -> bool:
@@ -77,6 +90,13 @@ class ReconditioningConfig:
     def solve(self, problems: Sequence[LayerProblem]) -> list[Solution]:
         """:func:`recondition`."""
         return recondition(problems, self)
+
+
+KEYS_OF_OBJECTIVE: dict[Objective, tuple[str, ...]] = {
+    "condition": ("strength", "output_tolerance", "steps", "proxy"),
+    "least_squares": ("damping",),
+}
+"""The settings that have an effect with one objective alone."""
 
 
 def default_config(bits: int) -> ReconditioningConfig:

@@ -244,18 +244,25 @@ def _sample(
 
 
 @contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """Global generators seeded, and as before afterwards."""
+def same_chance() -> Iterator[None]:
+    """Global generators are as before afterwards."""
     python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
     with torch.random.fork_rng(devices=[]):
         try:
-            random.seed(seed)
-            np.random.seed(seed % 2**32)  # noqa: NPY002
-            torch.default_generator.manual_seed(seed)  # torch.manual_seed seeds GPUs, too
             yield
         finally:
             random.setstate(python)
             np.random.set_state(numpy)  # noqa: NPY002
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Global generators seeded, and as before afterwards."""
+    with same_chance():
+        random.seed(seed)
+        np.random.seed(seed % 2**32)  # noqa: NPY002
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed seeds GPUs, too
+        yield
 
 
 def _error(dataset_opt: Mapping[str, Any], text: str) -> InputError:

@@ -19,7 +19,7 @@ from condiquant_plugin import __version__
 from condiquant_plugin.errors import InputError
 from condiquant_recipes import settings
 from condiquant_recipes.exporting import check_convertible, check_overflow
-from condiquant_recipes.recipe import Recipe, explain, recorded
+from condiquant_recipes.recipe import QUANTIZATION_KEYS, Recipe, explain, recorded
 from condiquant_recipes.run import rebuild
 from condiquant_recipes.training.options import (
     MODEL_TYPE,
@@ -28,18 +28,9 @@ from condiquant_recipes.training.options import (
     check_training,
     load_options,
     recipe_from_options,
-    training_section,
 )
 
-_STRUCTURE = (
-    "weight_bits",
-    "activation_bits",
-    "scope",
-    "ignored_scope",
-    "other_bits",
-    "weight_granularity",
-    "overflow",
-)
+_STRUCTURE = (*QUANTIZATION_KEYS, "ignored_scope")
 
 
 def train(
@@ -56,14 +47,7 @@ def train(
         InputError: see there; unknown keys or values out of range.
     """
     options = load_options(file, force_yml)
-    for note in check_training(options):
-        _note(note)
-    quantizer = None
-    if options.get("model_type") == MODEL_TYPE:
-        autocast = training_section(options).autocast
-        recipe = recipe_from_options(options)
-        check_overflow(recipe)
-        quantizer = NNCFQuantizer(recipe, autocast=autocast)
+    quantizer = _for_training(options)
     basicsr_training.train(
         options, file, quantizer, launcher=launcher, auto_resume=auto_resume, debug=debug
     )
@@ -83,20 +67,47 @@ def evaluate(
     options = load_options(file, force_yml)
     if isinstance(datasets := options.get("datasets"), dict):
         datasets.pop("train", None)
-    quantizer = None
-    if options.get("model_type") == MODEL_TYPE:
-        check_evaluation(options)
-        options["val"].setdefault("suffix", None)
-        if not (source := options["path"].get("pretrain_network_g")):
-            raise InputError(
-                "path.pretrain_network_g is missing: give the net_g_latest.pth of an experiment"
-            )
-        recipe = recorded(read_quantized(Path(source).expanduser())[ENTRY], source)
-        asked = {"network_g": options.get("network_g"), "scale": options.get("scale")}
-        if section := options.get("condiquant"):
-            asked["condiquant"] = _validated(section)
-        quantizer = NNCFQuantizer(recipe, asked=asked)
+    quantizer = _for_test(options) if options.get("model_type") == MODEL_TYPE else None
     basicsr_training.evaluate(options, file, quantizer, launcher=launcher, debug=debug)
+
+
+def quantizer_for(options: Mapping[str, Any]) -> NNCFQuantizer:
+    """What CondiQuantModel runs with in BasicSR's own pipelines (an entry point of this package).
+
+    Args:
+        options: as BasicSR has parsed them.
+
+    Raises:
+        InputError: see :func:`train` and :func:`evaluate`.
+    """
+    quantizer = _for_training(options) if options["is_train"] else _for_test(options)
+    assert quantizer is not None
+    return quantizer
+
+
+def _for_training(options: Mapping[str, Any]) -> NNCFQuantizer | None:
+    """Checked; None for BasicSR's own models."""
+    for note in check_training(options):
+        _note(note)
+    if options.get("model_type") != MODEL_TYPE:
+        return None
+    recipe = recipe_from_options(options)
+    check_overflow(recipe)
+    return NNCFQuantizer(recipe)
+
+
+def _for_test(options: Mapping[str, Any]) -> NNCFQuantizer:
+    """As the checkpoint says, whose settings the options may not contradict."""
+    check_evaluation(options)
+    if not (source := options["path"].get("pretrain_network_g")):
+        raise InputError(
+            "path.pretrain_network_g is missing: give the net_g_latest.pth of an experiment"
+        )
+    recipe = recorded(read_quantized(Path(source).expanduser())[ENTRY], source)
+    asked = {"network_g": options.get("network_g"), "scale": options.get("scale")}
+    if section := options.get("condiquant"):
+        asked["condiquant"] = _validated(section)
+    return NNCFQuantizer(recipe, asked=asked)
 
 
 def _validated(section: Mapping[str, Any]) -> dict[str, Any]:
@@ -119,13 +130,15 @@ class NNCFQuantizer:
         asked: what of a checkpoint's recipe must be so; all that its structure depends on by default.
     """
 
-    def __init__(
-        self, recipe: Recipe, *, autocast: bool = False, asked: Mapping[str, Any] | None = None
-    ) -> None:
-        self.recipe, self.autocast = recipe, autocast
+    def __init__(self, recipe: Recipe, *, asked: Mapping[str, Any] | None = None) -> None:
+        self.recipe = recipe
         self.distillation = recipe.condiquant.distillation
         self.calibration_images = recipe.datasets.calibration.count
         self.asked = _structure(recipe.model_dump() if asked is None else asked)
+
+    def __repr__(self) -> str:
+        bits, scope = self.recipe.bits.label.upper(), self.recipe.condiquant.scope
+        return f"{type(self).__name__}({bits}, scope {scope})"
 
     def quantize(self, network: nn.Module, crops: Tensor) -> QuantizedNetwork:
         """Recondition, insert quantizers, search bounds."""

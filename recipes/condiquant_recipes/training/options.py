@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,13 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from condiquant_plugin.errors import InputError
-from condiquant_recipes.recipe import CondiQuantSection, Recipe, explain, read_yaml
+from condiquant_recipes.recipe import (
+    CalibrationSection,
+    CondiQuantSection,
+    Recipe,
+    explain,
+    read_yaml,
+)
 
 MODEL_TYPE = "CondiQuantModel"
 _SMALLEST_CROP = 8
@@ -28,10 +35,10 @@ _OF_GANS = ("gan_opt", "ldl_opt", "optim_d", "perceptual_opt")
 class TrainingSection(CondiQuantSection):
     """``condiquant`` of a training YAML; its ``distillation`` also holds what ``train`` says."""
 
-    calibration_images: int = Field(128, ge=1)
+    calibration_images: int = Field(CalibrationSection().count, ge=1)
     """Crops of the training set for the reconditioning and the bounds."""
-    autocast: bool = False
-    """Distil in mixed precision."""
+    autocast: bool | None = None
+    """``distillation.autocast``, where earlier versions had it."""
 
 
 class _Options(BaseModel):
@@ -157,19 +164,31 @@ def training_section(opt: Mapping[str, Any]) -> TrainingSection:
                 raise InputError(
                     f"condiquant.distillation.{key} has no effect in a training YAML: set {place}"
                 )
-        values: dict[str, Any] = {
-            "iterations": training.train.total_iter,
-            "batch_size": training.datasets.train.batch_size_per_gpu,
-        }
-        if training.train.optim_g is not None:
-            values["weights_rate"] = training.train.optim_g.lr
-        if training.val is not None:
-            values["validate_every"] = training.val.val_freq
+        values = {key: _at(training, place) for key, place in _ELSEWHERE.items()}
+        values = {key: value for key, value in values.items() if value is not None}
         section = {**section, "distillation": {**given, **values}}
     try:
-        return TrainingSection.model_validate(section)
+        validated = TrainingSection.model_validate(section)
     except ValidationError as error:
         raise InputError(explain(error, TrainingSection, "condiquant")) from error
+    if (autocast := validated.autocast) is None:
+        return validated
+    distillation = validated.distillation
+    if "autocast" in given and distillation.autocast != autocast:
+        raise InputError(
+            f"condiquant.autocast={autocast}, but condiquant.distillation.autocast="
+            f"{distillation.autocast}: set one of them"
+        )
+    changes = {"distillation": replace(distillation, autocast=autocast)}
+    return validated.model_copy(update=changes)
+
+
+def _at(options: BaseModel, place: str) -> Any:
+    """The value of a dotted key; None where a section on the way is left out."""
+    value: Any = options
+    for name in place.split("."):
+        value = getattr(value, name, None)
+    return value
 
 
 def _training(opt: Mapping[str, Any]) -> _Training:

@@ -4,7 +4,6 @@ from basicsr.archs.ecbsr_arch import ECBSR
 
 from condiquant_basicsr import build_network, folded, input_channels, load_network
 from condiquant_basicsr.checkpoints import save_checkpoint
-from condiquant_basicsr.models.condiquant import CondiQuantModel
 from condiquant_basicsr.quantizer import read_quantized
 from condiquant_plugin.errors import InputError
 from training_job import OPTIONS
@@ -34,12 +33,6 @@ def test_networks_of_one_channel_load_where_they_are_asked_for(tmp_path):
     assert scale == 2
     with pytest.raises(InputError, match="does not take an RGB image"):
         load_network(ECBSR_Y, str(tmp_path / "y.pth"))
-
-
-def test_the_model_runs_in_our_commands_only():
-    opt = OPTIONS | {"num_gpu": 0, "is_train": True, "rank": 0, "dist": False}
-    with pytest.raises(InputError, match="runs in `condiquant train` and `condiquant test`"):
-        CondiQuantModel(opt)
 
 
 def test_checkpoints_are_whole_or_not_there(tmp_path, monkeypatch):

@@ -3,7 +3,7 @@ import sys
 import torch
 from torch.nn.parallel import replicate
 
-from condiquant_basicsr.models.condiquant import ReplicatedParameters
+from condiquant_basicsr.models.quantized_base import ReplicatedParameters
 from condiquant_nncf import QuantizationConfig, quantize_network
 from networks import build
 

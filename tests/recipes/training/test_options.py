@@ -133,6 +133,7 @@ def test_options_amount_to_a_recipe(option_file):
         "weights_rate": 2e-4,
         "feature_weight": 0.0,
         "validate_every": 1000,
+        "autocast": True,
     }
     assert (recipe.datasets.calibration.count, recipe.datasets.calibration.crop) == (64, 16)
     assert recipe.datasets.calibration_names == ["Photographs"]
@@ -197,7 +198,7 @@ def test_force_yml_adds_the_section_to_an_untouched_file(option_file):
          "unknown key condiquant.wieght_bits: did you mean condiquant.weight_bits?"),
         (["condiquant:calibration_image=4"], "did you mean condiquant.calibration_images?"),
         (["condiquant:recondition:enable=1"], "did you mean condiquant.recondition.enabled?"),
-        (["condiquant:weight_bits=40"], "condiquant.weight_bits=40: Input should be less than"),
+        (["condiquant:weight_bits=40"], "condiquant.weight_bits=40 is not supported: use an integer"),
         (["condiquant=4"], "condiquant=4: Input should be a valid dictionary"),
         (["condiquant:distillation=4"], "condiquant.distillation=4: Input should be a dictionary"),
         (["condiquant:distillation:iterations=4"], "no effect in a training YAML: set train.total_iter"),

@@ -1,13 +1,8 @@
-"""DQC: bounds, and optionally weights, trained so that the quantized network follows the float one.
-
-After 2DQuant (arXiv 2406.06649, section 3.3). Differences: the feature loss is the mean over blocks of a
-relative distance, so it neither vanishes nor grows with depth; every bound moves at a rate relative to the
-mean range of its quantizer; the checkpoint is chosen on held-out calibration crops.
-"""
+"""The training loop of crops in memory, for hosts that have none of their own."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,39 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from condiquant_plugin.distillation.loss import DistillationLoss
+from condiquant_plugin.distillation.settings import DistillationConfig
 from condiquant_plugin.errors import InputError
 from condiquant_plugin.files import replacing
 from condiquant_plugin.uniform.fake_quantizer import fake_quantizers
-
-
-@dataclass(frozen=True)
-class DistillationConfig:
-    """Settings of :func:`distill`.
-
-    Raises:
-        InputError: a value out of range.
-    """
-
-    iterations: int = 800
-    batch_size: int = 2
-    bounds_rate: float = 2e-3
-    """Adam's rate for a bound, in units of its range."""
-    weights: bool = True
-    """Train weights and biases of the quantized layers too."""
-    weights_rate: float = 5e-4
-    feature_weight: float = 0.0
-    """Factor of the per-block feature loss; 0 leaves it out and saves the teacher's forward pass."""
-    validate_every: int = 100
-
-    def __post_init__(self) -> None:
-        for name, least in {"iterations": 0, "batch_size": 1, "validate_every": 1}.items():
-            if getattr(self, name) < least:
-                raise InputError(f"{name}={getattr(self, name)}: use at least {least}")
-        for name in ("bounds_rate", "weights_rate"):
-            if not getattr(self, name) > 0:
-                raise InputError(f"{name}={getattr(self, name)}: use more than 0")
-        if not self.feature_weight >= 0:
-            raise InputError(f"feature_weight={self.feature_weight}: use 0 or more")
 
 
 @dataclass(frozen=True)
@@ -110,10 +77,9 @@ class _Run:
         checkpoint: Path | None,
         seed: int,
     ) -> None:
-        self.student, self.teacher, self.config = student, teacher, config
+        self.student, self.config = student, config
         self.settings = asdict(config) | {"seed": seed}
         self.crops, self.held_out, self.checkpoint = crops, held_out, checkpoint
-        self.blocks = list(blocks) if config.feature_weight else []
         self.groups = parameter_groups(student, config, trainable_weights)
         self.parameters = [p for group in self.groups for p in group["params"]]
         self.optimizer = torch.optim.Adam(self.groups, betas=(0.9, 0.99))
@@ -121,7 +87,8 @@ class _Run:
             self.optimizer, max(config.iterations, 1)
         )
         self.generator = torch.Generator().manual_seed(seed)
-        self.targets = _outputs(teacher, crops)
+        self.loss = DistillationLoss(teacher, blocks, config)
+        self.loss.prepare(crops)
         self.held_out_targets = _outputs(teacher, held_out)
 
     @contextmanager
@@ -170,27 +137,12 @@ class _Run:
 
     def step(self) -> float:
         index = torch.randint(len(self.crops), (self.config.batch_size,), generator=self.generator)
-        inputs = self.crops[index]
-        with captured(self.student, self.blocks) as student_features:
-            loss = (self.student(inputs) - self.targets[index]).abs().mean()
-        if self.blocks:
-            with torch.no_grad(), captured(self.teacher, self.blocks) as teacher_features:
-                self.teacher(inputs)
-            loss = loss + self.config.feature_weight * feature_loss(
-                [student_features[b] for b in self.blocks],
-                [teacher_features[b] for b in self.blocks],
-            )
-        value = loss.item()
-        if value != value or value == float("inf"):
-            raise InputError(
-                f"the distillation loss became {value}: lower distillation.weights_rate "
-                f"({self.config.weights_rate}) or distillation.bounds_rate ({self.config.bounds_rate})"
-            )
+        loss = torch.stack([*self.loss(self.student, self.crops[index]).values()]).sum()
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.optimizer.step()
         self.scheduler.step()
-        return value
+        return loss.item()
 
     def validate(self) -> float:
         difference = _outputs(self.student, self.held_out) - self.held_out_targets
@@ -212,7 +164,7 @@ class _Run:
 
     def load(self, path: Path) -> dict[str, Any]:
         state: dict[str, Any] = torch.load(path, weights_only=True)
-        if state["config"] != self.settings:
+        if asdict(DistillationConfig()) | state["config"] != self.settings:
             raise InputError(
                 f"{path} was made with other distillation settings: run without --resume to start anew"
             )
@@ -223,38 +175,6 @@ class _Run:
         self.scheduler.load_state_dict(state["scheduler"])
         self.generator.set_state(state["generator"])
         return state
-
-
-def feature_blocks(model: nn.Module, layers: Iterable[str]) -> list[str]:
-    """Names of the blocks that hold ``layers``: their nearest ancestors in a list of modules.
-
-    These are the places where a quantized network is compared with the float one (2DQuant's features).
-    """
-    blocks: dict[str, None] = {}
-    for name in layers:
-        while name:
-            parent, _, _ = name.rpartition(".")
-            if isinstance(model.get_submodule(parent), nn.ModuleList | nn.Sequential):
-                blocks[name] = None
-                break
-            name = parent
-    return list(blocks)
-
-
-def feature_loss(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
-    """Mean over blocks and samples of ``|F/|F| - Fq/|Fq||`` in the Frobenius norm (2DQuant, equation 8).
-
-    Args:
-        student, teacher: one tensor per block, ``(batch, ...)``.
-    """
-    distances = []
-    for quantized, reference in zip(student, teacher, strict=True):
-        directions = [
-            f.flatten(1) / f.flatten(1).norm(dim=1, keepdim=True).clamp_min(1e-12)
-            for f in (quantized, reference)
-        ]
-        distances.append((directions[0] - directions[1]).norm(dim=1).mean())
-    return torch.stack(distances).mean()
 
 
 def parameter_groups(
@@ -284,19 +204,3 @@ def parameter_groups(
 @torch.no_grad()
 def _outputs(network: nn.Module, inputs: Tensor, batch_size: int = 4) -> Tensor:
     return torch.cat([network(batch) for batch in inputs.split(batch_size)])
-
-
-@contextmanager
-def captured(network: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
-    """Outputs of the named modules during the forward passes inside the block."""
-    features: dict[str, Tensor] = {}
-
-    def keep(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
-        return lambda _module, _inputs, output: features.__setitem__(name, output)
-
-    handles = [network.get_submodule(n).register_forward_hook(keep(n)) for n in names]
-    try:
-        yield features
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -1,0 +1,39 @@
+"""What a distillation can be told."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from condiquant_plugin.errors import InputError
+
+
+@dataclass(frozen=True)
+class DistillationConfig:
+    """Settings of :class:`~condiquant_plugin.distillation.DistillationLoss` and of the loop around it.
+
+    Raises:
+        InputError: a value out of range.
+    """
+
+    iterations: int = 800
+    batch_size: int = 2
+    bounds_rate: float = 2e-3
+    """Adam's rate for a bound, in units of its range."""
+    weights: bool = True
+    """Train weights and biases of the quantized layers too."""
+    weights_rate: float = 5e-4
+    feature_weight: float = 0.0
+    """Factor of the per-block feature loss; 0 leaves it out and saves the teacher's forward pass."""
+    validate_every: int = 100
+    autocast: bool = False
+    """Run both networks in bfloat16 where torch's autocast does; losses and validation stay in float32."""
+
+    def __post_init__(self) -> None:
+        for name, least in {"iterations": 0, "batch_size": 1, "validate_every": 1}.items():
+            if getattr(self, name) < least:
+                raise InputError(f"{name}={getattr(self, name)}: use at least {least}")
+        for name in ("bounds_rate", "weights_rate"):
+            if not getattr(self, name) > 0:
+                raise InputError(f"{name}={getattr(self, name)}: use more than 0")
+        if not self.feature_weight >= 0:
+            raise InputError(f"feature_weight={self.feature_weight}: use 0 or more")

@@ -1,0 +1,106 @@
+"""Keys, choices and defaults of a recipe are those of the method's own settings."""
+
+from dataclasses import asdict, fields
+from typing import get_type_hints
+
+import pytest
+
+import condiquant_nncf
+from condiquant_plugin.configuration import QuantizationConfig
+from condiquant_plugin.distillation import DistillationConfig
+from condiquant_plugin.errors import InputError
+from condiquant_plugin.methods.condiquant.reconditioning import (
+    KEYS_OF_OBJECTIVE,
+    ReconditioningConfig,
+    default_config,
+)
+from condiquant_recipes import settings
+from condiquant_recipes.recipe import (
+    BOUNDS_KEYS,
+    CondiQuantSection,
+    ReconditionSection,
+    load_recipe,
+    with_overrides,
+)
+from condiquant_recipes.training.options import _ELSEWHERE
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    path = tmp_path / "recipe.yml"
+    path.write_text("{name: a, scale: 2, path: {pretrain_network_g: net.pth}}")
+    return load_recipe(path)
+
+
+def names(config) -> set[str]:
+    return {field.name for field in fields(config)}
+
+
+def test_every_key_of_the_method_can_be_set(recipe):
+    section = CondiQuantSection.model_fields
+    elsewhere = {"recondition", "zero_on_grid", *BOUNDS_KEYS}
+    assert names(QuantizationConfig) - section.keys() == elsewhere - {"recondition"}
+    assert set(BOUNDS_KEYS.values()) < type(recipe.condiquant.bounds).model_fields.keys()
+    assert names(ReconditioningConfig) <= ReconditionSection.model_fields.keys()
+    assert section["distillation"].annotation is DistillationConfig
+    assert _ELSEWHERE.keys() < names(DistillationConfig)
+    assert {key for keys in KEYS_OF_OBJECTIVE.values() for key in keys} | {"objective"} == names(
+        ReconditioningConfig
+    )
+    types = get_type_hints(QuantizationConfig)
+    for key in names(QuantizationConfig) - elsewhere:
+        assert section[key].annotation == types[key]
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_an_empty_recipe_is_the_methods_defaults(recipe, bits):
+    recipe = with_overrides(recipe, [f"condiquant.activation_bits={bits}"])
+    expected = condiquant_nncf.QuantizationConfig(
+        activation_bits=bits, recondition=default_config(bits)
+    )
+    assert settings.quantization(recipe) == expected
+    assert recipe.condiquant.distillation == DistillationConfig()
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("weight_bits=9", "condiquant.weight_bits=9 is not supported: use an integer from 2 to 8"),
+        ("other_bits=1", "condiquant.other_bits=1 is not supported: use an integer from 2 to 8"),
+        ("scope=none", "condiquant.scope='none': Input should be 'transformer' or 'all'"),
+        ("bounds.inputs=x", "condiquant.bounds.inputs='x': Input should be 'quantized' or 'float'"),
+        (
+            "bounds.inpts=float",
+            "unknown key condiquant.bounds.inpts: did you mean condiquant.bounds.i",
+        ),
+        ("activation_side=auto", "unknown key condiquant.activation_side: "),
+        ("recondition.steps=0", "condiquant.recondition.steps=0: use at least 1"),
+        ("recondition.strength=-1", "condiquant.recondition.strength=-1.0: use more than 0"),
+        ("recondition.damping=0", "condiquant.recondition.damping=0.0: use more than 0"),
+        ("recondition.dampin=1", "unknown key condiquant.recondition.dampin: did you mean"),
+        ("recondition.objective=x", "condiquant.recondition.objective='x': Input should be "),
+        (
+            "distillation.autocast=2",
+            "condiquant.distillation.autocast=2: Input should be a valid bool",
+        ),
+    ],
+)
+def test_values_out_of_range_are_named_in_full(recipe, override, message):
+    with pytest.raises(InputError) as info:
+        with_overrides(recipe, [f"condiquant.{override}"])
+    assert str(info.value).startswith(message)
+    assert "\n" not in str(info.value)
+
+
+@pytest.mark.parametrize("change", [{"steps": 0}, {"damping": 0}, {"objective": "x"}])
+def test_the_method_itself_refuses_them(change):
+    with pytest.raises(InputError, match=f"^{next(iter(change))}="):
+        ReconditioningConfig(**change)
+
+
+def test_recipes_from_before_a_key_are_the_same_recipe(recipe):
+    """The digest of an earlier version, from which finished runs go on."""
+    assert recipe.digest() == "c771f076eced6e0e10a0efacffe62ba3a52ac6e4b862a63607d7286b4515d22a"
+    changed = with_overrides(recipe, ["condiquant.distillation.autocast=true"])
+    assert changed.digest() != recipe.digest()
+    assert asdict(changed.condiquant.distillation)["autocast"] is True
