@@ -17,13 +17,13 @@ from condiquant_plugin.errors import InputError
 
 MODEL_TYPE = "CondiQuantModel"
 GROUP = "condiquant_basicsr.quantizers"
-"""Entry points of functions that make a :class:`Quantizer` of BasicSR's options, or raise InputError."""
+"""Entry points of functions that make a :class:`NetworkQuantizer` of BasicSR's options, or raise InputError."""
 ENTRY = "condiquant"
 """Of a checkpoint: the settings of its quantizers."""
 
 
 @dataclass(frozen=True)
-class QuantizedNetwork:
+class TrainableNetwork:
     """A network with fake quantizers, and what of it is trained and compared."""
 
     model: nn.Module
@@ -34,16 +34,16 @@ class QuantizedNetwork:
     """One line for the log."""
 
 
-class Quantizer(Protocol):
+class NetworkQuantizer(Protocol):
     """What places quantizers: BasicSR's side knows no other host."""
 
     distillation: DistillationConfig
     calibration_images: int
 
-    def quantize(self, network: nn.Module, crops: Tensor) -> QuantizedNetwork:
+    def quantize(self, network: nn.Module, crops: Tensor) -> TrainableNetwork:
         """Recondition, insert quantizers and search their bounds on crops ``(count, C, h, w)``."""
 
-    def rebuild(self, network: nn.Module, example: Tensor) -> QuantizedNetwork:
+    def rebuild(self, network: nn.Module, example: Tensor) -> TrainableNetwork:
         """The same structure, weights and bounds yet to be loaded; ``example`` is ``(1, C, h, w)``."""
 
     def record(self) -> dict[str, Any]:
@@ -53,7 +53,7 @@ class Quantizer(Protocol):
         """Raise InputError if a checkpoint's record gives another structure."""
 
 
-def find_quantizer(opt: Mapping[str, Any]) -> Quantizer:
+def find_quantizer(opt: Mapping[str, Any]) -> NetworkQuantizer:
     """What an installed package makes of options that BasicSR has parsed, checked.
 
     Raises:
@@ -71,7 +71,7 @@ def find_quantizer(opt: Mapping[str, Any]) -> Quantizer:
         except ImportError as error:
             reason = " ".join(str(error).split())
             continue
-        quantizer: Quantizer = make(opt)
+        quantizer: NetworkQuantizer = make(opt)
         return quantizer
     raise InputError(
         f'{MODEL_TYPE} needs what places quantizers ({reason}): pip install "condiquant-plugin[recipes]"'

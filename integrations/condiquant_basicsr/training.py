@@ -29,7 +29,7 @@ from torch import distributed
 from condiquant_basicsr.data.training_data import only_pictures
 from condiquant_basicsr.pipeline import QUANTIZER, create_loaders, fill_in, load_resume_state
 from condiquant_basicsr.preflight import check_start, check_validation
-from condiquant_basicsr.quantizer import Quantizer
+from condiquant_basicsr.quantizer import NetworkQuantizer
 from condiquant_plugin.errors import InputError
 from condiquant_plugin.files import check_writable
 from condiquant_plugin.layerwise.distributed import noticing_the_end_of_others
@@ -42,7 +42,7 @@ _RANKS = {"pytorch": "RANK", "slurm": "SLURM_PROCID"}
 def train(
     options: Mapping[str, Any],
     file: Path,
-    quantizer: Quantizer | None,
+    quantizer: NetworkQuantizer | None,
     *,
     launcher: str = "none",
     auto_resume: bool = False,
@@ -84,7 +84,7 @@ def train(
 def evaluate(
     options: Mapping[str, Any],
     file: Path,
-    quantizer: Quantizer | None,
+    quantizer: NetworkQuantizer | None,
     *,
     launcher: str = "none",
     debug: bool = False,
@@ -100,7 +100,7 @@ def evaluate(
 def _host(
     options: Mapping[str, Any],
     file: Path,
-    quantizer: Quantizer | None,
+    quantizer: NetworkQuantizer | None,
     launcher: str,
     flags: Sequence[str],
     pipeline: Any,

@@ -21,7 +21,7 @@ from condiquant_basicsr.models.quantized_base import QuantizedModel, load_state
 from condiquant_basicsr.networks import build_network, folded, pad_multiple
 from condiquant_basicsr.pipeline import QUANTIZER, prepare
 from condiquant_basicsr.preflight import LOSS, float_network
-from condiquant_basicsr.quantizer import ENTRY, QuantizedNetwork, Quantizer, read_quantized
+from condiquant_basicsr.quantizer import ENTRY, NetworkQuantizer, TrainableNetwork, read_quantized
 from condiquant_plugin.distillation import DistillationLoss, parameter_groups
 from condiquant_plugin.errors import InputError
 from condiquant_plugin.layerwise.distributed import failing_together
@@ -41,7 +41,7 @@ class CondiQuantModel(QuantizedModel):
     def __init__(self, opt: dict[str, Any]) -> None:
         if QUANTIZER not in opt:  # a pipeline that is not BasicSR's
             prepare(opt)
-        self.quantizer: Quantizer = opt.pop(QUANTIZER)
+        self.quantizer: NetworkQuantizer = opt.pop(QUANTIZER)
         super().__init__(opt)
 
     def make_network(self) -> nn.Module:
@@ -109,7 +109,7 @@ class CondiQuantModel(QuantizedModel):
 
     def _rebuild(
         self, network: nn.Module, file: Path
-    ) -> tuple[QuantizedNetwork, Mapping[str, Any]]:
+    ) -> tuple[TrainableNetwork, Mapping[str, Any]]:
         """The structure that a checkpoint of an earlier run has, and the checkpoint."""
         content = read_quantized(file)
         record = content[ENTRY]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import condiquant_nncf as nncf_host
 from condiquant_basicsr import pad_multiple
 from condiquant_basicsr import training as basicsr_training
-from condiquant_basicsr.quantizer import ENTRY, QuantizedNetwork, read_quantized
+from condiquant_basicsr.quantizer import ENTRY, TrainableNetwork, read_quantized
 from condiquant_plugin import __version__
 from condiquant_plugin.errors import InputError
 from condiquant_recipes import settings
@@ -124,7 +124,7 @@ def _note(text: str) -> None:
 
 
 class NNCFQuantizer:
-    """What CondiQuantModel needs of a recipe (:class:`condiquant_basicsr.quantizer.Quantizer`).
+    """What CondiQuantModel needs of a recipe (:class:`condiquant_basicsr.quantizer.NetworkQuantizer`).
 
     Args:
         asked: what of a checkpoint's recipe must be so; all that its structure depends on by default.
@@ -140,7 +140,7 @@ class NNCFQuantizer:
         bits, scope = self.recipe.bits.label.upper(), self.recipe.condiquant.scope
         return f"{type(self).__name__}({bits}, scope {scope})"
 
-    def quantize(self, network: nn.Module, crops: Tensor) -> QuantizedNetwork:
+    def quantize(self, network: nn.Module, crops: Tensor) -> TrainableNetwork:
         """Recondition, insert quantizers, search bounds."""
         result = nncf_host.quantize_network(
             network,
@@ -159,7 +159,7 @@ class NNCFQuantizer:
         )
         return _quantized(result.model, result.layers, network, summary)
 
-    def rebuild(self, network: nn.Module, example: Tensor) -> QuantizedNetwork:
+    def rebuild(self, network: nn.Module, example: Tensor) -> TrainableNetwork:
         """The structure alone."""
         model, layers = rebuild(network, example, self.recipe)
         return _quantized(model, layers, network)
@@ -196,6 +196,6 @@ def _structure(recipe: Mapping[str, Any]) -> dict[str, Any]:
 
 def _quantized(
     model: nn.Module, layers: list[nncf_host.Layer], network: nn.Module, summary: str = ""
-) -> QuantizedNetwork:
+) -> TrainableNetwork:
     weights = nncf_host.trainable_weights(model, layers)
-    return QuantizedNetwork(model, weights, nncf_host.feature_blocks(network, layers), summary)
+    return TrainableNetwork(model, weights, nncf_host.feature_blocks(network, layers), summary)
