@@ -17,7 +17,7 @@ from condiquant_plugin.errors import InputError
 
 MODEL_TYPE = "CondiQuantModel"
 GROUP = "condiquant_basicsr.quantizers"
-"""Entry points of functions that make a :class:`NetworkQuantizer` of BasicSR's options, or raise InputError."""
+"""Entry points of functions that make a :class:`NetworkQuantizer` of BasicSR's options."""
 ENTRY = "condiquant"
 """Of a checkpoint: the settings of its quantizers."""
 
