@@ -17,6 +17,13 @@ class DistributedError(RuntimeError):
     """Another process ended or failed; the message is one line: what was being done and the remedy."""
 
 
+class MissingExtraError(ModuleNotFoundError):
+    """A package that an extra brings is not installed; the message is one line with the remedy."""
+
+    def __init__(self, who: str, package: str, extra: str) -> None:
+        super().__init__(f'{who} needs {package}: pip install "condiquant-plugin[{extra}]"')
+
+
 def check_finite(x: Tensor, place: str) -> None:
     """Raise :class:`InputError` for NaN or Inf in ``x``, which is ``"the input of head"``."""
     if not all(extreme.isfinite() for extreme in x.aminmax()):

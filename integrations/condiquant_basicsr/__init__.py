@@ -1,15 +1,15 @@
 """BasicSR as a host: networks, weights, images, data sets and metrics of super-resolution."""
 
+from condiquant_plugin.errors import MissingExtraError
+
 try:
     from condiquant_basicsr import compatibility
 
     compatibility.heal()
     import basicsr  # noqa: F401
     import spandrel  # noqa: F401
-except ImportError as error:
-    raise ImportError(
-        'condiquant_basicsr needs BasicSR: pip install "condiquant-plugin[basicsr]"'
-    ) from error
+except ModuleNotFoundError as error:
+    raise MissingExtraError("condiquant_basicsr", "BasicSR", "basicsr") from error
 
 from condiquant_basicsr.checkpoints import load_state_dict, read_checkpoint
 from condiquant_basicsr.data.datasets import Pair, TestImage, calibration_crops, test_pairs

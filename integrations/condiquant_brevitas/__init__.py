@@ -1,11 +1,11 @@
 """CondiQuant for Brevitas: a mode that reconditions weights, and quantizers with learned bounds."""
 
+from condiquant_plugin.errors import MissingExtraError
+
 try:
     import brevitas  # noqa: F401
-except ImportError as error:
-    raise ImportError(
-        'condiquant_brevitas needs Brevitas: pip install "condiquant-plugin[brevitas]"'
-    ) from error
+except ModuleNotFoundError as error:
+    raise MissingExtraError("condiquant_brevitas", "Brevitas", "brevitas") from error
 
 import condiquant_brevitas.pickling  # noqa: F401
 from condiquant_brevitas.fake_quantizers import to_fake_quantizers

@@ -127,7 +127,10 @@ def quantize_sr(
         "side": config.activation_side,
     }
     weight_quantizer = _WEIGHT_QUANTIZERS[config.weight_granularity]
+    trained = {name: p.requires_grad for name, p in model.named_parameters()}
     model = _with_quantizers(model, layers, weight_quantizer, weights, inputs)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(trained.get(name, True))
     recondition = config.reconditioning()
     scoped = [layer.name for layer in layers if layer.in_scope and not layer.product]
     if recondition is None or not scoped:

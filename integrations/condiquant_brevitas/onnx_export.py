@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import torch
-from brevitas import export
 from brevitas.proxy import ActQuantProxyFromInjector, WeightQuantProxyFromInjector
 from torch import Tensor, nn
 
 from condiquant_brevitas.moments_hook import has_weight_quantizer
 from condiquant_brevitas.tensor_quant import LearnedBoundsQuant
-from condiquant_plugin.errors import InputError
+from condiquant_plugin.errors import InputError, MissingExtraError
 from condiquant_plugin.files import check_writable, replacing
 
 _PROXIES = (ActQuantProxyFromInjector, WeightQuantProxyFromInjector)
@@ -35,12 +33,12 @@ def export_qonnx(
 
     Raises:
         InputError: activations that no data has calibrated, or a folder that cannot be written.
-        ImportError: ``onnx`` or ``onnxoptimizer`` is missing.
+        MissingExtraError: ``onnx`` or ``onnxoptimizer`` is missing.
 
     Example:
         >>> export_qonnx(model, torch.rand(1, 3, 64, 64), "model.onnx")
     """
-    _export(export.export_qonnx, _calibrated_copy(model), example_input, path, arguments)
+    _export("export_qonnx", _calibrated_copy(model), example_input, path, arguments)
 
 
 def export_qcdq(
@@ -56,13 +54,13 @@ def export_qcdq(
 
     Raises:
         InputError: as in :func:`export_qonnx`, or naming the first quantizer that does not fit.
-        ImportError: ``onnx`` or ``onnxoptimizer`` is missing.
+        MissingExtraError: ``onnx`` or ``onnxoptimizer`` is missing.
     """
     copied = _calibrated_copy(model)
     for name, proxy in copied.named_modules():
         if type(proxy) in _PROXIES and proxy.is_quant_enabled:
             _check_qcdq(name, proxy)
-    _export(export.export_onnx_qcdq, copied, example_input, path, arguments)
+    _export("export_onnx_qcdq", copied, example_input, path, arguments)
 
 
 def _calibrated_copy(model: nn.Module) -> nn.Module:
@@ -104,7 +102,7 @@ def _put_on_grid(layer: Any) -> None:
 
 
 def _export(
-    function: Callable[..., Any],
+    function: str,
     model: nn.Module,
     example_input: Tensor,
     path: str | os.PathLike[str],
@@ -113,13 +111,13 @@ def _export(
     try:
         import onnx  # noqa: F401
         import onnxoptimizer  # noqa: F401
-    except ImportError as error:
-        raise ImportError(
-            f'{error.name} is missing: pip install "condiquant-plugin[brevitas-export]"'
-        ) from error
+    except ModuleNotFoundError as error:
+        raise MissingExtraError("the export", str(error.name), "brevitas-export") from error
+    from brevitas import export  # imports onnx
+
     check_writable(Path(path).parent)
     with torch.no_grad():
         for layer in filter(has_weight_quantizer, model.modules()):
             _put_on_grid(layer)
     with replacing(Path(path)) as temporary:
-        function(model, example_input, str(temporary), dynamo=False, **arguments)
+        getattr(export, function)(model, example_input, str(temporary), dynamo=False, **arguments)

@@ -1,11 +1,11 @@
 """CondiQuant as an algorithm of NNCF, for PyTorch models and for ``ov.Model``."""
 
+from condiquant_plugin.errors import MissingExtraError
+
 try:
     import nncf  # noqa: F401
-except ImportError as error:
-    raise ImportError(
-        'condiquant_nncf needs NNCF: pip install "condiquant-plugin[nncf]"'
-    ) from error
+except ModuleNotFoundError as error:
+    raise MissingExtraError("condiquant_nncf", "NNCF", "nncf") from error
 
 from condiquant_nncf.algorithms.condiquant import CondiQuant
 from condiquant_nncf.algorithms.learned_bounds import InputBounds, LearnedBoundsQuantization

@@ -22,7 +22,7 @@ from condiquant_nncf.algorithms.learned_bounds import (
 from condiquant_nncf.algorithms.statistics import collect_moments
 from condiquant_nncf.backends.base import CondiQuantAlgoBackend
 from condiquant_nncf.backends.choose import get_algo_backend
-from condiquant_nncf.backends.torch import wrap
+from condiquant_nncf.backends.torch import prepare, wrap
 from condiquant_nncf.configuration import QuantizationConfig
 from condiquant_nncf.layer import Layer
 from condiquant_plugin.errors import InputError, check_count
@@ -53,6 +53,7 @@ def trainable_weights(model: nn.Module, layers: Sequence[Layer]) -> list[nn.Para
     return [parameters[n] for n in dict.fromkeys(names) if n in parameters]
 
 
+@torch.inference_mode(False)
 def quantize_network(
     network: nn.Module,
     crops: Tensor,
@@ -76,8 +77,8 @@ def quantize_network(
 
     Raises:
         InputError: no crops, or of a size that the network does not take; bits
-            outside 2-8; counts below 1; a scope without layers; NaN or Inf anywhere; raised in
-            all processes if in one.
+            outside 2-8; counts below 1; a scope without layers; NaN or Inf anywhere; a network
+            that is quantized already; raised in all processes if in one.
         DistributedError: another process ended or failed.
     """
     check_count("bounds_crops", bounds_crops)
@@ -86,7 +87,7 @@ def quantize_network(
     with distributed.failing_together("reading the network"):
         crops = image_batch(crops, takes=partial(_takes, network))
         _check_runs(plain_float_copy(network), crops[:1])
-        wrapped = wrap(network, crops[:1])
+        wrapped = prepare(network, crops[:1])
         layers = config.find_layers(wrapped)
     bounds_batches = crops[:bounds_crops].split(batch_size)
     scoped = [layer for layer in layers if layer.in_scope]

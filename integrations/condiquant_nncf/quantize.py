@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import nncf
+import torch
 from nncf.common.logging import nncf_logger
 from nncf.common.utils.backend import BackendType
 from nncf.quantization.advanced_parameters import AdvancedQuantizationParameters
@@ -100,6 +101,7 @@ def create_condiquant_pipeline(
     return CalibrationPipeline(steps, following)
 
 
+@torch.inference_mode(False)
 def quantize(
     model: Any,
     calibration_dataset: nncf.Dataset,

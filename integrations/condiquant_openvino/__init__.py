@@ -8,12 +8,12 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from condiquant_plugin.errors import MissingExtraError
+
 try:
     import openvino as _openvino  # noqa: F401
-except ImportError as error:
-    raise ImportError(
-        'condiquant_openvino needs OpenVINO: pip install "condiquant-plugin[openvino]"'
-    ) from error
+except ModuleNotFoundError as error:
+    raise MissingExtraError("condiquant_openvino", "OpenVINO", "openvino") from error
 
 from condiquant_plugin.moved import forward
 

@@ -16,9 +16,9 @@ try:
 except ImportError:
     sys.exit('the command line needs its extra: pip install "condiquant-plugin[all]"')
 
-from condiquant_plugin.errors import DistributedError, InputError
+from condiquant_plugin.errors import DistributedError, InputError, MissingExtraError
 from condiquant_plugin.files import check_writable
-from condiquant_recipes import cli_training, inspection
+from condiquant_recipes import cli_training, hosts, inspection
 from condiquant_recipes.hosts import load as _hosts
 
 if TYPE_CHECKING:
@@ -363,10 +363,10 @@ def _ir_path(model: Path) -> Path:
 def main() -> None:
     """Entry point."""
     try:
-        code = app(standalone_mode=False)
-        if code == _SIGINT:
-            code = _interrupted()
-    except InputError as error:
+        with hosts.naming_extras():
+            code = app(standalone_mode=False)
+        code = _interrupted() if code == _SIGINT else code
+    except (InputError, MissingExtraError) as error:
         code = _fail(str(error), 2)
     except DistributedError as error:
         code = _fail(str(error), 1)

@@ -5,14 +5,39 @@ from __future__ import annotations
 import importlib
 import logging
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
+
+from condiquant_plugin.errors import MissingExtraError
+
+_HOSTS_IMPORTED_HERE = ("nncf", "openvino")
+"""Without their integration, so that none names the extra; ``recipes`` brings all the rest."""
 
 
 def load(name: str) -> Any:
-    """Import a module of the application."""
+    """Import a module of the application.
+
+    Raises:
+        ModuleNotFoundError: a host that it needs is not installed.
+    """
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
-    import nncf
+    with suppress(ModuleNotFoundError):
+        import nncf
 
-    nncf.set_log_level(logging.ERROR)
+        nncf.set_log_level(logging.ERROR)
     return importlib.import_module(f"condiquant_recipes.{name}")
+
+
+@contextmanager
+def naming_extras() -> Iterator[None]:
+    """Raise :class:`MissingExtraError` for a package that is not installed."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if isinstance(error, MissingExtraError) or package.startswith("condiquant_"):
+            raise
+        extra = package if package in _HOSTS_IMPORTED_HERE else "recipes"
+        raise MissingExtraError("this command", package, extra) from error

@@ -40,11 +40,3 @@ def test_the_training_job_of_the_tests_imports_alone():
     tests = str(Path(__file__).parents[1])
     result = _run(f"import sys; sys.path.insert(0, {tests!r}); import training_job")
     assert result.returncode == 0, result.stderr
-
-
-def test_import_without_basicsr_names_the_extra():
-    result = _run("import sys; sys.modules['basicsr'] = None; import condiquant_basicsr")
-    assert result.returncode == 1
-    assert result.stderr.strip().splitlines()[-1] == (
-        'ImportError: condiquant_basicsr needs BasicSR: pip install "condiquant-plugin[basicsr]"'
-    )

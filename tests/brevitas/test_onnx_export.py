@@ -211,7 +211,7 @@ def test_bounds_are_not_searched_on_the_example(tmp_path, function):
 def test_missing_packages_name_the_extra(tmp_path, monkeypatch, missing):
     model, x = toy()
     monkeypatch.setitem(sys.modules, missing, None)
-    with pytest.raises(ImportError, match=rf'{missing} .*"condiquant-plugin\[brevitas-export\]"'):
+    with pytest.raises(ImportError, match=rf'{missing}: .*"condiquant-plugin\[brevitas-export\]"'):
         export_qonnx(model, x, tmp_path / "model.onnx")
 
 

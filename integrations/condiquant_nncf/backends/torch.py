@@ -262,6 +262,7 @@ class PTCondiQuantAlgoBackend(CondiQuantAlgoBackend):
         """The same model with the quantizers as hooks."""
         layout = TransformationLayout()
         for layer, port, quantizer in quantizers:
+            quantizer.train(self.model.model.training)
             targets = (
                 self._weight_points(layer) if port is None else [self.target_point(layer, port)]
             )

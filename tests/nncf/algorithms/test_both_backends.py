@@ -131,19 +131,6 @@ def test_least_squares_agrees_up_to_rounding_ties():
         assert by_name[report.name].condition_after == pytest.approx(report.condition_after, 5e-3)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_the_model_given_stays_as_it_is(backend):
-    model, data = network("conv"), items()
-    subject = converted(model) if backend == "openvino" else model
-    before = constants(subject) if backend == "openvino" else dict(model.state_dict())
-    before = {n: np.array(v) for n, v in before.items()}
-    data = [x.numpy() for x in data] if backend == "openvino" else data
-    host.quantize(subject, nncf.Dataset(data), subset_size=3)
-    after = constants(subject) if backend == "openvino" else dict(model.state_dict())
-    assert before.keys() == after.keys()
-    assert all(np.array_equal(before[n], after[n]) for n in before)
-
-
 @pytest.mark.parametrize("granularity", ["tensor", "channel"])
 @pytest.mark.parametrize("kind", ["conv_grouped", "conv_transposed", "matmul", "attention"])
 def test_fake_quantize_computes_what_torch_simulates(kind, granularity):

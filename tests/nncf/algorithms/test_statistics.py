@@ -1,8 +1,7 @@
-"""How a dataset is batched makes no difference to the calibration."""
+"""Items of a dataset: whose steps take them apart, and whose take them as they are."""
 
 import nncf
 import openvino as ov
-import pytest
 import torch
 from nncf.quantization.advanced_parameters import AdvancedQuantizationParameters
 from nncf.quantization.algorithms.post_training.pipeline import create_ptq_pipeline
@@ -10,7 +9,6 @@ from nncf.quantization.algorithms.post_training.pipeline import create_ptq_pipel
 import condiquant_nncf as host
 from algorithm_networks import converted, fake_quantizes, network
 from condiquant_nncf.backends.openvino import prepare
-from condiquant_plugin import InputError, fake_quantizers
 
 CONFIG = host.QuantizationConfig(scope="all", recondition=None)
 FAST = AdvancedQuantizationParameters(disable_bias_correction=True)
@@ -35,22 +33,6 @@ def bounds_of(model):
     }
 
 
-def test_bounds_of_an_ir_are_those_of_the_torch_network_however_the_items_are_batched():
-    model = network("edsr")
-    found = [
-        bounds_of(host.create_condiquant_pipeline(CONFIG).run(prepare(converted(model)), data))
-        for data in (dataset(1), dataset([3, 2]), dataset(5))
-    ]
-    assert found[0] == found[1] == found[2]
-    as_torch = host.quantize_network(model, images(), CONFIG).model
-    quantizers = {q.name: q for q in fake_quantizers(as_torch).values() if q.kind != "weight"}
-    assert found[0].keys() == quantizers.keys()
-    for name, quantizer in quantizers.items():
-        grid = quantizer.snapped()
-        expected = [grid.lower.item(), (grid.lower + grid.step * 15).item()]
-        assert found[0][name] == pytest.approx(expected, rel=1e-4), name
-
-
 def test_an_ir_of_a_fixed_batch_size_gets_its_items_as_they_are():
     model = ov.convert_model(network("edsr"), example_input=images(2), input=[2, 3, 48, 48])
     quantized = host.quantize(model, dataset(2, count=4), subset_size=2)
@@ -69,12 +51,3 @@ def test_nncfs_own_steps_get_the_items_as_they_are():
     alone = quantized(create_ptq_pipeline(**steps), dataset([3, 2]))
     assert quantized(ours, dataset([3, 2])) == alone
     assert quantized(create_ptq_pipeline(**steps), dataset(1)) != alone
-
-
-@pytest.mark.parametrize("name", ["bounds_crops", "batch_size"])
-def test_counts_below_one_are_refused(name):
-    with pytest.raises(InputError, match=f"{name}=0"):
-        host.quantize_network(network("edsr"), images(1), CONFIG, **{name: 0})
-    if name == "bounds_crops":
-        with pytest.raises(InputError, match="bounds_crops=-1"):
-            host.create_condiquant_pipeline(CONFIG, bounds_crops=-1)
