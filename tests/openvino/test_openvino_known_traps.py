@@ -128,7 +128,8 @@ def test_weight_constant_with_float_zero_point(quantized, run, layer):
     model = quantized(layer, x, 4)
     values = layer.parametrizations.weight.original.detach()
     lower, step = values.min() * 0.9, (values.max() - values.min() * 0.9) / 15
-    codes = grid.codes(values, lower, step, 4)
+    stored = grid.Grid(lower, step, 4)
+    codes = stored.codes(values)
     weight = ops.multiply(
         ops.subtract(
             ops.convert(ops.constant(codes.numpy().astype(np.uint8)), np.float32),
@@ -145,8 +146,8 @@ def test_weight_constant_with_float_zero_point(quantized, run, layer):
         product = ops.convolution(quantized_input, weight, *([[1, 1]] * 4))
     else:
         product = ops.matmul(quantized_input, weight, False, True)
-    rounded = grid.quantize(x, torch.tensor(lower_bound), torch.tensor(input_step), 4)
-    values = codes * step + lower
+    inputs = grid.Grid(torch.tensor(lower_bound), torch.tensor(input_step), 4)
+    rounded, values = inputs.levels(inputs.codes(x)), stored.levels(codes)
     expected = F.conv2d(rounded, values, padding=1) if convolution else F.linear(rounded, values)
     assert relative_error(run(ov.Model([product], [parameter]), x), expected) > 1e-3
     assert_right(model, x)
