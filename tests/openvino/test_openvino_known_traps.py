@@ -42,7 +42,7 @@ def naive(model, x):
 
     def translate(context):
         lower, step = (np.float32(context.get_values_from_const_input(i)) for i in (1, 2))
-        last_code = 2 ** int(context.get_values_from_const_input(3)) - 1
+        last_code = 2 ** int(context.get_values_from_const_input(4)) - 1
         bounds = [ops.constant(np.float32(v)) for v in (lower, lower + step * last_code)] * 2
         return ops.fake_quantize(context.get_input(0), *bounds, last_code + 1).outputs()
 
