@@ -61,14 +61,13 @@ def search(
     snapped = grid.snap(lower, upper, bits, kind, zero_on_grid, overflow)
     error = torch.empty_like(lower)
     for row in range(rows.shape[0]):
-        step = snapped.step[row, :, None]
-        base = snapped.lower[row, :, None]
-        residue = grid.quantize(centers[row], base, step, bits) - centers[row]
+        tried = grid.Grid(snapped.lower[row, :, None], snapped.step[row, :, None], bits)
+        # Values on the lattice would take one pass more.
+        residue = tried.levels(tried.codes(centers[row])).sub_(centers[row])
         error[row] = residue.square_() @ counts[row]
     best = error.argmin(1, keepdim=True)
     error *= rows.shape[1] / counts.sum(1, keepdim=True)  # of long rows a part is counted
-    upper = snapped.lower + snapped.step * last_code
-    return Bounds(*(t.gather(1, best).squeeze(1) for t in (snapped.lower, upper, error)))
+    return Bounds(*(t.gather(1, best).squeeze(1) for t in (snapped.lower, snapped.upper, error)))
 
 
 def _candidate_bounds(

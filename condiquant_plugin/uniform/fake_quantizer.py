@@ -5,6 +5,7 @@ While a model is traced it calls the operator ``condiquant::fake_quantize``, whi
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,28 +25,33 @@ class _FakeQuantize(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, lower: Tensor, step: Tensor, last_code: int, refinement: int
+        ctx: Any,
+        x: Tensor,
+        lower: Tensor,
+        step: Tensor,
+        zero: Tensor,
+        bits: int,
+        refinement: int,
     ) -> Tensor:
-        fine = step / refinement
-        lowest = (lower / fine).round()
-        position = (x - lower).div_(step)
-        codes = position.clamp(0, last_code)
-        if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
-            inside = codes == position
-            codes.round_()
-            ctx.save_for_backward(position, inside, codes)
-            ctx.shape = lower.shape
-            return (codes * refinement).add_(lowest).mul_(fine)
-        return codes.round_().mul_(refinement).add_(lowest).mul_(fine)
+        snapped = grid.SnappedGrid(lower, step, bits, zero, refinement)
+        if not (ctx.needs_input_grad[0] or ctx.needs_input_grad[1]):
+            return snapped.quantize(x)
+        positions = snapped.positions(x)
+        clipped = positions.clamp(0, snapped.last_code)
+        inside = clipped == positions
+        codes = clipped.round_()
+        ctx.save_for_backward(positions, inside, codes)
+        ctx.shape = lower.shape
+        return snapped.values(codes)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grad_outputs
-        position, inside, codes = ctx.saved_tensors
+        positions, inside, codes = ctx.saved_tensors
         grad_x = grad * inside
         grad_lower = _sum_to(grad, ctx.shape) - _sum_to(grad_x, ctx.shape)
-        grad_step = _inner(grad, codes, ctx.shape) - _inner(grad_x, position, ctx.shape)
-        return grad_x, grad_lower, grad_step, None, None
+        grad_step = _inner(grad, codes, ctx.shape) - _inner(grad_x, positions, ctx.shape)
+        return grad_x, grad_lower, grad_step, None, None, None
 
 
 def _sum_to(value: Tensor, shape: torch.Size) -> Tensor:
@@ -59,19 +65,33 @@ def _inner(a: Tensor, b: Tensor, shape: torch.Size) -> Tensor:
 
 @torch.library.custom_op("condiquant::fake_quantize", mutates_args=())
 def fake_quantize_op(
-    x: Tensor, lower: Tensor, step: Tensor, bits: int, kind: str, name: str, refinement: int
+    x: Tensor,
+    lower: Tensor,
+    step: Tensor,
+    zero: Tensor,
+    bits: int,
+    kind: str,
+    name: str,
+    refinement: int,
 ) -> Tensor:
     """Traceable form of the quantizer.
 
-    ``lower`` and ``step`` are already snapped and broadcast against ``x``; ``name`` labels the
-    quantizer in reports; ``refinement`` is that of its :class:`condiquant_plugin.uniform.grid.Lattice`.
+    ``lower``, ``step``, ``zero`` (int32), ``bits`` and ``refinement`` are a
+    :class:`condiquant_plugin.uniform.grid.SnappedGrid`; ``name`` labels the quantizer in reports.
     """
-    return grid.quantize(x, lower, step, bits, refinement)
+    return grid.SnappedGrid(lower, step, bits, zero, refinement).quantize(x)
 
 
 @fake_quantize_op.register_fake
 def _(
-    x: Tensor, lower: Tensor, step: Tensor, bits: int, kind: str, name: str, refinement: int
+    x: Tensor,
+    lower: Tensor,
+    step: Tensor,
+    zero: Tensor,
+    bits: int,
+    kind: str,
+    name: str,
+    refinement: int,
 ) -> Tensor:
     return torch.empty_like(x)
 
@@ -178,22 +198,25 @@ class FakeQuantizer(nn.Module):
             return x
         lower, upper = self._fitting_bounds(x)
         step = ((upper - lower) / (2**self.bits - 1)).clamp_min(grid.SMALLEST_STEP)
-        lower = lower + (self.snapped(x).lower - lower).detach()
-        refinement = self.lattice.refinement
+        snapped = self.snapped(x)
+        lower = lower + (snapped.lower - lower).detach()
+        learned = replace(snapped, lower=lower, step=step).map(lambda t: self.spread(t, x))
         if torch.jit.is_tracing():
             return fake_quantize_op(
                 x,
-                torch.tensor(self.spread(lower, x).tolist()),
-                torch.tensor(self.spread(step, x).tolist()),
-                self.bits,
+                torch.tensor(learned.lower.tolist()),
+                torch.tensor(learned.step.tolist()),
+                torch.tensor(learned.zero.int().tolist(), dtype=torch.int32),
+                learned.bits,
                 self.kind,
                 self.name,
-                refinement,
+                learned.refinement,
             )
-        lower, step = self.spread(lower, x), self.spread(step, x)
         # Half precision, of autocast or of the model, cannot tell 8-bit levels apart.
         precise = x.to(torch.promote_types(x.dtype, lower.dtype))
-        result: Tensor = _FakeQuantize.apply(precise, lower, step, 2**self.bits - 1, refinement)
+        result: Tensor = _FakeQuantize.apply(
+            precise, learned.lower, learned.step, learned.zero, learned.bits, learned.refinement
+        )
         return result.to(x.dtype)
 
     def _block_rows(self, x: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ lattice is the grid itself, and weights are symmetric.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -153,13 +154,69 @@ def lattice(
 
 
 @dataclass(frozen=True)
-class SnappedGrid:
-    """A grid on its lattice. All tensors have the shape of the bounds it was made from."""
+class Grid:
+    """Equally spaced levels, anywhere: the quantizer of 2DQuant.
+
+    Tensors have one shape, which broadcasts against what is quantized.
+    """
 
     lower: Tensor
     step: Tensor
+    bits: int
+
+    @property
+    def last_code(self) -> int:
+        """Codes go from 0 to this."""
+        return int(2**self.bits - 1)
+
+    @property
+    def upper(self) -> Tensor:
+        """The highest level."""
+        return self.lower + self.step * self.last_code
+
+    def positions(self, x: Tensor) -> Tensor:
+        """Where entries lie, in steps from ``lower``; neither clipped nor rounded."""
+        return (x - self.lower).div_(self.step)
+
+    def codes(self, x: Tensor) -> Tensor:
+        """Codes in ``[0, last_code]`` as floats, ties to even ones."""
+        return self.positions(x).clamp_(0, self.last_code).round_()
+
+    def levels(self, codes: Tensor) -> Tensor:
+        """The levels that codes stand for."""
+        return (codes * self.step).add_(self.lower)
+
+
+@dataclass(frozen=True)
+class SnappedGrid(Grid):
+    """A grid on its lattice; its values are integers times the lattice step, as in an 8-bit kernel."""
+
     zero: Tensor
-    """Position of zero in lattice steps, integer-valued, dtype of ``lower``."""
+    """Position of zero in lattice steps, integer-valued, of any dtype."""
+    refinement: int
+    """Lattice steps in one grid step."""
+
+    @property
+    def lattice_step(self) -> Tensor:
+        """Value of one lattice step."""
+        return self.step / self.refinement
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> SnappedGrid:
+        """The grid with ``function`` of each of its tensors."""
+        lower, step, zero = map(function, (self.lower, self.step, self.zero))
+        return SnappedGrid(lower, step, self.bits, zero, self.refinement)
+
+    def integers(self, codes: Tensor) -> Tensor:
+        """The lattice integers that codes stand for; 0 is the value 0."""
+        return (codes * self.refinement).sub_(self.zero)
+
+    def values(self, codes: Tensor) -> Tensor:
+        """What codes stand for: ``levels`` up to rounding, with zero exactly 0."""
+        return self.integers(codes).mul_(self.lattice_step)
+
+    def quantize(self, x: Tensor) -> Tensor:
+        """Nearest value of every entry."""
+        return self.values(self.codes(x))
 
 
 def snap(
@@ -173,7 +230,8 @@ def snap(
     """Move ``lower`` to the lattice, keeping the step; zero is on no tie between two levels.
 
     Args:
-        lower, upper: finite bounds of any equal shape; ``upper <= lower`` gives a tiny step.
+        lower, upper: finite bounds of any equal shape, which the grid's tensors get; ``upper <= lower``
+            gives a tiny step.
     """
     cells = lattice(bits, kind, zero_on_grid, overflow)
     step = ((upper - lower) / (2**bits - 1)).clamp_min(SMALLEST_STEP)
@@ -184,25 +242,4 @@ def snap(
     # Of values that are exactly 0 there are many: none may lie on a tie, where kernels round either way.
     on_tie = 2 * (zero % cells.refinement) == cells.refinement
     zero = zero + on_tie * (1 - 2 * (position < position.round()).to(zero.dtype))
-    return SnappedGrid(-zero * (step / cells.refinement), step, zero)
-
-
-def codes(x: Tensor, lower: Tensor, step: Tensor, bits: int) -> Tensor:
-    """Codes in ``[0, 2**bits - 1]`` as floats; ``lower`` and ``step`` broadcast against ``x``."""
-    return ((x - lower) / step).clamp(0, 2**bits - 1).round()
-
-
-def quantize(
-    x: Tensor, lower: Tensor, step: Tensor, bits: int, refinement: int | None = None
-) -> Tensor:
-    """Nearest grid value of every entry of ``x`` (ties to even codes).
-
-    Args:
-        refinement: of the lattice that ``lower`` lies on; then the values are its integers times the
-            lattice step, as in an 8-bit kernel, and zero is exactly 0.
-    """
-    found = codes(x, lower, step, bits)
-    if refinement is None:
-        return found * step + lower
-    fine = step / refinement
-    return (found * refinement + (lower / fine).round()) * fine
+    return SnappedGrid(-zero * (step / cells.refinement), step, bits, zero, cells.refinement)

@@ -124,6 +124,6 @@ class LearnedBoundsQuant(nn.Module):
     def _grid(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         quantizer = self.quantizer
         snapped = quantizer.snapped(x if x.ndim else None)
-        refinement = quantizer.lattice.refinement
         scale = quantizer.spread(snapped.step, x)
-        return scale, quantizer.spread(snapped.zero / refinement, x), self.bit_width_impl()
+        zero_point = quantizer.spread(snapped.zero / snapped.refinement, x)
+        return scale, zero_point, self.bit_width_impl()

@@ -111,8 +111,7 @@ def _move_zero_onto_grids(model: nn.Module, image: Tensor) -> dict[str, float]:
             quantizer.search_on_next_input = True
         else:
             snapped = quantizer.snapped()
-            upper = snapped.lower + snapped.step * (2**quantizer.bits - 1)
-            quantizer.set_bounds(snapped.lower, upper)
+            quantizer.set_bounds(snapped.lower, snapped.upper)
     difference = (model(image) - before).abs()
     return {
         "zero_on_grid_mean_abs": float(difference.mean()),

@@ -175,7 +175,7 @@ def plain(case: Case, model: nn.Module, packed: dict[int, int]) -> Row:
 
     def translate(context: Any) -> list[ov.Output]:
         x, lower, step = (context.get_input(i) for i in range(3))
-        levels = 2 ** int(context.get_values_from_const_input(3))
+        levels = 2 ** int(context.get_values_from_const_input(4))
         bounds = lower, ops.add(lower, ops.multiply(step, np.float32(levels - 1)))
         return ops.fake_quantize(x, *bounds, *bounds, levels).outputs()
 

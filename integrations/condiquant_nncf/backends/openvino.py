@@ -233,10 +233,9 @@ class OVCondiQuantAlgoBackend(CondiQuantAlgoBackend):
         return model
 
     def _parameters(self, layer: Layer, quantizer: FakeQuantizer) -> FakeQuantizeParameters:
-        grid, levels = quantizer.snapped(), 2**quantizer.bits
-        low, high = grid.lower, grid.lower + grid.step * (levels - 1)
-        bounds = [self._spread(b, layer, quantizer) for b in (low, high)]
-        return FakeQuantizeParameters(*bounds, *bounds, levels)
+        grid = quantizer.snapped()
+        bounds = [self._spread(b, layer, quantizer) for b in (grid.lower, grid.upper)]
+        return FakeQuantizeParameters(*bounds, *bounds, grid.last_code + 1)
 
     def _spread(self, bound: Tensor, layer: Layer, quantizer: FakeQuantizer) -> NNCFTensor:
         """Bounds as they broadcast against the operation's input."""

@@ -11,7 +11,7 @@ import openvino as ov
 import openvino.opset13 as ops
 
 from condiquant_openvino.markers import EXITS, is_encoder, node_name, role_of
-from condiquant_openvino.parity.sites import Array, Arrays, Site
+from condiquant_openvino.parity.sites import Array, ArrayGrid, Arrays, Site, bits_of
 from condiquant_openvino.running.reading import core_of_process
 
 FloatOperands = Mapping[tuple[str, int], Array]
@@ -104,8 +104,9 @@ def _bounds(encoder: ov.Node) -> list[Array]:
 def _integers(encoder: ov.Node, x: Array) -> Array:
     """What an encoder makes of ``x``."""
     lower, upper, lowest, highest = _bounds(encoder)
-    last_code = np.float32(encoder.get_attributes()["levels"] - 1)
-    codes = np.rint(((x - lower) / ((upper - lower) / last_code)).clip(0, last_code))
+    bits = bits_of(encoder)
+    last_code = np.float32(2**bits - 1)
+    codes = ArrayGrid(lower, (upper - lower) / last_code, bits).codes(x)
     return np.asarray(codes * ((highest - lowest) / last_code) + lowest, np.float32)
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import openvino as ov
 import openvino.opset13 as ops
+import torch
 from numpy.typing import NDArray
 
 from condiquant_openvino.markers import (
@@ -25,6 +26,7 @@ from condiquant_openvino.markers import (
     parse_name,
 )
 from condiquant_openvino.running.upscaling import compile_ir
+from condiquant_plugin.uniform.grid import Grid
 
 Array = NDArray[np.float32]
 Arrays = Mapping[str, Array]
@@ -47,13 +49,28 @@ def mean_error(values: Array, expected: Array) -> float:
 
 
 @dataclass(frozen=True)
-class _Grid:
+class ArrayGrid:
+    """A grid of arrays: the formula is torch's, as in the simulation."""
+
     lower: Array
     step: Array
-    last_code: int
+    bits: int
+
+    def _of_tensors(self) -> Grid:
+        return Grid(_tensor(self.lower), _tensor(self.step), self.bits)
 
     def codes(self, x: Array) -> Array:
-        return np.rint(((x - self.lower) / self.step).clip(0, self.last_code))
+        """Codes of values."""
+        return self._of_tensors().codes(_tensor(x)).numpy()
+
+    def clipped_positions(self, x: Array) -> Array:
+        """Codes before rounding."""
+        of_tensors = self._of_tensors()
+        return of_tensors.positions(_tensor(x)).clamp_(0, of_tensors.last_code).numpy()
+
+
+def _tensor(values: Array) -> torch.Tensor:
+    return torch.from_numpy(np.require(values, np.float32, "W"))
 
 
 @dataclass(frozen=True)
@@ -67,8 +84,8 @@ class Site:
     """Friendly name of the node that gives the quantized values."""
     transposed: bool
     """Whether the last two axes are swapped against the network."""
-    grid: _Grid
-    entry_grid: _Grid
+    grid: ArrayGrid
+    entry_grid: ArrayGrid
     """Bounds at the entry, in the order of the exit; they differ by a factor moved past the rounding."""
     entry_shape: tuple[int, ...]
     index: NDArray[np.int64] | None
@@ -100,7 +117,7 @@ class Site:
 
     def with_other_ties(self, raw: Array, quantized: Array) -> Array:
         """``quantized`` where sums in another order decide for the other neighbour of ``raw``."""
-        position = ((raw - self.grid.lower) / self.grid.step).clip(0, self.grid.last_code)
+        position = self.grid.clipped_positions(raw)
         below, code = np.floor(position), self.grid.codes(raw)
         margin = _SUM_ERROR * value_range(raw) / self.grid.step
         other = self.grid.lower + (2 * below + 1 - code) * self.grid.step
@@ -192,9 +209,10 @@ def _indices(
 
 def _grids(
     exit_node: ov.Node, encoder: ov.Node, shape: tuple[int, ...], index: NDArray[np.int64] | None
-) -> tuple[_Grid, _Grid]:
+) -> tuple[ArrayGrid, ArrayGrid]:
     """Grid at the exit and at the entry; every value of an exit has the same."""
-    last_code = encoder.get_attributes()["levels"] - 1
+    bits = bits_of(encoder)
+    last_code = 2**bits - 1
     bounds = [encoder.input_value(i).get_node().data for i in (1, 2, 3, 4)]
     first = 0 if index is None else int(index.flat[0])
     low, high, out_low, out_high = (np.broadcast_to(b, shape).flat[first] for b in bounds)
@@ -208,11 +226,17 @@ def _grids(
     entry_step = np.asarray((high - low) / np.float32(last_code), np.float32)
     if np.allclose(entry_step, step, rtol=1e-6):
         entry_step, low = step, lower
-    return _Grid(lower, step, last_code), _Grid(np.asarray(low), entry_step, last_code)
+    return ArrayGrid(lower, step, bits), ArrayGrid(np.asarray(low), entry_step, bits)
 
 
-def _elementwise_grid(entry: ov.Node) -> _Grid:
+def bits_of(encoder: ov.Node) -> int:
+    """Of the codes that an encoder makes."""
+    levels: int = encoder.get_attributes()["levels"]
+    return levels.bit_length() - 1
+
+
+def _elementwise_grid(entry: ov.Node) -> ArrayGrid:
     (divide,) = (port.get_node() for port in entry.output(0).get_target_inputs())
     (clamp,) = (port.get_node() for port in divide.output(0).get_target_inputs())
     lower, step = (node.input_value(1).get_node().data for node in (entry, divide))
-    return _Grid(lower, step, int(clamp.get_attributes()["max"]))
+    return ArrayGrid(lower, step, int(clamp.get_attributes()["max"] + 1).bit_length() - 1)

@@ -164,16 +164,16 @@ def convert(
     quantizers: dict[str, Quantizer] = {}
 
     def mark(context: Any) -> list[ov.Output]:
-        lower, step = (
-            np.array(context.get_values_from_const_input(i), np.float32).reshape(
+        lower, step, zero = (
+            np.array(context.get_values_from_const_input(i), dtype).reshape(
                 tuple(context.get_input(i).get_shape())
             )
-            for i in (1, 2)
+            for i, dtype in ((1, np.float32), (2, np.float32), (3, np.int32))
         )
         bits, kind, label, refinement = (
-            context.get_values_from_const_input(i) for i in (3, 4, 5, 6)
+            context.get_values_from_const_input(i) for i in (4, 5, 6, 7)
         )
-        quantizers[label] = Quantizer(label, lower, step, int(bits), kind, int(refinement))
+        quantizers[label] = Quantizer(label, lower, step, zero, int(bits), kind, int(refinement))
         return Placeholder([context.get_input(0)], label).outputs()
 
     extension = ConversionExtension("condiquant::fake_quantize", mark)

@@ -37,11 +37,10 @@ def pack(model: ov.Model, *, isa: InstructionSet = "vnni") -> ov.Model:
     found = _on_lattice(model)
     quantizers: dict[str, Quantizer] = {}
     overflow: grid.Overflow = "safe"
-    for node, (lower, step, bits, kind, of_grid) in found:
-        label = node.get_friendly_name()
-        refinement = grid.lattice(bits, kind, overflow=of_grid).refinement
+    for node, (quantizer, of_grid) in found:
+        label = quantizer.label
         overflow = "vnni" if "vnni" in (overflow, of_grid) else overflow
-        quantizers[label] = Quantizer(label, lower, step, bits, kind, refinement)
+        quantizers[label] = quantizer
         redirect(node.output(0), Placeholder([node.input_value(0)], label).output(0))
     if not quantizers:
         raise InputError(
@@ -52,7 +51,7 @@ def pack(model: ov.Model, *, isa: InstructionSet = "vnni") -> ov.Model:
 
 
 _Array = NDArray[np.float32]
-_Grid = tuple[_Array, _Array, int, grid.Kind, grid.Overflow]
+_Grid = tuple[Quantizer, grid.Overflow]
 
 
 def _on_lattice(model: ov.Model) -> list[tuple[ov.Node, _Grid]]:
@@ -66,7 +65,7 @@ def _on_lattice(model: ov.Model) -> list[tuple[ov.Node, _Grid]]:
 
 
 def _grid(node: ov.Node) -> _Grid | None:
-    """Lower bound, step, bits, kind, overflow; None if the kernels' lattice does not hold the levels."""
+    """A quantizer and what its integers fit; None if the kernels' lattice does not hold its levels."""
     bits = _BITS_OF_LEVELS.get(node.get_attributes()["levels"])
     constants = [value.get_node() for value in node.input_values()[1:]]
     if bits is None or any(constant.get_type_name() != "Constant" for constant in constants):
@@ -84,20 +83,23 @@ def _grid(node: ov.Node) -> _Grid | None:
         if bits > grid.fitting_bits(bits, kind, overflow):
             continue
         cells = grid.lattice(bits, kind, overflow=overflow)
-        if _lies_on(cells, lower, step):
-            return lower, step, bits, kind, overflow
+        if (zero := _zero_on(cells, lower, step)) is not None:
+            label = node.get_friendly_name()
+            return Quantizer(label, lower, step, zero, bits, kind, cells.refinement), overflow
     return None
 
 
-def _lies_on(cells: grid.Lattice, lower: _Array, step: _Array) -> bool:
-    zero = -lower.astype(np.float64) / step * cells.refinement
-    places = (zero - cells.lowest_zero) / cells.zero_spacing
+def _zero_on(cells: grid.Lattice, lower: _Array, step: _Array) -> NDArray[np.int32] | None:
+    """Position of zero where a lattice holds bounds of unknown origin; None if it does not."""
+    position = -lower.astype(np.float64) / step * cells.refinement
+    zero = np.rint(position)
+    places = (position - cells.lowest_zero) / cells.zero_spacing
     is_on_lattice = (
         (np.abs(places - np.rint(places)) < _LATTICE_TOLERANCE)
-        & (np.rint(zero) >= cells.lowest_zero)
-        & (np.rint(zero) <= cells.highest_zero)
+        & (zero >= cells.lowest_zero)
+        & (zero <= cells.highest_zero)
     )
-    return bool(is_on_lattice.all())
+    return np.asarray(zero, np.int32) if is_on_lattice.all() else None
 
 
 def _feeds_quantized_products(node: ov.Node, taken: Collection[str]) -> bool:

@@ -27,12 +27,14 @@ _PACKED = {2: ov.Type.u2, 3: ov.Type.u3, 4: ov.Type.u4}
 
 @dataclass(frozen=True)
 class Quantizer:
-    """A traced fake quantizer; ``lower`` and ``step`` (float32) broadcast against its input."""
+    """A traced fake quantizer; ``lower``, ``step`` and ``zero`` broadcast against its input."""
 
     label: str
     """Unique in its model."""
     lower: NDArray[np.float32]
     step: NDArray[np.float32]
+    zero: NDArray[np.int32]
+    """Position of zero in lattice steps, shape of ``lower``."""
     bits: int
     kind: grid.Kind
     refinement: int
@@ -43,32 +45,41 @@ class Quantizer:
     @property
     def is_signed(self) -> bool:
         """Whether its integers are i8; else u8. Zero is 0 in both."""
-        return bool(self.zero() > 0)
+        return bool(self.zero > 0)
 
     @property
     def exit_role(self) -> Role:
         return Role.TRANSPOSED_EXIT if self.transposed else Role.EXIT
 
-    def zero(self) -> NDArray[np.int32]:
-        """Position of zero in lattice steps, shape of ``lower``."""
-        lower, step = self.lower.astype(np.float64), self.step.astype(np.float64)
-        return np.rint(-lower / step * self.refinement).astype(np.int32)
+    @property
+    def snapped(self) -> grid.SnappedGrid:
+        """The simulation's own formula, in its own float32 arithmetic."""
+        lower, step, zero = map(torch.from_numpy, (self.lower, self.step, self.zero))
+        return grid.SnappedGrid(lower, step, self.bits, zero, self.refinement)
+
+    @property
+    def lattice_step(self) -> NDArray[np.float32]:
+        """Value of one lattice step."""
+        found: NDArray[np.float32] = self.snapped.lattice_step.numpy()
+        return found
 
     def extent(self) -> tuple[int, int]:
         """Lowest and highest of its integers."""
-        zero, span = self.zero(), (2**self.bits - 1) * self.refinement
-        return int(-zero.max()), int(span - zero.min())
+        span = self.snapped.last_code * self.refinement
+        return int(-self.zero.max()), int(span - self.zero.min())
 
     def integers(self, x: NDArray[np.float32]) -> NDArray[np.int32]:
         """Lattice integers of ``x``."""
-        return self.codes(x).astype(np.int32) * self.refinement - self.zero()
+        found: NDArray[np.int32] = self.snapped.integers(self._codes(x)).int().numpy()
+        return found
 
-    def codes(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
-        """The simulation's own codes, in its own float32 arithmetic."""
-        found = grid.codes(
-            torch.tensor(x), torch.from_numpy(self.lower), torch.from_numpy(self.step), self.bits
-        )
-        return found.numpy()
+    def codes(self, x: NDArray[np.float32]) -> NDArray[np.int32]:
+        """Codes of ``x``."""
+        found: NDArray[np.int32] = self._codes(x).int().numpy()
+        return found
+
+    def _codes(self, x: NDArray[np.float32]) -> torch.Tensor:
+        return self.snapped.codes(torch.tensor(x))
 
 
 def redirect(old: ov.Output, new: ov.Output) -> None:
@@ -103,7 +114,7 @@ def encode(x: ov.Output, quantizer: Quantizer) -> ov.Output:
     Args:
         quantizer: one grid for all of ``x``; see :func:`is_exact_in_8_bits`.
     """
-    zero, last_code = float(quantizer.zero()), 2**quantizer.bits - 1
+    zero, last_code = float(quantizer.zero), 2**quantizer.bits - 1
     fine = float(quantizer.step) / quantizer.refinement
     integers = [-zero, last_code * quantizer.refinement - zero]
     values = [i * fine for i in integers]
@@ -138,8 +149,7 @@ def decode(integers: ov.Output, quantizer: Quantizer, *, in_float: bool = False)
     values = ops.convert(integers, np.float32)
     if in_float:
         values = same(values.output(0)).get_node()
-    fine = quantizer.step / np.float32(quantizer.refinement)
-    result = ops.multiply(values, ops.constant(fine.astype(np.float32)))
+    result = ops.multiply(values, ops.constant(quantizer.lattice_step))
     result.set_friendly_name(node_name(quantizer.label, quantizer.exit_role))
     return result.output(0)
 
@@ -176,12 +186,12 @@ def weight(
         shape: shape of the result if it differs (grouped convolutions).
     """
     shape = values.shape if shape is None else tuple(shape)
-    codes = quantizer.codes(values).astype(np.int32).reshape(shape)
-    zero = per_row(quantizer.zero(), values.shape, shape)
-    scale = per_row(quantizer.step / np.float32(quantizer.refinement), values.shape, shape)
+    scale = per_row(quantizer.lattice_step, values.shape, shape)
     if int8 and quantizer.bits not in _PACKED:
-        integers = ops.constant((codes * quantizer.refinement - zero).astype(np.int8))
+        integers = ops.constant(quantizer.integers(values).reshape(shape).astype(np.int8))
     else:
+        codes = quantizer.codes(values).reshape(shape)
+        zero = per_row(quantizer.zero, values.shape, shape)
         integers = _look_up(codes, zero, quantizer, np.int8 if int8 else np.float32)
     if int8:
         integers = ops.convert(integers, np.float32)

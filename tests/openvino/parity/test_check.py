@@ -19,7 +19,7 @@ from condiquant_openvino.parity.check import InputParity, check_parities
 from condiquant_openvino.parity.cutting import Runner, cut_sets
 from condiquant_openvino.parity.example import Example
 from condiquant_openvino.parity.layers import F32
-from condiquant_openvino.parity.sites import Site, _Grid, locate, value_range
+from condiquant_openvino.parity.sites import ArrayGrid, Site, locate, value_range
 from condiquant_plugin import FakeQuantizer
 from networks import build
 
@@ -255,7 +255,7 @@ def test_a_thousandth_of_the_range_is_too_much_in_a_short_stretch(window_attenti
 
 
 def test_ties_are_allowed_to_go_the_other_way_and_nothing_else_is():
-    grid = _Grid(np.float32(-1), np.float32(0.5), 3)
+    grid = ArrayGrid(np.float32(-1), np.float32(0.5), 2)
     site = Site("x", "x", "x/exit", False, grid, grid, (5,), None)
     raw = np.array([-0.75, -0.25, -0.2, 0.9, -1.25], np.float32)
     quantized = grid.lower + grid.step * grid.codes(raw)

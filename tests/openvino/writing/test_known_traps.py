@@ -42,7 +42,7 @@ def naive(model, x):
 
     def translate(context):
         lower, step = (np.float32(context.get_values_from_const_input(i)) for i in (1, 2))
-        last_code = 2 ** int(context.get_values_from_const_input(3)) - 1
+        last_code = 2 ** int(context.get_values_from_const_input(4)) - 1
         bounds = [ops.constant(np.float32(v)) for v in (lower, lower + step * last_code)] * 2
         return ops.fake_quantize(context.get_input(0), *bounds, last_code + 1).outputs()
 
@@ -128,7 +128,8 @@ def test_weight_constant_with_float_zero_point(quantized, run, layer):
     model = quantized(layer, x, 4)
     values = layer.parametrizations.weight.original.detach()
     lower, step = values.min() * 0.9, (values.max() - values.min() * 0.9) / 15
-    codes = grid.codes(values, lower, step, 4)
+    stored = grid.Grid(lower, step, 4)
+    codes = stored.codes(values)
     weight = ops.multiply(
         ops.subtract(
             ops.convert(ops.constant(codes.numpy().astype(np.uint8)), np.float32),
@@ -145,8 +146,8 @@ def test_weight_constant_with_float_zero_point(quantized, run, layer):
         product = ops.convolution(quantized_input, weight, *([[1, 1]] * 4))
     else:
         product = ops.matmul(quantized_input, weight, False, True)
-    rounded = grid.quantize(x, torch.tensor(lower_bound), torch.tensor(input_step), 4)
-    values = codes * step + lower
+    inputs = grid.Grid(torch.tensor(lower_bound), torch.tensor(input_step), 4)
+    rounded, values = inputs.levels(inputs.codes(x)), stored.levels(codes)
     expected = F.conv2d(rounded, values, padding=1) if convolution else F.linear(rounded, values)
     assert relative_error(run(ov.Model([product], [parameter]), x), expected) > 1e-3
     assert_right(model, x)

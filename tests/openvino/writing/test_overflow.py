@@ -167,7 +167,8 @@ def test_of_a_product_that_may_overflow_the_activations_are_named():
     def quantizer(kind):
         bounds = torch.tensor(-1.0), torch.tensor(1.0)
         snapped = grid.snap(*bounds, 8, kind, overflow="vnni")
-        return Quantizer(kind, snapped.lower.numpy(), snapped.step.numpy(), 8, kind, 1)
+        arrays = (t.numpy() for t in (snapped.lower, snapped.step, snapped.zero.int()))
+        return Quantizer(kind, *arrays, 8, kind, 1)
 
     quantizers = {kind: quantizer(kind) for kind in ("activation", "weight")}
     x = ops.parameter([1, 8, 16], np.float32)

@@ -6,6 +6,7 @@ import openvino.opset13 as ops
 import pytest
 import torch
 
+import reference
 from condiquant_openvino.markers import has_weight, output_channel_axes
 from condiquant_openvino.running.upscaling import compile_ir
 from condiquant_openvino.writing.quantizer_graphs import (
@@ -22,14 +23,14 @@ RANGES = [(-1.3, 2.1), (-0.01, 1.2), (0.0, 3.0), (-4.0, 0.0)]
 
 
 def quantizer_of(bits, kind, lower, upper):
-    cells = grid.lattice(bits, kind)
     snapped = grid.snap(torch.as_tensor(lower), torch.as_tensor(upper), bits, kind)
-    return Quantizer("x", snapped.lower.numpy(), snapped.step.numpy(), bits, kind, cells.refinement)
+    lower, step, zero = (t.numpy() for t in (snapped.lower, snapped.step, snapped.zero.int()))
+    return Quantizer("x", lower, step, zero, bits, kind, snapped.refinement)
 
 
 def expected_of(x, quantizer):
-    tensors = map(torch.from_numpy, (x, quantizer.lower, quantizer.step))
-    return grid.quantize(*tensors, quantizer.bits, quantizer.refinement).numpy()
+    grid_of = quantizer.lower, quantizer.step, quantizer.zero
+    return reference.quantize(x, *grid_of, quantizer.bits, quantizer.refinement)
 
 
 def around_every_code(quantizer):

@@ -61,8 +61,12 @@ def test_searched_bounds_are_on_the_grid_and_stay_there(bits, kind, shift, seed)
 def best_error(x, bits, kind):
     """Over a fine mesh of steps and every position of zero."""
     cells, widest = grid.lattice(bits, kind, zero_on_grid=True), 2 * x.abs().max()
+
+    def grid_of(zero, step):
+        return grid.SnappedGrid(-zero * step, step, bits, torch.tensor(zero), 1)
+
     errors = [
-        (grid.quantize(x, -zero * step, step, bits) - x).square().sum()
+        (grid_of(zero, step).quantize(x) - x).square().sum()
         for step in torch.linspace(0.02, 1.05, 100) * widest / (2**bits - 1)
         for zero in range(cells.lowest_zero, cells.highest_zero + 1)
     ]
@@ -99,5 +103,9 @@ def test_the_traced_operator_says_how_fine_its_lattice_is(options, expected):
     quantizer = FakeQuantizer(4, "weight", name="w", **options)
     traced = torch.jit.trace(quantizer, torch.randn(50), check_trace=False)
     (node,) = traced.graph.findAllNodes("condiquant::fake_quantize")
-    *_, bits, kind, name, refinement = [value.toIValue() for value in node.inputs()]
-    assert (bits, kind, name, refinement) == (4, "weight", "w", expected)
+    *_, zero, bits, kind, name, refinement = node.inputs()
+    values = [value.toIValue() for value in (bits, kind, name, refinement)]
+    assert values == [4, "weight", "w", expected]
+    while zero.node().kind() != "prim::Constant":
+        zero = next(zero.node().inputs())
+    assert zero.toIValue() == quantizer.snapped().zero
