@@ -2,25 +2,12 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
+from collections.abc import Iterable
 
 import openvino as ov
 from numpy.typing import NDArray
 
-
-class Role(StrEnum):
-    """What a node of a written quantizer does; stands in front of the label, which users choose."""
-
-    MAIN = "fake_quantize"
-    """Rounds an activation, or gives a packed weight."""
-    BYTES = "fake_quantize.bytes"
-    POSITION = "fake_quantize.position"
-    SCALED = "fake_quantize.scaled"
-    EXIT = "fake_quantize.exit"
-    """Gives the quantized values of an activation."""
-    TRANSPOSED_EXIT = "fake_quantize.transposed_exit"
-    """Gives them with the last two axes swapped against the network."""
-
+from condiquant_plugin.uniform.marking import MODEL_KEY, MODEL_VALUE, NODE_KEY, Marker, Role
 
 EXITS = (Role.EXIT, Role.TRANSPOSED_EXIT)
 
@@ -35,26 +22,71 @@ PRODUCTS = {*_OUTPUT_CHANNEL_AXES, "MatMul"}
 
 
 def node_name(label: str, role: Role = Role.MAIN) -> str:
-    """Friendly name of a node of the quantizer ``label``."""
+    """Friendly name of a node of the quantizer ``label``, for people and reports."""
     return f"{role}/{label}"
 
 
-def parse_name(name: str) -> tuple[Role, str] | None:
-    """Role and label in a friendly name; None for a node of no quantizer."""
-    role, slash, label = name.partition("/")
-    return (Role(role), label) if slash and role in list(Role) else None
+def mark(node: ov.Node, marker: Marker) -> None:
+    """Say what a node is, and call it so."""
+    node.get_rt_info()[NODE_KEY] = marker.to_text()
+    node.set_friendly_name(node_name(marker.label, marker.role))
+
+
+def marker_of(node: ov.Node) -> Marker | None:
+    """What a node of a written quantizer says of itself; None if it belongs to none."""
+    marker = any_marker_of(node)
+    return None if marker is None or marker.role is Role.WHOLE else marker
+
+
+def any_marker_of(node: ov.Node) -> Marker | None:
+    """As :func:`marker_of`, also of a quantizer that is not written for kernels."""
+    info = node.get_rt_info()
+    return Marker.from_text(info[NODE_KEY].astype(str)) if NODE_KEY in info else None
 
 
 def role_of(node: ov.Node) -> Role | None:
-    """What ``node`` does in a quantizer; None if it belongs to none."""
-    parsed = parse_name(node.get_friendly_name())
-    return None if parsed is None else parsed[0]
+    """What ``node`` does in a written quantizer; None if it belongs to none."""
+    marker = marker_of(node)
+    return None if marker is None else marker.role
 
 
 def label_of(node: ov.Node) -> str | None:
-    """Label of the quantizer that ``node`` belongs to; None if it belongs to none."""
-    parsed = parse_name(node.get_friendly_name())
-    return None if parsed is None else parsed[1]
+    """Label of the written quantizer that ``node`` belongs to; None if it belongs to none."""
+    marker = marker_of(node)
+    return None if marker is None else marker.label
+
+
+def main_nodes(nodes: Iterable[ov.Node]) -> dict[str, ov.Node]:
+    """By label, the nodes that round activations or give weights."""
+    marked = ((marker_of(node), node) for node in nodes)
+    return {m.label: node for m, node in marked if m is not None and m.role is Role.MAIN}
+
+
+def set_version(model: ov.Model) -> None:
+    """Say of a model that its quantizers, if it has any, are marked."""
+    model.set_rt_info(MODEL_VALUE, MODEL_KEY)
+
+
+def mark_by_names(model: ov.Model) -> None:
+    """Mark an IR of an earlier version, which told the nodes of quantizers by their friendly names."""
+    if model.has_rt_info(MODEL_KEY):
+        return
+    for node in model.get_ops():
+        role, slash, label = node.get_friendly_name().partition("/")
+        if slash and role in set(Role) - {Role.WHOLE}:
+            mark(node, Marker(Role(role), label, bits=_bits_of_rounding(node)))
+    set_version(model)
+
+
+def _bits_of_rounding(node: ov.Node) -> int | None:
+    """From the levels of a FakeQuantize, or the Clamp behind a quantizer in float form."""
+    if node.get_type_name() == "FakeQuantize":
+        return int(node.get_attributes()["levels"]).bit_length() - 1
+    for position in node.output(0).get_target_inputs():
+        for port in position.get_node().output(0).get_target_inputs():
+            if node.get_type_name() == "Subtract" and port.get_node().get_type_name() == "Clamp":
+                return int(port.get_node().get_attributes()["max"]).bit_length()
+    return None
 
 
 def constant_values(value: ov.Output) -> NDArray | None:

@@ -65,10 +65,11 @@ def property_table(values: Mapping[str, Any]) -> Table:
 
 def execution_table(layers: Iterable[Mapping[str, str]], title: str | None = None) -> Table:
     """What each layer of an IR runs as."""
-    table = Table("layer", "operator", "runs as", "why not int8", title=title)
+    table = Table("layer", "operator", "operands", "runs as", "why not int8", title=title)
     table.columns[0].overflow = "fold"
     for layer in layers:
-        table.add_row(layer["name"], layer["operator"], layer["runs_as"], layer["reason"])
+        columns = ("name", "operator", "operands", "runs_as", "reason")
+        table.add_row(*(layer[column] for column in columns))
     return table
 
 

@@ -1,25 +1,120 @@
+from dataclasses import replace
+from xml.etree import ElementTree
+
 import numpy as np
 import openvino as ov
 import openvino.opset13 as ops
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
 import condiquant_nncf
 from condiquant_nncf import QuantizationConfig
-from condiquant_openvino import check_parity, convert, layer_executions, pack
-from condiquant_openvino.markers import Role, node_name, parse_name
+from condiquant_openvino import check_parity, convert, layer_executions, pack, read_ir, save
+from condiquant_openvino.markers import (
+    Role,
+    label_of,
+    main_nodes,
+    marker_of,
+    node_name,
+    role_of,
+)
+from condiquant_openvino.running.reading import layers_digest
+from condiquant_openvino.writing.conversion import labelled
 from condiquant_plugin import FakeQuantizer
+from condiquant_plugin.uniform.marking import MODEL_KEY, Marker
 
 NAMES = [*(role.value.rpartition(".")[2] for role in Role), *Role, "transposed", "a#1", "x/exit"]
 
 
-def test_a_name_gives_back_what_it_was_made_from():
-    for role in Role:
-        for label in ["", "/", *(node_name(name, other) for name in NAMES for other in Role)]:
-            assert parse_name(node_name(label, role)) == (role, label)
-    for name in ("fake_quantize", "fake_quantize.other/x", "body/fake_quantize", ""):
-        assert parse_name(name) is None
+@given(
+    st.sampled_from(list(Role)),
+    st.text(),
+    st.sampled_from([None, "weight", "operand"]),
+    st.none() | st.integers(2, 8),
+    st.none() | st.integers(1, 42),
+    st.lists(st.integers(0, 128), max_size=5),
+)
+def test_markers_read_what_they_wrote(role, label, kind, bits, refinement, zero):
+    marker = Marker(role, label, kind, bits, refinement, tuple(zero))
+    assert Marker.from_text(marker.to_text()) == marker
+
+
+def without_markers(ir, folder):
+    """As earlier versions saved it: names only."""
+    save(ir, folder / "model.xml")
+    tree = ElementTree.parse(folder / "model.xml")
+    for layer in tree.iter("layer"):
+        for info in layer.findall("rt_info"):
+            layer.remove(info)
+    (info,) = tree.getroot().findall("rt_info")
+    info.remove(info.find(MODEL_KEY[0]))
+    layers = info.find("condiquant_layers_sha256")
+    tree.write(folder / "model.xml")
+    layers.set("value", layers_digest((folder / "model.xml").read_bytes()))
+    tree.write(folder / "model.xml")
+    return folder / "model.xml"
+
+
+def test_markers_are_saved_and_cloned_with_kind_bits_zero_and_refinement(
+    exported_convolutions, tmp_path
+):
+    model, ir, _ = exported_convolutions
+    save(ir, tmp_path / "first.xml")
+    ov.save_model(read_ir(tmp_path / "first.xml"), tmp_path / "second.xml")
+    again = ov.Core().read_model(tmp_path / "second.xml").clone()
+    found = [marker_of(node) for node in again.get_ordered_ops()]
+    assert found == [marker_of(node) for node in ir.get_ordered_ops()]
+    with labelled(model) as quantizers:
+        for label, quantizer in quantizers.items():
+            marker = marker_of(main_nodes(again.get_ops())[label])
+            weight = quantizer.kind == "weight"
+            x = model.get_submodule(label.partition(".")[0]).layer.weight if weight else None
+            snapped = quantizer.snapped(x)
+            given = (marker.kind, marker.bits, marker.refinement)
+            assert given == (quantizer.kind, snapped.bits, snapped.refinement), label
+            zeros = snapped.zero.reshape(-1).int().tolist()
+            repeat = len(zeros) // len(marker.zero)
+            assert [z for z in marker.zero for _ in range(repeat)] == zeros, label
+
+
+def test_irs_of_earlier_versions_are_read_by_their_names(exported_convolutions, tmp_path):
+    model, ir, x = exported_convolutions
+    old = without_markers(ir, tmp_path)
+    assert not any(marker_of(n) for n in ov.Core().read_model(old).get_ops())
+    read = read_ir(old)
+    roles = [(role_of(node), label_of(node)) for node in ir.get_ordered_ops()]
+    assert [(role_of(node), label_of(node)) for node in read.get_ordered_ops()] == roles
+    check_parity(model, old, [x]).raise_if_broken()
+    new, was = (layer_executions(m, ov.Core().compile_model(m, "CPU")) for m in (ir, read))
+    assert [replace(layer, operands="") for layer in new] == [
+        replace(layer, operands="") for layer in was
+    ]
+    assert new[1].operands == "activation 4, weight 4"
+    save(read, tmp_path / "again.xml")
+    assert any(marker_of(n) for n in ov.Core().read_model(tmp_path / "again.xml").get_ops())
+
+
+def test_names_decide_nothing(exported_convolutions):
+    model, ir, x = exported_convolutions
+    before = layer_executions(ir, ov.Core().compile_model(ir, "CPU"))
+    for index, node in enumerate(ir.get_ops()):
+        swapped = [Role.EXIT, Role.MAIN, Role.SCALED][index % 3]
+        node.set_friendly_name(node_name(f"x{index}", swapped))
+    check_parity(model, ir, [x]).raise_if_broken()
+    after = layer_executions(ir, ov.Core().compile_model(ir, "CPU"))
+    assert [layer.operands for layer in after] == [layer.operands for layer in before]
+    assert [layer.runs_as for layer in after] == [layer.runs_as for layer in before]
+
+
+def test_a_float_model_with_such_names_has_no_quantizers(tmp_path):
+    x = ops.parameter([1, 4], np.float32)
+    product = ops.multiply(x, ops.constant(np.float32(2)))
+    product.set_friendly_name(node_name("x", Role.EXIT))
+    save(ov.Model([product], [x]), tmp_path / "model.xml")
+    assert not any(marker_of(node) for node in read_ir(tmp_path / "model.xml").get_ops())
 
 
 class Attention(nn.Module):
@@ -57,9 +152,9 @@ class Attention(nn.Module):
 def test_parity_and_kernels_do_not_depend_on_names(name):
     torch.manual_seed(0)
     x, found = torch.randn(1, 8, 16), []
-    for given in ("body", name):
+    for module_name in ("body", name):
         torch.manual_seed(0)
-        model = Attention(given).eval()
+        model = Attention(module_name).eval()
         ir = convert(model, x)
         check_parity(model, ir, [x]).raise_if_broken()
         layers = layer_executions(ir, ov.Core().compile_model(ir, "CPU"))

@@ -36,6 +36,7 @@ from condiquant_nncf.layer import Layer, same_padding
 from condiquant_plugin.errors import InputError
 from condiquant_plugin.layerwise.moments import LayerGeometry
 from condiquant_plugin.uniform.fake_quantizer import FakeQuantizer
+from condiquant_plugin.uniform.marking import MODEL_KEY, MODEL_VALUE, NODE_KEY, Marker, Role
 
 _PLAIN = (om.OVConvolutionMetatype, om.OVConvolutionBackpropDataMetatype)
 _GROUPED = (
@@ -209,7 +210,7 @@ class OVCondiQuantAlgoBackend(CondiQuantAlgoBackend):
         self, quantizers: Sequence[tuple[Layer, int | None, FakeQuantizer]]
     ) -> Any:
         """A new model with a FakeQuantize of the snapped bounds for every quantizer, named like it."""
-        layout, names = TransformationLayout(), {}
+        layout, placed = TransformationLayout(), {}
         for layer, port, quantizer in quantizers:
             if port is None:
                 kind, side, at = TargetType.OPERATION_WITH_WEIGHTS, "weights", layer.weight_port
@@ -217,7 +218,7 @@ class OVCondiQuantAlgoBackend(CondiQuantAlgoBackend):
                 kind, side, at = TargetType.PRE_LAYER_OPERATION, "input", port
             point = OVTargetPoint(kind, layer.node.node_name, at)
             layout.register(OVQuantizerInsertionCommand(point, self._parameters(layer, quantizer)))
-            names[f"{layer.node.node_name}/fq_{side}_{at}"] = quantizer.name
+            placed[f"{layer.node.node_name}/fq_{side}_{at}"] = quantizer
         model = ModelTransformerFactory.create(self.model).transform(layout)
         taken = {node.get_friendly_name(): node for node in model.get_ops()}
         first = {layer.weight_name: layer for layer, port, _ in quantizers if port is None}
@@ -226,10 +227,13 @@ class OVCondiQuantAlgoBackend(CondiQuantAlgoBackend):
                 source = first[layer.weight_name]
                 values = taken[source.node.node_name].input_value(source.weight_port)
                 taken[layer.node.node_name].input(layer.weight_port).replace_source_output(values)
-        for given, name in names.items():
+        for given, quantizer in placed.items():
+            name, node = quantizer.name, taken[given]
             if name in taken:
                 taken[name].set_friendly_name(f"{name}/values")
-            taken[given].set_friendly_name(name)
+            node.set_friendly_name(name)
+            node.get_rt_info()[NODE_KEY] = _marker(quantizer).to_text()
+        model.set_rt_info(MODEL_VALUE, MODEL_KEY)
         return model
 
     def _parameters(self, layer: Layer, quantizer: FakeQuantizer) -> FakeQuantizeParameters:
@@ -312,6 +316,12 @@ class OVCondiQuantAlgoBackend(CondiQuantAlgoBackend):
             dilation=dilation,
             groups=shape[0] if node.metatype in _GROUPED else 1,
         )
+
+
+def _marker(quantizer: FakeQuantizer) -> Marker:
+    grid = quantizer.snapped()
+    zero = tuple(grid.zero.reshape(-1).int().tolist())
+    return Marker(Role.WHOLE, quantizer.name, quantizer.kind, grid.bits, grid.refinement, zero)
 
 
 def _decompress(model: Any) -> None:

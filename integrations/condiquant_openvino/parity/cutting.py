@@ -10,7 +10,7 @@ import numpy as np
 import openvino as ov
 import openvino.opset13 as ops
 
-from condiquant_openvino.markers import EXITS, is_encoder, node_name, role_of
+from condiquant_openvino.markers import EXITS, is_encoder, main_nodes, role_of
 from condiquant_openvino.parity.sites import Array, ArrayGrid, Arrays, Site, bits_of
 from condiquant_openvino.running.reading import core_of_process
 
@@ -146,8 +146,9 @@ class Pieces:
                 self._cut(name, node.input_value(0), targets, _integers(node, value))
             else:
                 self._cut(name, node.input_value(0), {node.input(0)}, value)
+        main = main_nodes(self.nodes.values())
         for label, value in (weights or {}).items():
-            node = self.nodes[node_name(label)]
+            node = main[label]
             constant = ops.constant(value.reshape(list(node.get_output_shape(0))))
             for port in node.output(0).get_target_inputs():
                 port.replace_source_output(constant.output(0))

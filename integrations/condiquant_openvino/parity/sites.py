@@ -17,16 +17,17 @@ from numpy.typing import NDArray
 
 from condiquant_openvino.markers import (
     EXITS,
-    Role,
     bytes_of,
     decoded_integers,
     encoder_of,
     is_encoder,
-    node_name,
-    parse_name,
+    main_nodes,
+    marker_of,
 )
 from condiquant_openvino.running.upscaling import compile_ir
+from condiquant_plugin import InputError
 from condiquant_plugin.uniform.grid import Grid
+from condiquant_plugin.uniform.marking import Role
 
 Array = NDArray[np.float32]
 Arrays = Mapping[str, Array]
@@ -136,23 +137,24 @@ class Site:
 def locate(ir: ov.Model, image: Array, device: str) -> list[Site]:
     """All sites, in the order of the graph, for inputs of the shape of ``image``."""
     nodes = {node.get_friendly_name(): node for node in ir.get_ordered_ops()}
-    parsed = {name: found for name in nodes if (found := parse_name(name)) is not None}
-    exits = {name: nodes[name] for name, (role, _) in parsed.items() if role in EXITS}
+    marked = {name: found for name, n in nodes.items() if (found := marker_of(n)) is not None}
+    exits = {name: nodes[name] for name, found in marked.items() if found.role in EXITS}
+    main = {label: node.get_friendly_name() for label, node in main_nodes(nodes.values()).items()}
     encoders = {n.get_friendly_name(): n for n in nodes.values() if is_encoder(n)}
     above = {name: encoder_of(node) for name, node in exits.items()}
     rounded = {name: node and node.get_friendly_name() for name, node in above.items()}
-    entries = [node_name(parsed[name][1]) for name in exits if rounded[name] is None]
+    entries = [main[marked[name].label] for name in exits if rounded[name] is None]
     shapes = _input_shapes(ir, [*encoders, *entries], image)
     indices = _indices(
         ir, {n: e for n, e in rounded.items() if e is not None}, shapes, image, device
     )
     sites = []
     for name, node in exits.items():
-        role, label = parsed[name]
-        transposed = role is Role.TRANSPOSED_EXIT
+        label = marked[name].label
+        transposed = marked[name].role is Role.TRANSPOSED_EXIT
         encoder = rounded[name]
         if encoder is None:
-            entry = node_name(label)
+            entry = main[label]
             grid = _elementwise_grid(nodes[entry])
             sites.append(Site(label, entry, name, transposed, grid, grid, shapes[entry], None))
         else:
@@ -230,13 +232,16 @@ def _grids(
 
 
 def bits_of(encoder: ov.Node) -> int:
-    """Of the codes that an encoder makes."""
-    levels: int = encoder.get_attributes()["levels"]
-    return levels.bit_length() - 1
+    """Of the codes that a node makes that rounds."""
+    marker = marker_of(encoder)
+    if marker is None or marker.bits is None:
+        raise InputError(
+            f"{encoder.get_friendly_name()} does not say its bits: export the IR again"
+        )
+    return marker.bits
 
 
 def _elementwise_grid(entry: ov.Node) -> ArrayGrid:
     (divide,) = (port.get_node() for port in entry.output(0).get_target_inputs())
-    (clamp,) = (port.get_node() for port in divide.output(0).get_target_inputs())
     lower, step = (node.input_value(1).get_node().data for node in (entry, divide))
-    return ArrayGrid(lower, step, int(clamp.get_attributes()["max"] + 1).bit_length() - 1)
+    return ArrayGrid(lower, step, bits_of(entry))

@@ -18,6 +18,7 @@ import openvino as ov
 from condiquant_openvino.markers import (
     EXITS,
     PRODUCTS,
+    any_marker_of,
     constant_values,
     is_in_float,
     label_of,
@@ -50,6 +51,8 @@ class LayerExecution:
     """``int8``, or the element type that the kernel multiplies: ``f32``, ``bf16``, ``f16``."""
     reason: str
     """Why not int8, one clause; empty for int8."""
+    operands: str = ""
+    """Kind and bits of each operand, as ``activation 4, weight 4``; ``float`` of one without quantizer."""
 
 
 def layer_executions(ir: ov.Model, compiled: ov.CompiledModel) -> list[LayerExecution]:
@@ -178,7 +181,7 @@ def _constants(ir: ov.Model) -> set[str]:
 
 
 def _execution(product: ov.Node, part: int, runs_as: str, constants: set[str]) -> LayerExecution:
-    operator = product.get_type_name()
+    operator, described = product.get_type_name(), "float, float"
     if operator == _ATTENTION:
         name = f"{product.get_friendly_name()}/{('scores', 'values')[part]}"
         reason = "not quantized"
@@ -187,9 +190,10 @@ def _execution(product: ov.Node, part: int, runs_as: str, constants: set[str]) -
         labels = [operand.label for operand in reversed(operands) if operand.label]
         name = _QUANTIZER_SUFFIX.sub("", labels[0]) if labels else product.get_friendly_name()
         reason = _reason(operands)
+        described = ", ".join(operand.described() for operand in operands)
     if runs_as == "unknown":
         reason = _LOST
-    return LayerExecution(name, operator, runs_as, "" if runs_as == INT8 else reason)
+    return LayerExecution(name, operator, runs_as, "" if runs_as == INT8 else reason, described)
 
 
 class _Operand:
@@ -199,10 +203,18 @@ class _Operand:
         self.product = product
         self.source = product.input_value(index)
         self.node = origin(self.source)
+        self.marker = any_marker_of(self.node)
         self.label = label_of(self.node) or ""
         self.is_weight = index == 1 and self.node.get_name() in constants
         self.is_elementwise = bool(self.label) and self.node.get_type_name() == "Add"
         self.quantized = bool(self.label) or self._is_fake_quantize() or self._is_integer()
+
+    def described(self) -> str:
+        """Kind and bits of its quantizer, as far as they are known."""
+        if self.marker is None:
+            return "quantized" if self.quantized else "float"
+        known = (self.marker.kind, self.marker.bits)
+        return " ".join(str(value) for value in known if value is not None) or "quantized"
 
     def _is_fake_quantize(self) -> bool:
         return bool(self.node.get_type_name() == "FakeQuantize")

@@ -11,6 +11,7 @@ from typing import Any
 
 import openvino as ov
 
+from condiquant_openvino.markers import mark_by_names, set_version
 from condiquant_plugin import InputError
 
 _METADATA = ["condiquant"]
@@ -27,6 +28,14 @@ def core_of_process() -> ov.Core:
 def set_metadata(model: ov.Model, metadata: dict[str, Any]) -> None:
     """Attach JSON-serialisable ``metadata``; it is saved with the IR."""
     model.set_rt_info(json.dumps(metadata, sort_keys=True), _METADATA)
+
+
+def mark_if_ours(model: ov.Model) -> None:
+    """Mark the quantizers of an IR that an earlier version wrote; other models have none to mark."""
+    if any(model.has_rt_info(key) for key in (_METADATA, BIN_DIGEST)):
+        mark_by_names(model)
+    else:
+        set_version(model)
 
 
 def read_metadata(model: ov.Model | str | os.PathLike[str]) -> dict[str, Any]:
@@ -72,6 +81,7 @@ def read_ir(path: str | os.PathLike[str]) -> ov.Model:
         raise InputError(
             f"{xml} with {weights.name} is not a readable OpenVINO IR ({reason}): export it again"
         ) from error
+    mark_if_ours(model)
     return model
 
 

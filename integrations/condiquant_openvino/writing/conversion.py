@@ -222,7 +222,6 @@ def write_quantizers(
     """
     check_choice("isa", isa, get_args(InstructionSet))
     name = model.get_friendly_name()
-    _give_up_names(model)
     simplify(model)
     _absorb_transposes(model, quantizers)
     _replace_placeholders(model, quantizers, overflow, linear_in_float=isa == "avx2")
@@ -234,14 +233,18 @@ def write_quantizers(
     model.validate_nodes_and_infer_types()
     model.set_friendly_name(name)
     _name_reproducibly(model)
+    _keep_names_apart(model)
+    markers.set_version(model)
     set_metadata(model, {"overflow": overflow, "isa": isa})
     return model
 
 
-def _give_up_names(model: ov.Model) -> None:
-    """Rename what was there before and looks like a part of a quantizer."""
-    for node in model.get_ops():
-        if markers.role_of(node) is not None:
+def _keep_names_apart(model: ov.Model) -> None:
+    """Runtime graphs and reports tell nodes by name: quantizers keep theirs."""
+    nodes = model.get_ops()
+    taken = {n.get_friendly_name() for n in nodes if markers.marker_of(n) is not None}
+    for node in nodes:
+        if markers.marker_of(node) is None and node.get_friendly_name() in taken:
             node.set_friendly_name(f"original/{node.get_friendly_name()}")
 
 

@@ -9,11 +9,12 @@ import numpy as np
 import openvino as ov
 from numpy.typing import NDArray
 
-from condiquant_openvino.markers import PRODUCTS, only_rearranges, origin
+from condiquant_openvino.markers import PRODUCTS, any_marker_of, only_rearranges, origin
 from condiquant_openvino.writing.conversion import InstructionSet, Placeholder, write_quantizers
 from condiquant_openvino.writing.quantizer_graphs import Quantizer, redirect
 from condiquant_plugin import InputError
 from condiquant_plugin.uniform import grid
+from condiquant_plugin.uniform.marking import Marker
 
 _BITS_OF_LEVELS = {2**bits: bits for bits in range(grid.MIN_BITS, grid.MAX_BITS + 1)}
 _LATTICE_TOLERANCE = 1e-3
@@ -75,7 +76,8 @@ def _grid(node: ov.Node) -> _Grid | None:
         return None
     if not (upper > lower).all():
         return None
-    kind = _kind(node)
+    marker = any_marker_of(node)
+    kind = _kind(node) if marker is None or marker.kind is None else marker.kind
     step = np.asarray((upper.astype(np.float64) - lower) / (2**bits - 1), np.float32)
     if lower.size == 1:
         lower, step = lower.reshape(()), step.reshape(())
@@ -83,10 +85,32 @@ def _grid(node: ov.Node) -> _Grid | None:
         if bits > grid.fitting_bits(bits, kind, overflow):
             continue
         cells = grid.lattice(bits, kind, overflow=overflow)
-        if (zero := _zero_on(cells, lower, step)) is not None:
+        if marker is None or (zero := _marked_zero(marker, cells, lower, step)) is None:
+            zero = _zero_on(cells, lower, step)
+        if zero is not None:
             label = node.get_friendly_name()
             return Quantizer(label, lower, step, zero, bits, kind, cells.refinement), overflow
     return None
+
+
+def _marked_zero(
+    marker: Marker, cells: grid.Lattice, lower: _Array, step: _Array
+) -> NDArray[np.int32] | None:
+    """The zero that a quantizer says it has, in steps of a lattice that holds it.
+
+    None if this lattice does not, or the bounds were changed since.
+    """
+    if marker.refinement is None or not marker.zero or lower.size % len(marker.zero):
+        return None
+    by_block = np.array(marker.zero) * cells.refinement
+    zero, rest = np.divmod(by_block, marker.refinement)
+    if rest.any() or ((zero - cells.lowest_zero) % cells.zero_spacing).any():
+        return None
+    if (zero < cells.lowest_zero).any() or (zero > cells.highest_zero).any():
+        return None
+    by_row = zero.repeat(lower.size // zero.size).reshape(lower.shape)
+    moved = np.abs(lower.astype(np.float64) / step * cells.refinement + by_row)
+    return by_row.astype(np.int32) if (moved < _LATTICE_TOLERANCE).all() else None
 
 
 def _zero_on(cells: grid.Lattice, lower: _Array, step: _Array) -> NDArray[np.int32] | None:

@@ -8,7 +8,7 @@ they round a zero point that is not an integer, silently. Every form here keeps 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import openvino as ov
@@ -16,8 +16,9 @@ import openvino.opset13 as ops
 import torch
 from numpy.typing import NDArray
 
-from condiquant_openvino.markers import Role, constant_values, node_name
+from condiquant_openvino.markers import constant_values, mark
 from condiquant_plugin.uniform import grid
+from condiquant_plugin.uniform.marking import Marker, Role
 
 LEVELS_OF_TRANSFORMS = {128, 256}
 """What the low-precision transforms take for bytes, and take apart."""
@@ -46,6 +47,11 @@ class Quantizer:
     def is_signed(self) -> bool:
         """Whether its integers are i8; else u8. Zero is 0 in both."""
         return bool(self.zero > 0)
+
+    def marker(self, role: Role = Role.MAIN) -> Marker:
+        """Of one of its nodes."""
+        zero = _one_per_block(self.zero)
+        return Marker(role, self.label, self.kind, self.bits, self.refinement, zero)
 
     @property
     def exit_role(self) -> Role:
@@ -120,18 +126,18 @@ def encode(x: ov.Output, quantizer: Quantizer) -> ov.Output:
     values = [i * fine for i in integers]
     bounds = [np.array(v, np.float32) for v in (*values, *integers)]
     byte = ov.Type.i8 if quantizer.is_signed else ov.Type.u8
-    return to_bytes(x, bounds, last_code + 1, byte, quantizer.label)
+    return to_bytes(x, bounds, last_code + 1, byte, quantizer.marker())
 
 
 def to_bytes(
-    x: ov.Output, bounds: Sequence[NDArray[np.float32]], levels: int, byte: ov.Type, label: str
+    x: ov.Output, bounds: Sequence[NDArray[np.float32]], levels: int, byte: ov.Type, marker: Marker
 ) -> ov.Output:
     """FakeQuantize of ``x`` by its input and output bounds, as bytes."""
-    integers = _fake_quantize(x, bounds, levels, node_name(label))
+    integers = _fake_quantize(x, bounds, levels, marker)
     if levels != 256 and not (levels == 16 and byte == ov.Type.u8):
         lowest = np.float32(-128 if byte == ov.Type.i8 else 0)
         extent = [np.array(lowest), np.array(lowest + np.float32(255))]
-        integers = _fake_quantize(integers, extent * 2, 256, node_name(label, Role.BYTES))
+        integers = _fake_quantize(integers, extent * 2, 256, replace(marker, role=Role.BYTES))
     return ops.convert(integers, byte).output(0)
 
 
@@ -150,7 +156,7 @@ def decode(integers: ov.Output, quantizer: Quantizer, *, in_float: bool = False)
     if in_float:
         values = same(values.output(0)).get_node()
     result = ops.multiply(values, ops.constant(quantizer.lattice_step))
-    result.set_friendly_name(node_name(quantizer.label, quantizer.exit_role))
+    mark(result, quantizer.marker(quantizer.exit_role))
     return result.output(0)
 
 
@@ -158,14 +164,14 @@ def elementwise(x: ov.Output, quantizer: Quantizer) -> ov.Output:
     """For float kernels: the formula of the simulation, which no transform recognises."""
     lower, step = ops.constant(quantizer.lower), ops.constant(quantizer.step)
     shifted = ops.subtract(x, lower)
-    shifted.set_friendly_name(node_name(quantizer.label))
+    mark(shifted, quantizer.marker())
     position = ops.divide(shifted, step)
     codes = ops.round(ops.clamp(position, 0.0, 2.0**quantizer.bits - 1), "half_to_even")
     scaled = ops.multiply(codes, step)
-    position.set_friendly_name(node_name(quantizer.label, Role.POSITION))
-    scaled.set_friendly_name(node_name(quantizer.label, Role.SCALED))
+    mark(position, quantizer.marker(Role.POSITION))
+    mark(scaled, quantizer.marker(Role.SCALED))
     result = ops.add(scaled, lower)
-    result.set_friendly_name(node_name(quantizer.label, quantizer.exit_role))
+    mark(result, quantizer.marker(quantizer.exit_role))
     return result.output(0)
 
 
@@ -196,7 +202,7 @@ def weight(
     if int8:
         integers = ops.convert(integers, np.float32)
     result = ops.multiply(integers, ops.constant(scale))
-    result.set_friendly_name(node_name(quantizer.label))
+    mark(result, quantizer.marker())
     return result.output(0)
 
 
@@ -222,11 +228,19 @@ def _look_up(
 
 
 def _fake_quantize(
-    x: ov.Output, bounds: Sequence[NDArray[np.float32]], levels: int, name: str
+    x: ov.Output, bounds: Sequence[NDArray[np.float32]], levels: int, marker: Marker
 ) -> ov.Output:
     node = ops.fake_quantize(x, *(ops.constant(bound) for bound in bounds), levels=levels)
-    node.set_friendly_name(name)
+    mark(node, marker)
     return node.output(0)
+
+
+def _one_per_block(zero: NDArray[np.int32]) -> tuple[int, ...]:
+    """Fewest positions, each of which stands for equally many rows in sequence."""
+    rows = zero.ravel()
+    sizes = (size for size in range(rows.size, 0, -1) if rows.size % size == 0)
+    blocks = (rows.reshape(-1, size) for size in sizes)
+    return next(tuple(b[:, 0].tolist()) for b in blocks if (b == b[:, :1]).all())
 
 
 def per_row(values: NDArray, old: tuple[int, ...], new: tuple[int, ...]) -> NDArray:

@@ -16,6 +16,7 @@ from condiquant_openvino.running.reading import (
     LAYERS_DIGEST,
     file_digest,
     layers_digest,
+    mark_if_ours,
 )
 from condiquant_openvino.writing.passes.compaction import halve
 from condiquant_plugin import InputError
@@ -48,6 +49,7 @@ def save(
     model = model.clone()
     if compress_to_fp16:
         halve(model)
+    mark_if_ours(model)
     for key in (BIN_DIGEST, LAYERS_DIGEST):
         model.set_rt_info(_UNKNOWN, key)
     try:

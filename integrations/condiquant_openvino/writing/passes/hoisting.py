@@ -8,7 +8,7 @@ is rounded by the projection's own kernel, and permuted as bytes.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 import numpy as np
@@ -16,8 +16,9 @@ import openvino as ov
 import openvino.opset13 as ops
 from numpy.typing import NDArray
 
-from condiquant_openvino.markers import bytes_of, constant_values, has_weight, is_encoder, label_of
+from condiquant_openvino.markers import bytes_of, constant_values, has_weight, is_encoder, marker_of
 from condiquant_openvino.writing.quantizer_graphs import LEVELS_OF_TRANSFORMS, redirect, to_bytes
+from condiquant_plugin.uniform.marking import Marker
 
 Bounds = list[NDArray[np.float32]]
 """Input and output bounds of a FakeQuantize, each of the rank of its input."""
@@ -36,6 +37,12 @@ class _Encoder:
     @property
     def convert(self) -> ov.Node:
         return bytes_of(self.node)
+
+    @property
+    def marker(self) -> Marker:
+        marker = marker_of(self.node)
+        assert marker is not None  # encoders are marked
+        return marker
 
     @property
     def bounds(self) -> Bounds:
@@ -204,7 +211,11 @@ def _merge_selections(tensor: ov.Output, axis: int, apart: set[str]) -> bool:
             taken[axis] = slice(selection.start, selection.stop)
             whole[tuple(taken)] = piece
         merged.append(whole)
-    risen = _encode(tensor, merged, parts[0][2])
+    markers = [encoder.marker for _, _, encoder in parts]
+    marker = markers[0]
+    if len({(m.refinement, m.zero) for m in markers}) > 1:
+        marker = replace(marker, refinement=None, zero=())
+    risen = _encode(tensor, merged, parts[0][2], marker)
     for node, _, encoder in parts:
         consumers = encoder.convert.output(0).get_target_inputs()
         node.input(0).replace_source_output(risen)
@@ -213,10 +224,13 @@ def _merge_selections(tensor: ov.Output, axis: int, apart: set[str]) -> bool:
     return True
 
 
-def _encode(source: ov.Output, bounds: Bounds, like: _Encoder) -> ov.Output:
+def _encode(
+    source: ov.Output, bounds: Bounds, like: _Encoder, marker: Marker | None = None
+) -> ov.Output:
     levels, _ = like.kind
+    marker = like.marker if marker is None else marker
     byte = like.convert.get_output_element_type(0)
-    return to_bytes(source, bounds, levels, byte, label_of(like.node) or "")
+    return to_bytes(source, bounds, levels, byte, marker)
 
 
 def _copy(node: ov.Node, source: ov.Output) -> ov.Output:

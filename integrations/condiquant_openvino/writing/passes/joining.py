@@ -6,7 +6,15 @@ import numpy as np
 import openvino as ov
 import openvino.opset13 as ops
 
-from condiquant_openvino.markers import Role, bytes_of, has_weight, is_encoder, role_of
+from condiquant_openvino.markers import (
+    Role,
+    bytes_of,
+    has_weight,
+    is_encoder,
+    mark,
+    marker_of,
+    role_of,
+)
 
 
 def join(model: ov.Model) -> None:
@@ -29,12 +37,13 @@ def join(model: ov.Model) -> None:
         if scaled.get_type_name() != "Multiply":
             continue
         consumers = [port.get_node() for port in scaled.output(0).get_target_inputs()]
-        if role_of(scaled) is not Role.EXIT or not all(map(has_weight, consumers)):
+        marker = marker_of(scaled)
+        if marker is None or marker.role is not Role.EXIT or not all(map(has_weight, consumers)):
             continue
         lowest, highest = (widened.input_value(i) for i in (1, 2))
         fine = scaled.input_value(1).get_node().data
         real = [ops.constant(np.float32(b.get_node().data * fine)) for b in (lowest, highest)]
         joined = ops.fake_quantize(widened.input_value(0), lowest, highest, *real, 256)
-        joined.set_friendly_name(scaled.get_friendly_name())
+        mark(joined, marker)
         for port in scaled.output(0).get_target_inputs():
             port.replace_source_output(joined.output(0))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import openvino as ov
 import openvino.opset13 as ops
@@ -14,8 +16,8 @@ from condiquant_openvino.markers import (
     constant_values,
     has_weight,
     is_encoder,
-    label_of,
-    node_name,
+    mark,
+    marker_of,
     origin,
     role_of,
 )
@@ -102,7 +104,9 @@ def _round_twice(encoder: ov.Node) -> None:
     integers = [encoder.input_value(i) for i in (3, 4)]
     ports = encoder.output(0).get_target_inputs()
     again = ops.fake_quantize(encoder.output(0), *integers, *integers, 256)
-    again.set_friendly_name(node_name(label_of(encoder) or "", Role.BYTES))
+    marker = marker_of(encoder)
+    assert marker is not None  # encoders are marked
+    mark(again, replace(marker, role=Role.BYTES))
     for port in ports:
         port.replace_source_output(again.output(0))
 
