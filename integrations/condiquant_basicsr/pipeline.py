@@ -1,6 +1,6 @@
 """What BasicSR's ``train_pipeline`` and ``test_pipeline`` need for CondiQuantModel, put in at import.
 
-Options of other models pass through as they are; without a GPU they can resume, too.
+Other models train as ever; they can resume without a GPU, too, and are tested on pictures alone.
 """
 
 from __future__ import annotations
