@@ -1,10 +1,15 @@
 """CondiQuant and LearnedBoundsQuantization on both backends."""
 
+from functools import cache
+
 import nncf
 import numpy as np
 import openvino as ov
+import openvino.opset13 as ops
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from nncf.common.factory import build_graph
 from nncf.quantization.advanced_parameters import AdvancedQuantizationParameters
 from nncf.quantization.algorithms.pipeline import Pipeline
@@ -13,6 +18,7 @@ from nncf.torch.function_hook import get_hook_storage
 from nncf.torch.quantization.layers import BaseQuantizer
 
 import condiquant_nncf as host
+import reference
 from algorithm_networks import (
     LAYERS,
     Toy,
@@ -26,10 +32,11 @@ from algorithm_networks import (
     quantize,
 )
 from condiquant_nncf.algorithms.statistics import SampleAggregator, _Carrier
-from condiquant_nncf.backends.openvino import prepare
-from condiquant_plugin import InputError, fake_quantizers
+from condiquant_nncf.backends.openvino import OVCondiQuantAlgoBackend, prepare
+from condiquant_plugin import FakeQuantizer, InputError, fake_quantizers
 from condiquant_plugin.methods.condiquant.reconditioning import ReconditioningConfig
 from condiquant_plugin.uniform import bounds
+from condiquant_plugin.uniform.marking import NODE_KEY, Marker, Role
 
 BACKENDS = ["torch", "openvino"]
 SCOPES = {"edsr": "all", "swinir": "transformer"}
@@ -155,9 +162,44 @@ def test_fake_quantize_computes_what_torch_simulates(kind, granularity):
         upper = grid.lower + grid.step * (2**module.bits - 1)
         np.testing.assert_allclose(np.unique(low), np.unique(grid.lower.numpy()), rtol=1e-6)
         np.testing.assert_allclose(np.unique(high), np.unique(upper.numpy()), rtol=1e-6)
+        marker = Marker.from_text(node.get_rt_info()[NODE_KEY].astype(str))
+        assert (marker.role, marker.label) == (Role.WHOLE, name)
+        assert (marker.kind, marker.bits) == (module.kind, module.bits)
+        assert marker.refinement == grid.refinement
+        assert list(marker.zero) == grid.zero.reshape(-1).tolist()
     x = items()[0]
     with torch.no_grad():
         assert relative_error(infer(second, x), first(x).numpy()) < 1e-3
+
+
+KINDS = st.sampled_from(["weight", "activation", "operand"])
+
+
+@cache
+def backend_and_layer():
+    model = prepare(converted(network("conv_square")))
+    backend = OVCondiQuantAlgoBackend(model, build_graph(model))
+    nodes = [node for node in backend.graph.get_all_nodes() if backend.is_layer(node)]
+    return backend, backend.layer(nodes[1])
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.integers(2, 8), KINDS, st.floats(-9, 0), st.floats(0.1, 9), st.integers(0, 2**31))
+def test_a_placed_fake_quantize_computes_what_the_reference_does(bits, kind, low, width, seed):
+    quantizer = FakeQuantizer(bits, kind, name="q")
+    quantizer.set_bounds(low, low + width)
+    grid = quantizer.snapped()
+    backend, layer = backend_and_layer()
+    placed = fake_quantizes(backend.insert_quantizers([(layer, 0, quantizer)]))["q"]
+    x = np.random.default_rng(seed).uniform(-12, 12, (1, 8, 3, 3)).astype(np.float32)
+    entry = ops.parameter([1, 8, 3, 3], np.float32)
+    alone = ops.fake_quantize(entry, *placed.input_values()[1:], 2**grid.bits)
+    found = infer(ov.Model([alone], [entry]), x)
+    arrays = (tensor.numpy() for tensor in (grid.lower, grid.step, grid.zero))
+    expected = reference.quantize(x, *arrays, grid.bits, grid.refinement)
+    position = np.abs((x - grid.lower.numpy()) / grid.step.numpy() % 1 - 0.5)
+    atol = 1e-5 * float(grid.step) * 2**grid.bits
+    np.testing.assert_allclose(found[position > 1e-3], expected[position > 1e-3], rtol=0, atol=atol)
 
 
 def test_fused_attention_is_taken_apart():

@@ -9,8 +9,10 @@ import torch
 
 import condiquant_nncf
 from condiquant_openvino import layer_executions, pack, read_ir, save
+from condiquant_openvino.writing.packing import _marked_zero, _zero_on
 from condiquant_plugin import InputError
 from condiquant_plugin.uniform import grid
+from condiquant_plugin.uniform.marking import Marker, Role
 from networks import build
 
 EXACT = {"INFERENCE_PRECISION_HINT": "f32", "LP_TRANSFORMS_MODE": "NO"}
@@ -128,3 +130,22 @@ def test_levels_that_bytes_do_not_hold_are_left_as_they_are(factor, place):
     given[factor][(place + 2) % 4] = given[factor][place]
     with pytest.raises(InputError, match="no low-bit FakeQuantize to pack"):
         pack(linear(*given.values()))
+
+
+def test_a_marked_zero_is_taken_unless_the_bounds_were_changed_since():
+    cells = grid.lattice(4, "weight")
+    snapped = grid.snap(torch.tensor([-1.5, -0.9]), torch.tensor([1.2, 1.1]), 4, "weight")
+    zeros = tuple(snapped.zero.int().tolist())
+    marker = Marker(Role.WHOLE, "w", "weight", 4, snapped.refinement, zeros)
+    rows = snapped.map(lambda bound: bound.repeat_interleave(3)[:, None])
+    lower, step = rows.lower.numpy(), rows.step.numpy()
+    found = _marked_zero(marker, cells, lower, step)
+    np.testing.assert_array_equal(found, rows.zero.numpy())
+    np.testing.assert_array_equal(_zero_on(cells, lower, step), found)
+    moved = lower + step / cells.refinement
+    assert _marked_zero(marker, cells, moved, step) is None
+    np.testing.assert_array_equal(_zero_on(cells, moved, step), found - 1)
+    on_grid = grid.snap(torch.tensor(-1.5), torch.tensor(1.2), 4, "weight", zero_on_grid=True)
+    marker = Marker(Role.WHOLE, "w", "weight", 4, 1, (8,))
+    arrays = on_grid.lower.numpy(), on_grid.step.numpy()
+    assert _marked_zero(marker, cells, *arrays) == 8 * cells.refinement

@@ -5,6 +5,8 @@ import openvino as ov
 import openvino.opset13 as ops
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import reference
 from condiquant_openvino.markers import has_weight, output_channel_axes
@@ -53,6 +55,12 @@ def test_inputs_are_rounded_as_the_grid_says(form, bits, lower, upper):
     found = compile_ir(ov.Model([result], [parameter]))([x])[0]
     atol = 1e-6 * float(quantizer.step) * 2**bits
     np.testing.assert_allclose(found, expected_of(x, quantizer), rtol=0, atol=atol)
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.integers(2, 8), st.floats(-9, 0), st.floats(0.1, 9), st.sampled_from(["float", "bytes"]))
+def test_every_form_in_an_ir_computes_what_the_reference_does(bits, lower, width, form):
+    test_inputs_are_rounded_as_the_grid_says(form, bits, lower, lower + width)
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])

@@ -21,6 +21,7 @@ from condiquant_openvino.writing.passes.rearranging import collapse
 from condiquant_openvino.writing.passes.simplification import simplify
 from condiquant_openvino.writing.quantizer_graphs import to_bytes
 from condiquant_plugin import FakeQuantizer
+from condiquant_plugin.uniform.marking import Marker, Role
 from networks import SECTIONS, build
 from openvino_kernels import fuses_int8_attention
 
@@ -114,7 +115,8 @@ def rounded(x, top, levels=256):
     top = np.array(top, np.float32)
     last = np.float32(levels // 2 - 1)
     bounds = [-top, top, np.full_like(top, -last), np.full_like(top, last)]
-    return ops.convert(to_bytes(x.output(0), bounds, levels, ov.Type.i8, f"at {top}"), np.float32)
+    marker = Marker(Role.MAIN, f"at {top}")
+    return ops.convert(to_bytes(x.output(0), bounds, levels, ov.Type.i8, marker), np.float32)
 
 
 def encoders_after_hoisting(outputs, parameter, values):
