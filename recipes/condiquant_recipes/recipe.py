@@ -114,7 +114,7 @@ QUANTIZATION_KEYS = [
     if field.name not in {"recondition", "zero_on_grid", *BOUNDS_KEYS}
 ]
 """Those that are in ``condiquant`` itself; ``zero_on_grid`` follows the device."""
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # which reads the dataclasses' own fields
 
     class _Reconditioning(_Section, ReconditioningConfig): ...
 
