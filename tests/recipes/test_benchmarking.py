@@ -62,6 +62,7 @@ def test_json_on_stdout_and_in_a_file(condiquant, folder, tmp_path):
     assert figures["shape"] == [1, 3, 16, 16]
     assert figures["layers"][0] | {"name": ""} == {
         "name": "", "operator": "Convolution", "runs_as": "f32", "reason": "not quantized",
+        "operands": "float, float",
     }  # fmt: skip
 
 
