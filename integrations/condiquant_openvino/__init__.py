@@ -26,7 +26,7 @@ forward(
         "conversion": "writing.conversion",
         "cutting": "parity.cutting",
         "execution": "running.execution",
-        "hoisting": "writing.passes.hoisting",
+        "hoisting": "writing.passes.propagation",
         "inspection": "running.inspection",
         "instruction_sets": "running.instruction_sets",
         "joining": "writing.passes.joining",
@@ -41,7 +41,7 @@ forward(
         "separating": "writing.passes.separating",
         "simplification": "writing.passes.simplification",
         "simulation": "parity.simulation",
-        "sites": "parity.sites",
+        "sites": "parity.probe_points",
         "upscaling": "running.upscaling",
     },
 )

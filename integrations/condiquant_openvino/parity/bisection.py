@@ -55,7 +55,7 @@ def find_first_difference(
     for cut in (True, False):
         for image in inputs:
             example = Example(model, ir, image, runner.device)
-            for cuts in reversed(cut_sets(ir, example.sites)) if cut else [[]]:
+            for cuts in reversed(cut_sets(ir, example.probe_points)) if cut else [[]]:
                 tolerances = example.rounded(cuts, rounding).tolerances()
                 if (found := _find(example, runner, cuts, tolerances)) is not None:
                     return found
@@ -98,9 +98,9 @@ class _Search:
     ) -> None:
         self._example, self._runner, self._tolerances = example, runner, tolerances
         self._pieces = example.pieces(cuts)
-        self._exits = {site.exit for site in example.sites}
+        self._exits = {point.exit for point in example.probe_points}
         self._worst: dict[str, tuple[str, float, float]] = {}
-        places = {site.entry for site in example.sites} - set(cuts)
+        places = {point.entry for point in example.probe_points} - set(cuts)
         self._above: dict[str, frozenset[str]] = {}
         for name, node in self._pieces.nodes.items():
             sources = [value.get_node().get_friendly_name() for value in node.input_values()]

@@ -320,7 +320,7 @@ def _allowance(
     cuts = []
     for example in examples:
         whole.add(example.rounded((), rounding))
-        sets = cut_sets(ir, example.sites)
+        sets = cut_sets(ir, example.probe_points)
         by_rounding = [example.rounded(places, rounding) for places in sets]
         cuts.append([(c, f.tolerances()) for c, f in zip(sets, by_rounding, strict=True)])
         shortest.add(by_rounding[-1])
@@ -354,7 +354,7 @@ def _measured(
         shortest.add(by_ir)
         if with_codes:
             codes.add(example.codes_from_image(runner))
-    places = [*(site.label for site in examples[0].sites), OUTPUT]
+    places = [*(point.label for point in examples[0].probe_points), OUTPUT]
     return Parity(
         mean_abs=free.mean_abs,
         max_abs=free.max_abs,

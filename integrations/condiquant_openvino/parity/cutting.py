@@ -11,7 +11,7 @@ import openvino as ov
 import openvino.opset13 as ops
 
 from condiquant_openvino.markers import EXITS, is_encoder, main_nodes, role_of
-from condiquant_openvino.parity.sites import Array, ArrayGrid, Arrays, Site, bits_of
+from condiquant_openvino.parity.probe_points import Array, ArrayGrid, Arrays, ProbePoint, bits_of
 from condiquant_openvino.running.reading import core_of_process
 
 FloatOperands = Mapping[tuple[str, int], Array]
@@ -40,26 +40,26 @@ class Runner:
 
 
 def quantized_tensors(
-    ir: ov.Model, sites: Sequence[Site], image: Array, runner: Runner
+    ir: ov.Model, probe_points: Sequence[ProbePoint], image: Array, runner: Runner
 ) -> dict[str, Array]:
     """What every activation quantizer gives, by label."""
     clone = ir.clone()
     nodes = {node.get_friendly_name(): node for node in clone.get_ordered_ops()}
     results = [port.get_node().input_value(0) for port in clone.outputs]
-    exits = [nodes[site.exit].output(0) for site in sites]
+    exits = [nodes[point.exit].output(0) for point in probe_points]
     found = runner.infer(ov.Model([*results, *exits], clone.get_parameters()), [image])
-    return {site.label: v for site, v in zip(sites, found[len(results) :], strict=True)}
+    return {point.label: v for point, v in zip(probe_points, found[len(results) :], strict=True)}
 
 
-def entry_tensors(sites: Sequence[Site], raw: Arrays) -> Arrays:
+def entry_tensors(probe_points: Sequence[ProbePoint], raw: Arrays) -> Arrays:
     """The inputs of the nodes that round, by name, put together from what the quantizers saw."""
-    tensors = {site.entry: np.zeros(site.entry_shape, np.float32) for site in sites}
-    for site in sites:
-        site.put(raw[site.label], tensors[site.entry])
+    tensors = {point.entry: np.zeros(point.entry_shape, np.float32) for point in probe_points}
+    for point in probe_points:
+        point.put(raw[point.label], tensors[point.entry])
     return tensors
 
 
-def cut_sets(ir: ov.Model, sites: Sequence[Site]) -> list[list[str]]:
+def cut_sets(ir: ov.Model, probe_points: Sequence[ProbePoint]) -> list[list[str]]:
     """Two sets of the nodes that round, in order, to cut an IR at the one and at the other.
 
     A value on a tie rounds either way, and what follows goes astray: cuts keep it near. The more that
@@ -68,7 +68,7 @@ def cut_sets(ir: ov.Model, sites: Sequence[Site]) -> list[list[str]]:
     a chain of quantizers every fifth. The second has all others: with them cut, nothing that goes
     astray gets back to a residual path.
     """
-    entry_of = {site.exit: site.entry for site in sites}
+    entry_of = {point.exit: point.entry for point in probe_points}
     entries = set(entry_of.values())
     image = ""
     level, in_a_row = {image: 0}, {image: 0}

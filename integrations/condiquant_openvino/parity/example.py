@@ -20,8 +20,14 @@ from condiquant_openvino.parity.cutting import (
     entry_tensors,
     quantized_tensors,
 )
+from condiquant_openvino.parity.probe_points import (
+    Array,
+    ProbePoint,
+    locate,
+    mean_error,
+    value_range,
+)
 from condiquant_openvino.parity.simulation import Rounding, record, simulate
-from condiquant_openvino.parity.sites import Array, Site, locate, mean_error, value_range
 
 LAYER_TOLERANCE, INPUT_TOLERANCE, END_TO_END_TOLERANCE, TIE_TOLERANCE = 1e-5, 1e-5, 1e-4, 1e-4
 ROOM = 4.0
@@ -119,16 +125,17 @@ class Example:
         self._rounded: dict[tuple[tuple[str, ...], Rounding], Figures] = {}
         self.image = image.numpy()
         self.expected = record(model, image)
-        self.sites = locate(ir, self.image, device)
-        raw = {s.label: s.from_network(self.expected.raw[s.label]) for s in self.sites}
+        self.probe_points = locate(ir, self.image, device)
+        raw = {s.label: s.from_network(self.expected.raw[s.label]) for s in self.probe_points}
         self.quantized = {
-            s.label: s.from_network(self.expected.quantized[s.label]) for s in self.sites
+            s.label: s.from_network(self.expected.quantized[s.label]) for s in self.probe_points
         }
         """What the quantizers of activations gave, by label, in the order of the exits."""
         clear = {
-            s.label: s.away_from_ties(raw[s.label], self.quantized[s.label]) for s in self.sites
+            s.label: s.away_from_ties(raw[s.label], self.quantized[s.label])
+            for s in self.probe_points
         }
-        self.entries = entry_tensors(self.sites, clear)
+        self.entries = entry_tensors(self.probe_points, clear)
         """What the nodes that round get, by name."""
 
     def recorded(self) -> Example:
@@ -156,11 +163,13 @@ class Example:
     def codes_from_image(self, runner: Runner) -> Figures:
         """Codes of the whole IR, which gives them out; no other figures."""
         figures = Figures()
-        for sites in _in_portions(self.sites, lambda site: self.quantized[site.label].nbytes):
-            found = quantized_tensors(self._ir, sites, self.image, runner)
-            for site in sites:
-                codes = site.codes(self.quantized[site.label])
-                figures.add_codes(site.codes(found[site.label]) != codes)
+        for portion in _in_portions(
+            self.probe_points, lambda point: self.quantized[point.label].nbytes
+        ):
+            found = quantized_tensors(self._ir, portion, self.image, runner)
+            for point in portion:
+                codes = point.codes(self.quantized[point.label])
+                figures.add_codes(point.codes(found[point.label]) != codes)
         return figures
 
     def errors(self, place: str, tensor: Array) -> dict[str, float]:
@@ -169,9 +178,9 @@ class Example:
             return {OUTPUT: mean_error(tensor, self.expected.output)}
         raw = self.expected.raw
         return {
-            site.label: site.input_error(tensor, site.from_network(raw[site.label]))
-            for site in self.sites
-            if site.entry == place
+            point.label: point.input_error(tensor, point.from_network(raw[point.label]))
+            for point in self.probe_points
+            if point.entry == place
         }
 
     def between(
@@ -183,9 +192,9 @@ class Example:
         exceeds its tolerance is computed again alone, up to the first that still does.
         """
         figures, pieces, found_one = Figures(), self.pieces(cuts), False
-        sites: dict[str, list[Site]] = defaultdict(list)
-        for site in self.sites:
-            sites[site.entry].append(site)
+        probe_points: dict[str, list[ProbePoint]] = defaultdict(list)
+        for point in self.probe_points:
+            probe_points[point.entry].append(point)
         sizes = {place: tensor.nbytes for place, tensor in self.entries.items()}
         for places in _in_portions([*cuts, OUTPUT], lambda place: sizes.get(place, 0)):
             found = pieces.run([pieces.source(place) for place in places], self.image, runner)
@@ -196,9 +205,9 @@ class Example:
                 if place == OUTPUT:
                     figures.add_output(tensor, self.expected.output)
                     continue
-                for site in sites[place]:
-                    codes = site.codes(self.quantized[site.label])
-                    figures.add_codes(site.codes_at_entry(tensor) != codes)
+                for point in probe_points[place]:
+                    codes = point.codes(self.quantized[point.label])
+                    figures.add_codes(point.codes_at_entry(tensor) != codes)
                 for label, error in self.errors(place, tensor).items():
                     figures.add_input(label, error)
         return figures
@@ -220,18 +229,18 @@ class Example:
 
     def _round(self, cuts: Collection[str], rounding: Rounding) -> Figures:
         figures, expected = Figures(), self.expected
-        sites = {site.label: site for site in self.sites}
+        probe_points = {point.label: point for point in self.probe_points}
 
         def observe(label: str, raw: Array, quantized: Array) -> Array | None:
-            if label not in sites:
+            if label not in probe_points:
                 return None
             figures.add_input(label, mean_error(raw, expected.raw[label]))
-            if sites[label].entry in cuts:
+            if probe_points[label].entry in cuts:
                 figures.add_codes(quantized != expected.quantized[label])
                 return expected.quantized[label]
             if not cuts:
                 return None
-            return sites[label].with_other_ties(expected.raw[label], quantized)
+            return probe_points[label].with_other_ties(expected.raw[label], quantized)
 
         assert self._model is not None  # a recorded example has only what torch computed
         output = simulate(self._model, self.tensor, observe, rounding)

@@ -11,7 +11,7 @@ import openvino as ov
 from condiquant_openvino.markers import PRODUCTS, constant_values, label_of, origin
 from condiquant_openvino.parity.cutting import FloatOperands, Pieces, Runner
 from condiquant_openvino.parity.example import Example
-from condiquant_openvino.parity.sites import Array, value_range
+from condiquant_openvino.parity.probe_points import Array, value_range
 
 F32 = {"INFERENCE_PRECISION_HINT": "f32"}
 _AT_ONCE, _SUSPICIOUS = 16, 1e-6
@@ -30,7 +30,7 @@ class LayerParity:
 
 
 @dataclass(frozen=True)
-class Layer:
+class QuantizedProduct:
     """A quantized product of an IR."""
 
     node: str
@@ -57,7 +57,7 @@ def check_layers(
         layers = [layers[i] for i in chosen]
     image, in_float = example.image, Runner(runner.device, F32)
     floats = _float_operands(ir, image, layers, in_float)
-    exits = {site.exit: example.quantized[site.label] for site in example.sites}
+    exits = {point.exit: example.quantized[point.label] for point in example.probe_points}
     written = set(filter(None, map(label_of, ir.get_ops()))) - set(example.quantized)
     weights = {label: example.expected.quantized[label] for label in written}
     exported = Pieces(ir, example.entries, floats=floats)
@@ -85,7 +85,7 @@ def _error(output: Array, expected: Array) -> float:
     return float(np.abs(output - expected).max()) / value_range(expected)
 
 
-def quantized_products(nodes: Iterable[ov.Node]) -> list[Layer]:
+def quantized_products(nodes: Iterable[ov.Node]) -> list[QuantizedProduct]:
     """The products among ``nodes`` that have a quantized operand."""
     layers = []
     for node in nodes:
@@ -93,12 +93,12 @@ def quantized_products(nodes: Iterable[ov.Node]) -> list[Layer]:
             first, second = (label_of(origin(node.input_value(operand))) for operand in (0, 1))
             if (first, second) != (None, None):
                 name, operator = node.get_friendly_name(), node.get_type_name()
-                layers.append(Layer(name, operator, (first, second)))
+                layers.append(QuantizedProduct(name, operator, (first, second)))
     return layers
 
 
 def _float_operands(
-    ir: ov.Model, image: Array, layers: list[Layer], runner: Runner
+    ir: ov.Model, image: Array, layers: list[QuantizedProduct], runner: Runner
 ) -> FloatOperands:
     """Values of the operands without quantizer, from the IR itself."""
     nodes = {node.get_friendly_name(): node for node in ir.get_ops()}

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
-from condiquant_openvino.parity.sites import Array, value_range
+from condiquant_openvino.parity.probe_points import Array, value_range
 from condiquant_openvino.writing.conversion import call_label, labelled
 from condiquant_plugin import FakeQuantizer
 from condiquant_plugin.intake import check_output

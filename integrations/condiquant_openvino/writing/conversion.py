@@ -23,8 +23,8 @@ from condiquant_openvino.running.reading import set_metadata
 from condiquant_openvino.writing import quantizer_graphs
 from condiquant_openvino.writing.overflow import inexact_in_int8
 from condiquant_openvino.writing.passes.compaction import compact
-from condiquant_openvino.writing.passes.hoisting import hoist
 from condiquant_openvino.writing.passes.joining import join
+from condiquant_openvino.writing.passes.propagation import propagate
 from condiquant_openvino.writing.passes.rearranging import collapse
 from condiquant_openvino.writing.passes.separating import separate
 from condiquant_openvino.writing.passes.simplification import simplify
@@ -225,7 +225,7 @@ def write_quantizers(
     simplify(model)
     _absorb_transposes(model, quantizers)
     _replace_placeholders(model, quantizers, overflow, linear_in_float=isa == "avx2")
-    model = hoist(model)
+    model = propagate(model)
     collapse(model)
     join(model)
     separate(model)

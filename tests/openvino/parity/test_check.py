@@ -19,7 +19,7 @@ from condiquant_openvino.parity.check import InputParity, check_parities
 from condiquant_openvino.parity.cutting import Runner, cut_sets
 from condiquant_openvino.parity.example import Example
 from condiquant_openvino.parity.layers import F32
-from condiquant_openvino.parity.sites import ArrayGrid, Site, locate, value_range
+from condiquant_openvino.parity.probe_points import ArrayGrid, ProbePoint, locate, value_range
 from condiquant_plugin import FakeQuantizer
 from networks import build
 
@@ -116,9 +116,9 @@ def scale_weight(_model, ir, name):
 
 def move_bounds_of_values(_model, ir, name):
     """Those of the values only, of a FakeQuantize that serves queries and keys as well."""
-    sites = locate(ir, np.zeros((1, 3, 16, 16), np.float32), "CPU")
-    (entry,) = (site.entry for site in sites if site.label.endswith(f"{name}.input1"))
-    assert sum(site.entry == entry for site in sites) == 3
+    probe_points = locate(ir, np.zeros((1, 3, 16, 16), np.float32), "CPU")
+    (entry,) = (point.entry for point in probe_points if point.label.endswith(f"{name}.input1"))
+    assert sum(point.entry == entry for point in probe_points) == 3
     node = nodes(ir)[entry]
     for index in (1, 2):
         bounds = node.input_value(index).get_node().data.copy()
@@ -190,12 +190,12 @@ def test_flipped_codes_are_counted():
 
 def test_ties_are_moved_where_torch_rounded_them(exported_convolutions):
     _, ir, x = exported_convolutions
-    (site,) = (s for s in locate(ir, x.numpy(), "CPU") if s.label == "plain.input")
-    grid = site.grid
+    (point,) = (s for s in locate(ir, x.numpy(), "CPU") if s.label == "plain.input")
+    grid = point.grid
     codes = np.array([3.5, 3.4995, 3.49, 3.0, -2.0, 40.5], np.float32)
     raw = grid.lower + codes * grid.step
     quantized = grid.lower + np.array([4, 3, 3, 3, 0, 15], np.float32) * grid.step
-    moved = site.away_from_ties(raw, quantized)
+    moved = point.away_from_ties(raw, quantized)
     np.testing.assert_array_equal(moved[:2], quantized[:2])
     np.testing.assert_array_equal(moved[2:], raw[2:])
     np.testing.assert_array_equal(grid.codes(moved), [4, 3, 3, 3, 0, 15])
@@ -256,10 +256,10 @@ def test_a_thousandth_of_the_range_is_too_much_in_a_short_stretch(window_attenti
 
 def test_ties_are_allowed_to_go_the_other_way_and_nothing_else_is():
     grid = ArrayGrid(np.float32(-1), np.float32(0.5), 2)
-    site = Site("x", "x", "x/exit", False, grid, grid, (5,), None)
+    point = ProbePoint("x", "x", "x/exit", False, grid, grid, (5,), None)
     raw = np.array([-0.75, -0.25, -0.2, 0.9, -1.25], np.float32)
     quantized = grid.lower + grid.step * grid.codes(raw)
-    other = site.with_other_ties(raw, quantized)
+    other = point.with_other_ties(raw, quantized)
     np.testing.assert_array_equal(quantized, np.array([-1, 0, 0, 0.5, -1], np.float32))
     np.testing.assert_array_equal(other, np.array([-0.5, -0.5, 0, 0.5, -1], np.float32))
 

@@ -16,7 +16,7 @@ import condiquant_nncf
 from condiquant_openvino import check_parity, convert
 from condiquant_openvino.markers import EXITS, is_encoder, role_of
 from condiquant_openvino.writing.passes.compaction import compact
-from condiquant_openvino.writing.passes.hoisting import hoist
+from condiquant_openvino.writing.passes.propagation import propagate
 from condiquant_openvino.writing.passes.rearranging import collapse
 from condiquant_openvino.writing.passes.simplification import simplify
 from condiquant_openvino.writing.quantizer_graphs import to_bytes
@@ -119,17 +119,15 @@ def rounded(x, top, levels=256):
     return ops.convert(to_bytes(x.output(0), bounds, levels, ov.Type.i8, marker), np.float32)
 
 
-def encoders_after_hoisting(outputs, parameter, values):
+def encoders_after_propagation(outputs, parameter, values):
     """How many there are, and the graph around them; the values must stay."""
     model = ov.Model(list(outputs), [parameter])
-    hoisted = hoist(model)
-    before, after = (
-        ov.Core().compile_model(m, "CPU")([values]).to_tuple() for m in (model, hoisted)
-    )
+    moved = propagate(model)
+    before, after = (ov.Core().compile_model(m, "CPU")([values]).to_tuple() for m in (model, moved))
     for expected, found in zip(before, after, strict=True):
         assert len(np.unique(expected)) > 2
         np.testing.assert_array_equal(found, expected)
-    return sum(map(is_encoder, hoisted.get_ops())), count(hoisted)
+    return sum(map(is_encoder, moved.get_ops())), count(moved)
 
 
 @pytest.mark.parametrize(
@@ -151,7 +149,7 @@ def test_slices_of_one_axis_are_rounded_as_one(parts, encoders):
     for top, part in zip((0.5, 0.9), parts, strict=True):
         constants = [ops.constant(np.array([number])) for number in part]
         outputs.append(rounded(ops.slice(x, *constants), top))
-    assert encoders_after_hoisting(outputs, x, values)[0] == encoders
+    assert encoders_after_propagation(outputs, x, values)[0] == encoders
 
 
 @pytest.mark.parametrize(
@@ -165,7 +163,7 @@ def test_indices_of_one_axis_are_rounded_as_one_where_that_is_possible(shape, le
         rounded(ops.gather(x, ops.constant(np.int64(index)), axis), top, of_grid)
         for index, top, of_grid in zip((0, 2), (0.5, 0.9), levels, strict=True)
     ]
-    assert encoders_after_hoisting(outputs, x, values)[0] == encoders
+    assert encoders_after_propagation(outputs, x, values)[0] == encoders
 
 
 def test_a_fake_quantize_is_no_slice():
@@ -174,7 +172,7 @@ def test_a_fake_quantize_is_no_slice():
     x = ops.parameter(values.shape, np.float32)
     bounds = [ops.constant(np.float32(bound)) for bound in (0, 1, 1, 1.9)]
     outputs = [rounded(ops.fake_quantize(x, *bounds, levels=10), 3)]
-    assert encoders_after_hoisting(outputs, x, values)[0] == 1
+    assert encoders_after_propagation(outputs, x, values)[0] == 1
 
 
 def test_no_second_transpose_is_made_for_a_tensor_that_is_used_in_float_too():
@@ -182,7 +180,7 @@ def test_no_second_transpose_is_made_for_a_tensor_that_is_used_in_float_too():
     x = ops.parameter(values.shape, np.float32)
     transposed = ops.transpose(x, ops.constant(np.array([0, 2, 1])))
     outputs = [rounded(transposed, 0.8), ops.relu(transposed)]
-    assert encoders_after_hoisting(outputs, x, values)[1]["Transpose"] == 1
+    assert encoders_after_propagation(outputs, x, values)[1]["Transpose"] == 1
 
 
 def test_queries_keys_and_values_are_rounded_once(window_attention):

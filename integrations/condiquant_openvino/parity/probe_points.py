@@ -75,7 +75,7 @@ def _tensor(values: Array) -> torch.Tensor:
 
 
 @dataclass(frozen=True)
-class Site:
+class ProbePoint:
     """One activation quantizer of the network, for inputs of one shape."""
 
     label: str
@@ -134,8 +134,8 @@ class Site:
         )
 
 
-def locate(ir: ov.Model, image: Array, device: str) -> list[Site]:
-    """All sites, in the order of the graph, for inputs of the shape of ``image``."""
+def locate(ir: ov.Model, image: Array, device: str) -> list[ProbePoint]:
+    """All probe_points, in the order of the graph, for inputs of the shape of ``image``."""
     nodes = {node.get_friendly_name(): node for node in ir.get_ordered_ops()}
     marked = {name: found for name, n in nodes.items() if (found := marker_of(n)) is not None}
     exits = {name: nodes[name] for name, found in marked.items() if found.role in EXITS}
@@ -148,7 +148,7 @@ def locate(ir: ov.Model, image: Array, device: str) -> list[Site]:
     indices = _indices(
         ir, {n: e for n, e in rounded.items() if e is not None}, shapes, image, device
     )
-    sites = []
+    probe_points = []
     for name, node in exits.items():
         label = marked[name].label
         transposed = marked[name].role is Role.TRANSPOSED_EXIT
@@ -156,13 +156,15 @@ def locate(ir: ov.Model, image: Array, device: str) -> list[Site]:
         if encoder is None:
             entry = main[label]
             grid = _elementwise_grid(nodes[entry])
-            sites.append(Site(label, entry, name, transposed, grid, grid, shapes[entry], None))
+            probe_points.append(
+                ProbePoint(label, entry, name, transposed, grid, grid, shapes[entry], None)
+            )
         else:
             index = indices.get(name)
             grids = _grids(node, encoders[encoder], shapes[encoder], index)
             shape = shapes[encoder]
-            sites.append(Site(label, encoder, name, transposed, *grids, shape, index))
-    return sites
+            probe_points.append(ProbePoint(label, encoder, name, transposed, *grids, shape, index))
+    return probe_points
 
 
 def _input_shapes(ir: ov.Model, names: Sequence[str], image: Array) -> dict[str, tuple[int, ...]]:

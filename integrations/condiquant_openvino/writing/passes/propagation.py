@@ -67,7 +67,7 @@ class _Selection:
     keeps_axis: bool
 
 
-def hoist(model: ov.Model) -> ov.Model:
+def propagate(model: ov.Model) -> ov.Model:
     """A copy of ``model`` in which nothing moves any more."""
     apart: set[str] = set()
     while True:
