@@ -64,7 +64,7 @@ def test_every_export_says_what_it_is(finished_job):
     assert with_export(recipe, {"device": "NPU", "static": None}).digest() != recipe.digest()
     assert metadata.pop("plugin_version")
     assert metadata == {
-        "network": "tiny", "scale": 2, "weight_bits": 4, "activation_bits": 4, "other_bits": None,
+        "network": "tiny", "scale": 2, "weight_bits": 4, "activation_bits": 4, "other_bits": {},
         "scope": "all", "compress_to_fp16": False, "pad_multiple": 1, "static": False,
         "preprocessing": "f32_nchw", "device": "CPU", "tested_on_device": True,
         "calibration": ["calibration"], "overflow": "safe",
