@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from condiquant_plugin.distillation.features import captured, feature_loss
 from condiquant_plugin.distillation.settings import DistillationConfig
 from condiquant_plugin.distillation.teacher import OutputCache
 from condiquant_plugin.errors import InputError, check_finite
+from condiquant_plugin.uniform.fake_quantizer import snapped_together
 
 _BATCH = 4
 
@@ -62,7 +64,7 @@ class DistillationLoss:
         """
         with self._autocast(inputs):
             target, wanted = self._teach(inputs)
-            with captured(_bare(student), self.blocks) as features:
+            with captured(_bare(student), self.blocks) as features, _bounds_snapped_of(student):
                 output = student(inputs)
         losses = {"pix": self.criterion(_full(output), _full(target))}
         if self.blocks:
@@ -109,6 +111,11 @@ def _bare(network: nn.Module) -> nn.Module:
         bare: nn.Module = network.module
         return bare
     return network
+
+
+def _bounds_snapped_of(student: nn.Module) -> AbstractContextManager[None]:
+    # Replicas on other devices have bounds of their own.
+    return nullcontext() if isinstance(student, DataParallel) else snapped_together(_bare(student))
 
 
 def _full(x: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from condiquant_plugin import FakeQuantizer, InputError
-from condiquant_plugin.uniform.fake_quantizer import search_bounds
+from condiquant_plugin.uniform.fake_quantizer import search_bounds, snapped_together
 from condiquant_plugin.uniform.sampling import Sample
 
 
@@ -162,3 +162,74 @@ def test_a_quantizer_that_no_image_reaches_is_searched_later():
     search_bounds(model, torch.randn(2, 3), batch_size=1)
     assert model[1].unused.search_on_next_input
     assert not model[0].search_on_next_input
+
+
+class Several(torch.nn.Module):
+    """Quantizers of every kind of grid: alike, with blocks of rows, widened by their weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.quantizers = torch.nn.ModuleList(
+            [
+                FakeQuantizer(4, "activation"),
+                FakeQuantizer(4, "activation"),
+                FakeQuantizer(3, "weight", row_blocks=3),
+                FakeQuantizer(3, "weight"),
+                FakeQuantizer(8, "weight"),
+                FakeQuantizer(2, "operand", zero_on_grid=True),
+            ]
+        )
+
+    def forward(self, x):
+        return torch.stack([(i + 1) * q(x) for i, q in enumerate(self.quantizers)]).square().sum()
+
+
+def test_grids_snapped_together_give_the_same_values_and_gradients():
+    model, x = Several(), torch.randn(6, 5)
+    for factor, quantizer in enumerate(model.quantizers, 5):
+        quantizer.search_bounds(x)
+        quantizer.set_bounds(quantizer.lower * factor / 10, quantizer.upper * factor / 9)
+    parameters = list(model.parameters())
+    alone = model(x)
+    expected = torch.autograd.grad(alone, parameters)
+    with snapped_together(model):
+        together = model(x)
+        with torch.no_grad():
+            model.quantizers[0].lower.fill_(-100)  # inside, bounds are those of its beginning
+        assert torch.equal(model(x), together)
+    assert torch.equal(alone, together)
+    for mine, theirs in zip(torch.autograd.grad(together, parameters), expected, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-6)
+    assert not torch.equal(model(x), alone)
+
+
+def test_grids_are_forgotten_after_an_error():
+    model, x = Several(), torch.randn(6, 5)
+    before = model(x)
+    with pytest.raises(KeyError), snapped_together(model):
+        raise KeyError
+    with torch.no_grad():
+        model.quantizers[0].upper.fill_(0.1)
+    assert not torch.equal(model(x), before)
+
+
+def test_little_is_kept_for_the_backward_pass():
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        x = torch.randn(50, 40, requires_grad=True)
+        y = FakeQuantizer(4, "activation")(x)
+    large = [t.data_ptr() for t in kept if t.numel() == x.numel()]
+    assert set(large) <= {x.data_ptr(), y.data_ptr()}
+
+
+def test_what_is_not_contiguous_has_the_gradient_of_what_is():
+    quantizer = FakeQuantizer(3, "activation")
+    quantizer.set_bounds(-1.0, 1.5)
+    x, upstream = torch.randn(7, 9), torch.randn(9, 7)
+    gradients = []
+    for same in (x.mT, x.mT.contiguous()):
+        for weights in (upstream, upstream.mT.contiguous().mT):
+            output = (quantizer(same) * weights).sum()
+            gradients.append(torch.autograd.grad(output, [quantizer.lower, quantizer.upper]))
+    for found in gradients[1:]:
+        torch.testing.assert_close(found, gradients[0])
