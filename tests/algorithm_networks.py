@@ -70,7 +70,7 @@ class Toy(nn.Module):
         return self.last(x.tanh())
 
 
-def network(name):
+def network(name="edsr"):
     """A toy or one of ``networks``, with biases: OpenVINO removes those that are zero."""
     if name == "none":
         return nn.ReLU()

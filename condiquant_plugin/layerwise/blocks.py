@@ -11,13 +11,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
-from condiquant_plugin.errors import InputError
+from condiquant_plugin.errors import InputError, check_choice
 from condiquant_plugin.layerwise import distributed
 from condiquant_plugin.layerwise.moments import LayerGeometry, Moments, moments_of, no_moments
 from condiquant_plugin.layerwise.problem import (
@@ -135,11 +135,16 @@ def solve_block_by_block(
         Report of every layer that was solved, by name.
 
     Raises:
-        InputError: no layers or batches; blocks that are not such a chain; a layer that is not called;
-            NaN or Inf in inputs or weights.
+        InputError: no layers or batches; an unknown block, or blocks that are not such a chain; a layer
+            that is not called; NaN or Inf in inputs or weights.
         DistributedError: another process ended or failed.
     """
+    check_choice("inputs", inputs, get_args(Inputs))
     names = list(find_blocks(model) if blocks is None else blocks)
+    known = dict(model.named_modules())
+    for name in names:
+        if name not in known:
+            raise InputError(f"there is no module {name!r} in {type(model).__name__}")
     batches = list(batches)
     if not batches:
         raise InputError("there are no batches to calibrate with: give at least one")
@@ -168,7 +173,8 @@ def solve_block_by_block(
             write(layer, solution)
             reports[solution.report.name] = solution.report
         del problems
-        run.advance(block, layers)
+        if name != names[-1]:
+            run.advance(block, layers)
         if progress is not None:
             progress(name)
     if not reports:
@@ -240,10 +246,11 @@ class _Run:
                 new = moments_of(original, geometry, codes, name=name, dtype=dtype)
                 moments[name] = moments[name] + new
 
-            with _observed(layers, add), self._quantizing(layers):
-                output = call.run(block, call.hidden)
-            if not self.follows_compressed:
-                call.hidden = output
+            if layers or not self.follows_compressed:
+                with _observed(layers, add), self._quantizing(layers):
+                    output = call.run(block, call.hidden)
+                if not self.follows_compressed:
+                    call.hidden = output
         return moments
 
     def advance(self, block: nn.Module, layers: Mapping[str, nn.Module]) -> None:
@@ -259,11 +266,17 @@ class _Run:
     @contextmanager
     def _quantizing(self, layers: Mapping[str, nn.Module]) -> Iterator[None]:
         """Input quantizers at work, in the compressed network."""
+
+        def quantize(
+            name: str, _module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]
+        ) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
+            if args:
+                return (self._quantized(name, args[0]), *args[1:]), kwargs
+            return args, kwargs | {"input": self._quantized(name, kwargs["input"])}
+
         active = layers if self.follows_compressed else {}
         hooks = [
-            layer.register_forward_pre_hook(
-                lambda _, args, name=name: (self._quantized(name, args[0]), *args[1:])
-            )
+            layer.register_forward_pre_hook(partial(quantize, name), with_kwargs=True)
             for name, layer in active.items()
             if name in self.quantizers
         ]

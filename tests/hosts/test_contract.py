@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import condiquant_nncf as nncf_host
-from algorithm_networks import constants
+from algorithm_networks import constants, network
 from condiquant_brevitas import quantize_sr
 from condiquant_nncf.quantize import create_condiquant_pipeline
 from condiquant_plugin import InputError, fake_quantizers
@@ -26,17 +26,6 @@ torch_entries = pytest.mark.parametrize("quantize", TORCH_ENTRIES.values(), ids=
 
 def images(count=3, size=16):
     return torch.rand(count, 3, size, size, generator=torch.Generator().manual_seed(0))
-
-
-def network(name="edsr"):
-    """With biases: OpenVINO removes those that are zero."""
-    result = build(name)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter_name, parameter in result.named_parameters():
-            if parameter_name.endswith("bias") and parameter.ndim == 1:
-                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
-    return result.eval()
 
 
 def assert_equal(found, expected):

@@ -135,7 +135,7 @@ class ProbePoint:
 
 
 def locate(ir: ov.Model, image: Array, device: str) -> list[ProbePoint]:
-    """All probe_points, in the order of the graph, for inputs of the shape of ``image``."""
+    """All probe points, in the order of the graph, for inputs of the shape of ``image``."""
     nodes = {node.get_friendly_name(): node for node in ir.get_ordered_ops()}
     marked = {name: found for name, n in nodes.items() if (found := marker_of(n)) is not None}
     exits = {name: nodes[name] for name, found in marked.items() if found.role in EXITS}

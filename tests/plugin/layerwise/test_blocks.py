@@ -30,7 +30,7 @@ class Block(nn.Module):
         self.fc1, self.fc2 = nn.Linear(width, 2 * width), nn.Linear(2 * width, width, bias=False)
 
     def forward(self, hidden, gain, *, mask=None):
-        change = self.fc2(nn.functional.gelu(self.fc1(hidden * gain)))
+        change = self.fc2(input=nn.functional.gelu(self.fc1(hidden * gain)))
         return hidden + (change if mask is None else change * mask), gain
 
 
@@ -57,7 +57,8 @@ def batches(count=3, batch=4):
 def inputs_of(model, name, data):
     seen = []
     handle = model.get_submodule(name).register_forward_pre_hook(
-        lambda _, args: seen.append(args[0].detach())
+        lambda _, args, kwargs: seen.append((args[0] if args else kwargs["input"]).detach()),
+        with_kwargs=True,
     )
     with torch.no_grad():
         for batch in data:
@@ -139,7 +140,11 @@ def test_float_outputs_are_fitted_on_quantized_inputs_of_the_compressed_network(
     found = quantizers(names)
     for name in names:
         expected.get_submodule(name).register_forward_pre_hook(
-            lambda _, args, q=found[name]: (q(args[0]),)
+            lambda _, args, kwargs, q=found[name]: (
+                (q(args[0] if args else kwargs["input"]),),
+                {},
+            ),
+            with_kwargs=True,
         )
     for block in find_blocks(model):
         inside = layers_of(block)
@@ -189,6 +194,17 @@ def test_arguments_common_to_all_blocks_belong_to_their_batch():
 
     solve_block_by_block(Joined(expected), joined, CONDITION)
     assert_equal_weights(model, expected)
+
+
+def test_every_block_is_run_as_often_as_it_is_needed():
+    model, data = networks.build("compact"), [torch.rand(1, 3, 8, 8)]
+    calls = []
+    for name in find_blocks(model):
+        model.get_submodule(name).register_forward_hook(lambda *_, name=name: calls.append(name))
+    solve_block_by_block(model, data, CONDITION)
+    # The check of the chain, the moments of layers, and what the compressed block gives to the next.
+    counts = {name: calls.count(name) for name in find_blocks(model)}
+    assert counts == {"body.8": 2, **{f"body.{i}": 3 if i % 2 == 0 else 2 for i in range(8)}}
 
 
 def test_layers_can_be_left_out():
@@ -261,6 +277,8 @@ def test_processes_share_batches_and_layers(tmp_path):
 ERRORS = {
     "no batches": (Decoder(), {"batches": []}, "there are no batches to calibrate with"),
     "order": (Decoder(), {"blocks": ["blocks.1", "blocks.0"]}, "name blocks in their order"),
+    "unknown": (Decoder(), {"blocks": ["blocks.0", "layers.1"]}, "no module 'layers.1' in Decoder"),
+    "inputs": (Decoder(), {"inputs": "compresed"}, "inputs='compresed'"),
     "gap": (Decoder(), {"blocks": ["blocks.0", "blocks.2"]}, "blocks.2 does not take what blocks.0 ret"),
     "nothing left": (Decoder(), {"is_excluded": lambda name: True}, "no layer of blocks.0, .* is left"),
     "no list": (nn.Linear(5, 5), {}, "Linear has no list of blocks"),

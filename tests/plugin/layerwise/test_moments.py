@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from condiquant_plugin import InputError
+from condiquant_plugin.layerwise.blocks import module_geometry
 from condiquant_plugin.layerwise.moments import (
     LayerGeometry,
     moments_of,
@@ -14,23 +15,6 @@ from condiquant_plugin.layerwise.moments import (
     weight_from_matrix,
     weight_matrix,
 )
-
-
-def geometry_of(module: nn.Module) -> LayerGeometry:
-    if isinstance(module, nn.Linear):
-        return LayerGeometry()
-    transposed = isinstance(module, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d)
-    return LayerGeometry(
-        "conv_transpose" if transposed else "conv",
-        module.kernel_size,
-        module.stride,
-        module.padding,
-        module.output_padding,
-        module.dilation,
-        module.groups,
-        module.padding_mode,
-    )
-
 
 LAYERS = {
     "linear": (nn.Linear(6, 5, bias=False), (2, 7, 6)),
@@ -76,7 +60,7 @@ LAYERS = {
 @pytest.mark.parametrize("name", LAYERS)
 def test_unfolded_product_is_the_layer(name):
     module, shape = LAYERS[name]
-    x, geometry = torch.randn(shape), geometry_of(module)
+    x, geometry = torch.randn(shape), module_geometry(module)
     rows = unfold(x, geometry)
     product = rows @ weight_matrix(module.weight, geometry).mT
     expected = module(x[None]) if name == "conv unbatched" else module(x)
@@ -91,13 +75,13 @@ def test_unfolded_product_is_the_layer(name):
     [("conv", nn.Conv2d(4, 6, 1)), ("conv_transpose", nn.ConvTranspose2d(4, 6, 1))],
 )
 def test_a_geometry_is_by_default_that_of_the_layer_by_default(kind, module):
-    assert LayerGeometry(kind) == geometry_of(module)
+    assert LayerGeometry(kind) == module_geometry(module)
 
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_weight_matrix_round_trip(name):
     module, _ = LAYERS[name]
-    geometry = geometry_of(module)
+    geometry = module_geometry(module)
     matrix = weight_matrix(module.weight, geometry)
     assert torch.equal(weight_from_matrix(matrix, module.weight, geometry), module.weight)
 
@@ -108,7 +92,7 @@ def test_moments_add_up_over_batches(seed, cut, name):
     module, shape = LAYERS[name]
     if name == "conv unbatched":
         return
-    geometry = geometry_of(module)
+    geometry = module_geometry(module)
     x = torch.randn((8, *shape[1:]), generator=torch.Generator().manual_seed(seed))
     q = x.round()
     whole = moments_of(x, geometry, q)
