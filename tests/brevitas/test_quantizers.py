@@ -210,6 +210,7 @@ def test_meta_device():
     layer = qnn.QuantLinear(6, 4, True, weight_quant=LearnedBoundsWeightPerTensor, device="meta")
     layer.to_empty(device="cpu")
     nn.init.normal_(layer.weight)
+    nn.init.zeros_(layer.bias)
     assert layer(torch.randn(2, 6)).isfinite().all()
 
 
