@@ -37,33 +37,44 @@ class _FakeQuantize(torch.autograd.Function):
         refinement: int,
     ) -> Tensor:
         snapped = grid.SnappedGrid(lower, step, bits, zero, refinement)
-        if not (ctx.needs_input_grad[0] or ctx.needs_input_grad[1]):
-            return snapped.quantize(x)
-        positions = snapped.positions(x)
-        clipped = positions.clamp(0, snapped.last_code)
-        inside = clipped == positions
-        codes = clipped.round_()
-        ctx.save_for_backward(positions, inside, codes)
-        ctx.shape = lower.shape
-        return snapped.values(codes)
+        values = snapped.quantize(x)
+        if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
+            # Both are kept by the operators around anyway; codes and masks would not be.
+            ctx.save_for_backward(x, values, lower, step)
+            ctx.last_code = snapped.last_code
+        return values
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grad_outputs
-        positions, inside, codes = ctx.saved_tensors
-        grad_x = grad * inside
-        grad_lower = _sum_to(grad, ctx.shape) - _sum_to(grad_x, ctx.shape)
-        grad_step = _inner(grad, codes, ctx.shape) - _inner(grad_x, positions, ctx.shape)
-        return grad_x, grad_lower, grad_step, None, None, None
+        x, values, lower, step = ctx.saved_tensors
+        if lower.ndim == 0:
+            edges = (float(lower - _EDGE * step), float(lower + (ctx.last_code + _EDGE) * step))
+            grad_x = torch.ops.aten.hardtanh_backward(grad, x, *edges)
+        else:
+            position = (x - lower).div_(step)
+            grad_x = torch.ops.aten.hardtanh_backward(grad, position, -_EDGE, ctx.last_code + _EDGE)
+        # Of what is rounded the residue counts, of what is clipped the code: (y - lower) / step.
+        clipped = _sum_to(grad, lower) - _sum_to(grad_x, lower)
+        moved = _inner(grad, values, lower) - _inner(grad_x, x, lower)
+        return grad_x, clipped, (moved - lower * clipped) / step, None, None, None
 
 
-def _sum_to(value: Tensor, shape: torch.Size) -> Tensor:
-    return value.sum_to_size(shape) if shape else value.sum()
+_EDGE = 1e-3
+"""Of a step: what is this far outside counts as inside, where rounding would decide."""
 
 
-def _inner(a: Tensor, b: Tensor, shape: torch.Size) -> Tensor:
+def _sum_to(value: Tensor, like: Tensor) -> Tensor:
+    return value.sum_to_size(like.shape) if like.ndim else value.sum()
+
+
+def _inner(a: Tensor, b: Tensor, like: Tensor) -> Tensor:
     """Sum of ``a * b`` over what is broadcast; one pass for a single pair of bounds."""
-    return (a * b).sum_to_size(shape) if shape else torch.dot(a.reshape(-1), b.reshape(-1))
+    if like.ndim:
+        return (a * b).sum_to_size(like.shape)
+    if a.stride() == b.stride() and torch.ops.aten.is_non_overlapping_and_dense(a):
+        return torch.dot(*(t.as_strided((t.numel(),), (1,)) for t in (a, b)))
+    return torch.dot(a.reshape(-1), b.reshape(-1))
 
 
 @torch.library.custom_op("condiquant::fake_quantize", mutates_args=())

@@ -207,11 +207,11 @@ class SnappedGrid(Grid):
         return SnappedGrid(lower, step, self.bits, zero, self.refinement)
 
     def integers(self, codes: Tensor) -> Tensor:
-        """The lattice integers that codes stand for; 0 is the value 0."""
-        return (codes * self.refinement).sub_(self.zero)
+        """The lattice integers that codes stand for, in their place; 0 is the value 0."""
+        return codes.mul_(self.refinement).sub_(self.zero)
 
     def values(self, codes: Tensor) -> Tensor:
-        """What codes stand for: ``levels`` up to rounding, with zero exactly 0."""
+        """What codes stand for, in their place: ``levels`` up to rounding, with zero exactly 0."""
         return self.integers(codes).mul_(self.lattice_step)
 
     def quantize(self, x: Tensor) -> Tensor:

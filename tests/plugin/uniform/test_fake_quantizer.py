@@ -213,6 +213,15 @@ def test_grids_are_forgotten_after_an_error():
     assert not torch.equal(model(x), before)
 
 
+def test_little_is_kept_for_the_backward_pass():
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        x = torch.randn(50, 40, requires_grad=True)
+        y = FakeQuantizer(4, "activation")(x)
+    large = [t.data_ptr() for t in kept if t.numel() == x.numel()]
+    assert set(large) <= {x.data_ptr(), y.data_ptr()}
+
+
 def test_what_is_not_contiguous_has_the_gradient_of_what_is():
     quantizer = FakeQuantizer(3, "activation")
     quantizer.set_bounds(-1.0, 1.5)
