@@ -14,12 +14,14 @@ from condiquant_plugin.uniform.grid import DEFAULT_OVERFLOW, Overflow, check_bit
 
 BoundsInputs = Literal["quantized", "float"]
 Granularity = Literal["tensor", "channel"]
+Rounding = Literal["gptq", "nearest"]
 _CHOICES = {
     "scope": Scope,
     "weight_granularity": Granularity,
     "activation_side": Side,
     "overflow": Overflow,
     "bounds_inputs": BoundsInputs,
+    "rounding": Rounding,
 }
 
 
@@ -63,7 +65,12 @@ class QuantizationConfig:
     Only :func:`condiquant_nncf.quantize_network` does the other.
     """
     recondition: ReconditioningConfig | Literal["auto"] | None = "auto"
-    """``"auto"`` is the default of the activations' bit-width; ``None`` keeps the weights as trained."""
+    """``"auto"`` chooses on held-out images between the weights as trained and least squares with the
+    default of the activations' bit-width; ``None`` keeps the weights as trained."""
+    rounding: Rounding = "gptq"
+    """``"gptq"``: weights in scope are rounded so that their layer's output stays; 8-bit weights with
+    ``overflow="safe"`` are not, as their grid goes by the weight. ``"nearest"``: every entry to its
+    nearest level."""
 
     def __post_init__(self) -> None:
         check_bits(self.weight_bits, "weight_bits")

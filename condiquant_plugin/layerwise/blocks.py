@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from condiquant_plugin.errors import InputError, check_choice
+from condiquant_plugin.forward_pass import run as run_model
 from condiquant_plugin.layerwise import distributed
 from condiquant_plugin.layerwise.moments import LayerGeometry, Moments, moments_of, no_moments
 from condiquant_plugin.layerwise.problem import (
@@ -326,19 +327,12 @@ def _call_of(model: nn.Module, first: str, batch: Any) -> _Call:
 
     handle = model.get_submodule(first).register_forward_pre_hook(stop, with_kwargs=True)
     try:
-        _run(model, batch)
+        run_model(model, batch)
     except _ReachedError:
         pass
     finally:
         handle.remove()
     return found[0]
-
-
-def _run(model: nn.Module, batch: Any) -> None:
-    if isinstance(batch, Mapping):
-        model(**batch)
-    else:
-        model(*batch) if isinstance(batch, tuple) else model(batch)
 
 
 def _check_chain(model: nn.Module, blocks: Sequence[str], batch: Any) -> None:
@@ -374,7 +368,7 @@ def _check_chain(model: nn.Module, blocks: Sequence[str], batch: Any) -> None:
         handles.append(block.register_forward_pre_hook(partial(before, name), with_kwargs=True))
         handles.append(block.register_forward_hook(after))
     try:
-        _run(model, batch)
+        run_model(model, batch)
     finally:
         for handle in handles:
             handle.remove()

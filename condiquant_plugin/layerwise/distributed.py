@@ -195,6 +195,11 @@ def shard(problems: Sequence[LayerProblem], method: Method, count: int) -> list[
     return [sorted(indices) for indices in shards]
 
 
+def agreed(value: Any) -> Any:
+    """Process 0's value, small and picklable, in all of them."""
+    return value if world_size() == 1 else _gather(value, "agreeing")[0]
+
+
 def _gather(value: Any, doing: str) -> list[Any]:
     """A small picklable value of every process."""
     gathered: list[Any] = [None] * world_size()

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from condiquant_plugin.errors import InputError
 from condiquant_plugin.layerwise.moments import LayerGeometry, Moments, weight_matrix
+from condiquant_plugin.uniform.grid import Grid
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,8 @@ class LayerProblem:
     geometry: LayerGeometry = LayerGeometry()
     row_blocks: int = 1
     """Blocks of rows that are matrices of their own: 3 for a fused qkv."""
+    grid: Grid | None = None
+    """Levels that the weight will be rounded to, of a shape that broadcasts against it."""
 
 
 class WeightForm(ABC):

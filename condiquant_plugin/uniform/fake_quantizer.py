@@ -6,7 +6,7 @@ While a model is traced it calls the operator ``condiquant::fake_quantize``, whi
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from condiquant_plugin.errors import check_finite
+from condiquant_plugin.errors import InputError, check_finite
+from condiquant_plugin.forward_pass import run
 from condiquant_plugin.uniform import bounds, grid
 from condiquant_plugin.uniform.sampling import Sample
 
@@ -212,6 +213,10 @@ class FakeQuantizer(nn.Module):
         lower, upper = lower.detach(), upper.detach()
         return grid.snap(lower, upper, *self._lattice_keys)
 
+    def levels_of(self, x: Tensor) -> grid.SnappedGrid:
+        """The grid of every entry of ``x``: tensors broadcast against it."""
+        return self.snapped(x).map(lambda t: self.spread(t, x))
+
     def forward(self, x: Tensor) -> Tensor:
         if self.sample is not None:
             self.sample.add(x)
@@ -313,7 +318,7 @@ def fake_quantizers(model: nn.Module) -> dict[str, FakeQuantizer]:
 @torch.no_grad()
 def search_bounds(
     model: nn.Module,
-    crops: Tensor,
+    crops: Tensor | Sequence[Any],
     *,
     quantized_inputs: bool = False,
     batch_size: int | None = None,
@@ -321,13 +326,20 @@ def search_bounds(
     """DOBI for every fake quantizer.
 
     Args:
+        crops: ``(count, channels, height, width)``, or batches that pass one after the other.
         quantized_inputs: search where everything before is quantized, else on the float network. Takes
             one forward pass over all ``crops``, whatever ``batch_size``.
         batch_size: crops in one forward pass, of which a :class:`.sampling.Sample` is
-            taken; ``None`` is one pass over all, of which everything is.
+            taken, as of batches; ``None`` is one pass over all, of which everything is.
+
+    Raises:
+        InputError: NaN or Inf; with ``quantized_inputs``, batches of several sizes.
     """
-    at_once = quantized_inputs or batch_size is None
-    batches = [crops] if at_once else crops.split(batch_size)
+    at_once = quantized_inputs or (isinstance(crops, Tensor) and batch_size is None)
+    if isinstance(crops, Tensor):
+        batches: Sequence[Any] = [crops] if at_once else crops.split(batch_size or len(crops))
+    else:
+        batches = [_joined(crops)] if at_once else crops
     quantizers = list(fake_quantizers(model).values())
     for quantizer in quantizers:
         quantizer.search_on_next_input = True
@@ -336,7 +348,7 @@ def search_bounds(
             quantizer.sample = Sample()
     try:
         for batch in batches:
-            model(batch)
+            run(model, batch)
         for quantizer in quantizers:
             if quantizer.sample:
                 quantizer.search_bounds(quantizer.sample.entries())
@@ -344,3 +356,9 @@ def search_bounds(
     finally:
         for quantizer in quantizers:
             quantizer.enabled, quantizer.sample = True, None
+
+
+def _joined(batches: Sequence[Any]) -> Tensor:
+    if not all(isinstance(b, Tensor) and b.shape[1:] == batches[0].shape[1:] for b in batches):
+        raise InputError('bounds_inputs="quantized" needs images of one size: use "float"')
+    return torch.cat(list(batches))

@@ -12,8 +12,7 @@ from brevitas.nn.mixin.base import QuantLayerMixin
 from torch import Tensor, inference_mode, nn
 
 from condiquant_brevitas.layers import QUANT_LAYERS, Layer, find_layers
-from condiquant_brevitas.mode import condiquant_mode
-from condiquant_brevitas.moments_hook import has_weight_quantizer, layer_geometry
+from condiquant_brevitas.moments_hook import has_weight_quantizer
 from condiquant_brevitas.products import ProductOperand, insert_stubs
 from condiquant_brevitas.quantizers import (
     LearnedBoundsActPerTensor,
@@ -21,20 +20,19 @@ from condiquant_brevitas.quantizers import (
     LearnedBoundsWeightPerTensor,
 )
 from condiquant_plugin import distillation
+from condiquant_plugin.calibration import calibrate
 from condiquant_plugin.configuration import QuantizationConfig, check_reconditioning
-from condiquant_plugin.errors import InputError, check_count
+from condiquant_plugin.errors import InputError, check_count, check_finite
 from condiquant_plugin.intake import (
     image_batch,
     plain_float_copy,
     rebuilt_parameters,
     refuse_rebuilt,
 )
-from condiquant_plugin.layerwise.problem import LayerReport, fused_blocks
-from condiquant_plugin.methods.condiquant.reconditioning import (
-    ReconditioningConfig,
-    unchanged,
-)
-from condiquant_plugin.uniform.fake_quantizer import FakeQuantizer, search_bounds
+from condiquant_plugin.layerwise.blocks import module_geometry
+from condiquant_plugin.layerwise.problem import fused_blocks
+from condiquant_plugin.layerwise.quantized import QuantizedLayer
+from condiquant_plugin.uniform.fake_quantizer import FakeQuantizer
 from condiquant_plugin.uniform.sampling import BOUNDS_CROPS
 
 _WEIGHT_QUANTIZERS = {
@@ -51,10 +49,11 @@ def quantize_sr(
     *,
     bounds_crops: int = BOUNDS_CROPS,
     batch_size: int = 1,
+    held_out: Tensor | None = None,
     name_blacklist: Collection[str] = (),
     **settings: Any,
 ) -> nn.Module:
-    """CondiQuant before distillation: stubs at attention products, reconditioning, learned bounds.
+    """CondiQuant before distillation: stubs at attention products, bounds, reconditioning, rounding.
 
     Layers become Brevitas' ``QuantLinear``, ``QuantConv2d`` and ``QuantConvTranspose2d``; the factors of a
     product pass ``QuantIdentity`` modules in ``product_stubs`` of the module that computes it; a fused
@@ -69,14 +68,16 @@ def quantize_sr(
             :class:`condiquant_plugin.configuration.QuantizationConfig`
         bounds_crops (int): How many crops the bounds are searched on. Default: 32
         batch_size (int): Crops in one forward pass. More than one may be faster on a GPU, but takes another
-            sample for the bounds and rounds otherwise than NNCF's pipeline. Default: 1
+            sample for the bounds. Default: 1
+        held_out (Optional, Tensor): Crops on which ``recondition="auto"`` chooses. Default: every eighth
+            of the calibration
         name_blacklist (Collection[str]): Layers, or modules with all they hold, to leave float.
         **settings: Keys of the config by name, such as ``weight_bits=3``; ``reconditioning`` is its
             ``recondition``.
 
     Returns:
         The quantized network, with ``report``: a :class:`LayerReport` by name for every layer in scope
-        that has a weight.
+        that has a weight, and ``calibration``: what was chosen, and why.
 
     Raises:
         InputError: no crops; bits outside 2-8; counts below 1; a scope without layers; NaN or Inf
@@ -99,6 +100,7 @@ def quantize_sr(
     check_count("bounds_crops", bounds_crops)
     check_count("batch_size", batch_size)
     calibration = image_batch(calibration)
+    unseen = () if held_out is None else image_batch(held_out).split(1)
     model = plain_float_copy(model)
     _check_is_float(model)
     rebuilt = rebuilt_parameters(model, lambda network: network(calibration[:1]))
@@ -131,14 +133,21 @@ def quantize_sr(
     model = _with_quantizers(model, layers, weight_quantizer, weights, inputs)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(trained.get(name, True))
-    recondition = config.reconditioning()
     scoped = [layer.name for layer in layers if layer.in_scope and not layer.product]
-    if recondition is None or not scoped:
-        report = {name: _unchanged(model, name) for name in scoped}
-    else:
-        report = _recondition(model, calibration, recondition, outside, bounds_crops, batch_size)
-    search_bounds(model, calibration[:bounds_crops], batch_size=batch_size)
-    model.report = {name: report[name] for name in scoped}  # type: ignore[assignment]
+    for layer in layers:  # before they spoil the inputs of others
+        if not layer.product:
+            check_finite(_layer(model, layer.name).weight, f"the weight of {layer.name}")
+    found = calibrate(
+        model,
+        [_quantized_layer(model, name) for name in dict.fromkeys(scoped)],
+        calibration.split(1),
+        config,
+        bounds_images=bounds_crops,
+        batch_size=batch_size,
+        unseen=unseen,
+    )
+    model.report = {report.name: report for report in found.reports}  # type: ignore[assignment]
+    model.calibration = found  # type: ignore[assignment]
     return model
 
 
@@ -199,27 +208,19 @@ def _with_quantizers(
     return layerwise_quantize(model, layer_map, name_blacklist=left)
 
 
-def _unchanged(model: nn.Module, name: str) -> LayerReport:
-    layer: Any = model.get_submodule(name)
-    return unchanged(name, layer.weight, layer_geometry(layer), fused_blocks(name, _rows(layer)))
+def _layer(model: nn.Module, name: str) -> Any:
+    """The layer of a name, whose attributes depend on its kind."""
+    return model.get_submodule(name)
 
 
-def _recondition(
-    model: nn.Module,
-    calibration: Tensor,
-    settings: ReconditioningConfig,
-    outside: Collection[str],
-    bounds_crops: int,
-    batch_size: int,
-) -> dict[str, LayerReport]:
-    """Exchange the weights of the quantized layers that are in scope."""
-    if settings.needs_quantized_inputs:
-        search_bounds(model, calibration[:bounds_crops], batch_size=batch_size)
-    mode = condiquant_mode(
-        model, config=settings, update_bias=True, name_blacklist=outside, create_weight_orig=False
+def _quantized_layer(model: nn.Module, name: str) -> QuantizedLayer:
+    layer = _layer(model, name)
+    return QuantizedLayer(
+        name,
+        layer.weight,
+        layer.bias,
+        layer.weight_quant.tensor_quant.quantizer,
+        (layer.input_quant.fused_activation_quant_proxy.tensor_quant.quantizer,),
+        module_geometry(layer),
+        fused_blocks(name, _rows(layer)) if isinstance(layer, nn.Linear) else 1,
     )
-    with mode:
-        for batch in calibration.split(batch_size):
-            mode.model(batch)
-        mode.update()
-    return mode.report

@@ -8,7 +8,8 @@ except ModuleNotFoundError as error:
     raise MissingExtraError("condiquant_nncf", "NNCF", "nncf") from error
 
 from condiquant_nncf.algorithms.condiquant import CondiQuant
-from condiquant_nncf.algorithms.learned_bounds import InputBounds, LearnedBoundsQuantization
+from condiquant_nncf.algorithms.input_bounds import InputBounds
+from condiquant_nncf.algorithms.learned_bounds import LearnedBoundsQuantization
 from condiquant_nncf.algorithms.statistics import collect_moments
 from condiquant_nncf.backends.torch import wrap
 from condiquant_nncf.configuration import QuantizationConfig

@@ -47,7 +47,7 @@ class Layer:
 
     def rows_first(self, weight: Tensor) -> Tensor:
         """The weight as :mod:`condiquant_plugin.layerwise.moments` takes it, and back."""
-        return weight.mT.contiguous() if self.weight_transposed else weight
+        return weight.mT.contiguous() if self.weight_transposed and weight.ndim else weight
 
     def features_last(self, x: Tensor, port: int) -> Tensor:
         """What arrives at ``port`` in the order of the product."""

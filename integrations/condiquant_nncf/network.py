@@ -2,36 +2,29 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
+from typing import Any
 
-import nncf
 import torch
-from nncf.quantization.algorithms.pipeline import Pipeline
 from nncf.torch.function_hook.nncf_graph.nncf_graph_builder import GraphModelWrapper
 from torch import Tensor, nn
 
-from condiquant_nncf.algorithms.condiquant import recondition
-from condiquant_nncf.algorithms.learned_bounds import (
-    InputBounds,
-    LearnedBoundsQuantization,
-    create_quantizers,
-)
-from condiquant_nncf.algorithms.statistics import collect_moments
-from condiquant_nncf.backends.base import CondiQuantAlgoBackend
+from condiquant_nncf.algorithms.input_bounds import create_quantizers
 from condiquant_nncf.backends.choose import get_algo_backend
-from condiquant_nncf.backends.torch import prepare, wrap
+from condiquant_nncf.backends.torch import prepare
 from condiquant_nncf.configuration import QuantizationConfig
 from condiquant_nncf.layer import Layer
-from condiquant_plugin.errors import InputError, check_count
+from condiquant_plugin.calibration import Calibration, calibrate
+from condiquant_plugin.errors import InputError, check_count, check_finite
 from condiquant_plugin.intake import image_batch, plain_float_copy
 from condiquant_plugin.layerwise import distributed
 from condiquant_plugin.layerwise.problem import LayerReport
-from condiquant_plugin.methods.condiquant import reconditioning
-from condiquant_plugin.methods.condiquant.reconditioning import ReconditioningConfig
-from condiquant_plugin.uniform.fake_quantizer import FakeQuantizer, fake_quantizers, search_bounds
+from condiquant_plugin.layerwise.quantized import QuantizedLayer
+from condiquant_plugin.uniform.fake_quantizer import fake_quantizers
 from condiquant_plugin.uniform.sampling import BOUNDS_CROPS
 
 
@@ -42,8 +35,17 @@ class QuantizedNetwork:
     model: nn.Module
     """The network with fake quantizers in NNCF's hooks; a normal module otherwise."""
     layers: list[Layer]
-    reports: list[LayerReport]
-    seconds: dict[str, float]
+    calibration: Calibration
+
+    @property
+    def reports(self) -> list[LayerReport]:
+        """What became of the weights of the layers in scope."""
+        return self.calibration.reports
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """By stage."""
+        return self.calibration.seconds
 
 
 def trainable_weights(model: nn.Module, layers: Sequence[Layer]) -> list[nn.Parameter]:
@@ -61,8 +63,9 @@ def quantize_network(
     *,
     bounds_crops: int = BOUNDS_CROPS,
     batch_size: int = 1,
+    held_out: Tensor | None = None,
 ) -> QuantizedNetwork:
-    """CondiQuant before distillation: recondition the weights, then search bounds.
+    """CondiQuant before distillation: search bounds, recondition the weights and round them.
 
     Under ``torch.distributed`` all processes call this with the same network, crops and config. They
     share the work, and each returns the same model, bit for bit.
@@ -73,7 +76,8 @@ def quantize_network(
             :func:`condiquant_plugin.intake.image_batch` makes them of.
         bounds_crops: how many of them the bounds are searched on.
         batch_size: crops in one forward pass. More than one may be faster on a GPU, but takes another
-            sample for the bounds and rounds otherwise than :func:`create_condiquant_pipeline`.
+            sample for the bounds.
+        held_out: inputs on which ``recondition="auto"`` chooses; without them every eighth of ``crops``.
 
     Raises:
         InputError: no crops, or of a size that the network does not take; bits
@@ -83,27 +87,64 @@ def quantize_network(
     """
     check_count("bounds_crops", bounds_crops)
     check_count("batch_size", batch_size)
-    seconds = {"gram": 0.0, "recondition": 0.0, "bounds": 0.0}
     with distributed.failing_together("reading the network"):
-        crops = image_batch(crops, takes=partial(_takes, network))
-        _check_runs(plain_float_copy(network), crops[:1])
-        wrapped = prepare(network, crops[:1])
+        takes = partial(_takes, network)
+        images = image_batch(crops, takes=takes).split(1)
+        unseen = () if held_out is None else image_batch(held_out, takes=takes).split(1)
+        _check_runs(plain_float_copy(network), images[0])
+        wrapped = prepare(network, images[0])
+    return calibrate_wrapped(
+        wrapped,
+        images,
+        config,
+        bounds_images=bounds_crops,
+        batch_size=batch_size,
+        unseen=unseen,
+    )
+
+
+def calibrate_wrapped(
+    wrapped: GraphModelWrapper,
+    images: Sequence[Any],
+    config: QuantizationConfig,
+    **arguments: Any,
+) -> QuantizedNetwork:
+    """:func:`condiquant_plugin.calibration.calibrate` of the network inside ``wrapped``, in place."""
+    with distributed.failing_together("reading the network"):
         layers = config.find_layers(wrapped)
-    bounds_batches = crops[:bounds_crops].split(batch_size)
-    scoped = [layer for layer in layers if layer.in_scope]
-    settings = config.reconditioning()
-    if settings is None:
-        with distributed.failing_together("reading the weights"):
-            reports = _condition_numbers(get_algo_backend(wrapped), scoped)
-    else:
-        quantizers: Mapping[str, FakeQuantizer] | None = None
-        if settings.needs_quantized_inputs:
-            quantizers = _input_bounds(wrapped, scoped, config, bounds_batches, seconds)
-        reports = _recondition(
-            wrapped, scoped, crops.split(batch_size), settings, quantizers, seconds
+        for layer in layers:  # before they spoil the inputs of others
+            if layer.weight_node is not None:
+                check_finite(get_algo_backend(wrapped).weight(layer), f"the weight of {layer.name}")
+    model = insert_quantizers(wrapped, layers, config)
+    found = calibrate(model, quantized_layers(model, layers), images, config, **arguments)
+    return QuantizedNetwork(model, layers, found)
+
+
+def quantized_layers(model: nn.Module, layers: Sequence[Layer]) -> list[QuantizedLayer]:
+    """Layers in scope with a weight as the core sees them, those that share one as one."""
+    tensors = dict(chain(model.named_parameters(), model.named_buffers()))
+    quantizers = {q.name: q for q in fake_quantizers(model).values()}
+    uses: dict[str, list[Layer]] = defaultdict(list)
+    for layer in layers:
+        if layer.in_scope and layer.weight_name is not None:
+            uses[layer.weight_name].append(layer)
+    return [
+        QuantizedLayer(
+            first.name,
+            tensors[weight],
+            tensors[first.bias_name] if first.bias_name else None,
+            quantizers[f"{first.name}.weight"],
+            tuple(
+                quantizers[layer.input_name(layer.activation_ports[0])]
+                for layer in (first, *others)
+            ),
+            first.geometry,
+            first.row_blocks,
+            first.weight_transposed,
+            bool(first.transposed_inputs),
         )
-    model = _with_bounds(wrapped, layers, config, bounds_batches, seconds)
-    return QuantizedNetwork(model, layers, reports, seconds)
+        for weight, (first, *others) in uses.items()
+    ]
 
 
 @torch.no_grad()
@@ -128,78 +169,6 @@ def _check_runs(network: nn.Module, crop: Tensor) -> None:
         ) from error
 
 
-def _with_bounds(
-    wrapped: GraphModelWrapper,
-    layers: Sequence[Layer],
-    config: QuantizationConfig,
-    batches: Sequence[Tensor],
-    seconds: dict[str, float],
-) -> nn.Module:
-    """Put quantizers into ``wrapped``, with bounds that are the same in all processes."""
-    started = time.perf_counter()
-    with distributed.failing_together("searching bounds"):
-        if config.bounds_inputs == "quantized":
-            model = insert_quantizers(wrapped, layers, config)
-            search_bounds(model, torch.cat(list(batches)), quantized_inputs=True)
-        else:
-            algorithm = LearnedBoundsQuantization(config, subset_size=len(batches))
-            model = Pipeline([[algorithm]]).run(wrapped, nncf.Dataset(batches)).model
-    distributed.broadcast_bounds(model)
-    seconds["bounds"] += time.perf_counter() - started
-    return model
-
-
-def _input_bounds(
-    wrapped: GraphModelWrapper,
-    layers: Sequence[Layer],
-    config: QuantizationConfig,
-    batches: Sequence[Tensor],
-    seconds: dict[str, float],
-) -> dict[str, FakeQuantizer]:
-    """Input quantizer of every layer with a weight, by layer name; ``wrapped`` stays as it is."""
-    if config.bounds_inputs == "quantized":
-        as_trained = wrap(wrapped.model, wrapped.example_input)
-        return input_quantizers(_with_bounds(as_trained, layers, config, batches, seconds))
-    started = time.perf_counter()
-    with distributed.failing_together("searching bounds"):
-        algorithm = InputBounds(config, subset_size=len(batches))
-        Pipeline([[algorithm]]).run(wrapped, nncf.Dataset(batches))
-    distributed.broadcast_bounds(nn.ModuleList(algorithm.quantizers.values()))
-    seconds["bounds"] += time.perf_counter() - started
-    return algorithm.quantizers
-
-
-def _recondition(
-    wrapped: GraphModelWrapper,
-    layers: Sequence[Layer],
-    batches: Sequence[Tensor],
-    settings: ReconditioningConfig,
-    quantizers: Mapping[str, FakeQuantizer] | None,
-    seconds: dict[str, float],
-) -> list[LayerReport]:
-    """Replace the weights inside ``wrapped``."""
-    started = time.perf_counter()
-    moments = collect_moments(wrapped, layers, batches, quantizers, settings.moments_dtype)
-    seconds["gram"] += time.perf_counter() - started
-    started = time.perf_counter()
-    _, reports = recondition(get_algo_backend(wrapped), layers, moments, settings, shared=True)
-    seconds["recondition"] += time.perf_counter() - started
-    return reports
-
-
-def _condition_numbers(
-    backend: CondiQuantAlgoBackend, layers: Sequence[Layer]
-) -> list[LayerReport]:
-    reports: list[LayerReport] = []
-    for layer in layers:
-        if layer.weight_name is not None and not layer.reuses_weight:
-            weight = layer.rows_first(backend.weight(layer))
-            reports.append(
-                reconditioning.unchanged(layer.name, weight, layer.geometry, layer.row_blocks)
-            )
-    return reports
-
-
 def insert_quantizers(
     wrapped: GraphModelWrapper, layers: Sequence[Layer], config: QuantizationConfig
 ) -> nn.Module:
@@ -213,9 +182,3 @@ def insert_quantizers(
     placed = list(create_quantizers(backend, list(layers), config))
     model: nn.Module = backend.insert_quantizers(placed).model
     return model
-
-
-def input_quantizers(model: nn.Module) -> dict[str, FakeQuantizer]:
-    """Input quantizer of every layer with a weight, by layer name."""
-    named = {q.name: q for q in fake_quantizers(model).values()}
-    return {n.removesuffix(".input"): q for n, q in named.items() if n.endswith(".input")}

@@ -6,6 +6,8 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import islice
 from typing import Any, Literal
 
 import nncf
@@ -17,12 +19,19 @@ from nncf.quantization.algorithms.pipeline import Pipeline, PipelineStep
 from nncf.quantization.algorithms.post_training.pipeline import create_ptq_pipeline
 
 from condiquant_nncf.algorithms.condiquant import CondiQuant
-from condiquant_nncf.algorithms.learned_bounds import InputBounds, LearnedBoundsQuantization
-from condiquant_nncf.algorithms.pipeline import CalibrationPipeline
+from condiquant_nncf.algorithms.input_bounds import InputBounds
+from condiquant_nncf.algorithms.learned_bounds import LearnedBoundsQuantization
+from condiquant_nncf.algorithms.moments import InputMoments
+from condiquant_nncf.algorithms.pipeline import CalibrationPipeline, SingleImages
 from condiquant_nncf.backends.choose import check_backend
+from condiquant_nncf.backends.torch import as_float32
+from condiquant_nncf.backends.torch import prepare as wrap_checked
 from condiquant_nncf.configuration import QuantizationConfig
-from condiquant_plugin.configuration import Granularity
+from condiquant_nncf.network import calibrate_wrapped
+from condiquant_plugin.calibration import candidates
+from condiquant_plugin.configuration import Granularity, Rounding
 from condiquant_plugin.errors import InputError, check_count
+from condiquant_plugin.forward_pass import run
 from condiquant_plugin.layerwise.problem import LayerReport
 from condiquant_plugin.layerwise.scope import Scope
 from condiquant_plugin.methods.condiquant.reconditioning import ReconditioningConfig
@@ -50,6 +59,8 @@ class AdvancedCondiQuantParameters:
     """``None`` is whether ``target_device`` is the NPU."""
     overflow: Overflow = QuantizationConfig.overflow
     """Only ``then="bounds"``: NNCF's int8 has ``overflow_fix``."""
+    rounding: Rounding = QuantizationConfig.rounding
+    """Only ``then="bounds"``."""
     nncf: AdvancedQuantizationParameters | None = None
     """NNCF's own, for ``then="minmax"``."""
     bounds_crops: int = BOUNDS_CROPS
@@ -64,13 +75,15 @@ def create_condiquant_pipeline(
     then: Then | None = "bounds",
     **ptq_arguments: Any,
 ) -> Pipeline:
-    """Steps: :class:`InputBounds` where the objective needs it, :class:`CondiQuant`, and what follows.
+    """Steps: :class:`InputBounds`, :class:`InputMoments`, :class:`CondiQuant`, and what follows.
 
     Batches of images in the dataset pass the network one image at a time in our steps, as in
-    :func:`quantize_network`.
+    :func:`quantize_network`. ``recondition="auto"`` tries the weights as trained and least squares, and
+    keeps what is closer to the float model on every eighth image, held out from the rest; least squares in
+    sequence needs a torch model: :func:`quantize` tries it there too.
 
     Args:
-        config: for all steps; ``recondition=None`` leaves out the first two.
+        config: for all steps; ``recondition=None`` leaves out :class:`CondiQuant`.
         subset_size: calibration images to use; NNCF's steps count items.
         bounds_crops: how many of them the bounds are searched on.
         then: ``"bounds"`` ends with :class:`LearnedBoundsQuantization`, ``"minmax"`` with the steps of
@@ -83,22 +96,39 @@ def create_condiquant_pipeline(
     check_count("subset_size", subset_size)
     check_count("bounds_crops", bounds_crops)
     config = config or QuantizationConfig()
-    steps: list[PipelineStep] = []
     following: list[PipelineStep] = []
-    bounds_size = min(subset_size, bounds_crops)
-    settings = config.reconditioning()
-    if settings is not None:
-        bounds = None
-        if settings.needs_quantized_inputs:
-            bounds = InputBounds(config, subset_size=bounds_size)
-            steps.append([bounds])
-        steps.append([CondiQuant(config, subset_size=subset_size, input_bounds=bounds)])
+    if then == "minmax":
+        following = create_ptq_pipeline(subset_size=subset_size, **ptq_arguments).pipeline_steps
+    bounds = InputBounds(config, subset_size=min(subset_size, bounds_crops))
+    moments = InputMoments(config, subset_size=subset_size, input_bounds=bounds)
+    collecting: list[PipelineStep] = [[bounds], [moments]]
+
+    def reconditioning(settings: ReconditioningConfig | None) -> list[PipelineStep]:
+        if settings is None:
+            return []
+        own = replace(config, recondition=settings)
+        given = {"input_bounds": bounds, "moments": moments} if collecting else {}
+        return [[CondiQuant(own, subset_size=subset_size, **given)]]  # type: ignore[arg-type]
+
+    ways: dict[str, list[PipelineStep]]
     if then == "bounds":
-        steps.append([LearnedBoundsQuantization(config, subset_size=bounds_size)])
-    elif then == "minmax":
-        ptq = create_ptq_pipeline(subset_size=subset_size, **ptq_arguments)
-        following = ptq.pipeline_steps
-    return CalibrationPipeline(steps, following)
+        tried = candidates(config, sequences=False)
+        if config.rounding == "nearest" and not any(each.settings for each in tried):
+            collecting.pop()
+        quantization = partial(LearnedBoundsQuantization, config, input_bounds=bounds)
+        ways = {
+            each.name: [
+                *reconditioning(each.settings),
+                [quantization(moments=moments if len(collecting) > 1 else None)],
+            ]
+            for each in tried
+        }
+    else:
+        settings = config.reconditioning()
+        if settings is None or not settings.needs_quantized_inputs:
+            collecting = []
+        ways = {"": reconditioning(settings)}
+    return CalibrationPipeline(collecting, ways, following, subset_size=subset_size)
 
 
 @torch.inference_mode(False)
@@ -151,6 +181,8 @@ def quantize(
     if then not in ("bounds", "minmax"):
         raise InputError(f'then={then!r} is not known: use "bounds" or "minmax"')
     check_count("subset_size", subset_size)
+    if isinstance(advanced_parameters, AdvancedCondiQuantParameters):
+        check_count("bounds_crops", advanced_parameters.bounds_crops)
     stock = {
         "mode": mode,
         "preset": preset,
@@ -179,6 +211,7 @@ def quantize(
         activation_side=ours.activation_side,
         zero_on_grid=npu if ours.zero_on_grid is None else ours.zero_on_grid,
         overflow=ours.overflow,
+        rounding=ours.rounding,
         recondition=ours.recondition,
     )
     result, found = _run(model, calibration_dataset, config, then, subset_size, ours.bounds_crops)
@@ -211,6 +244,7 @@ def _warn_of_unused(
             "other_bits": ours.other_bits is not None,
             "weight_granularity": ours.weight_granularity != default.weight_granularity,
             "overflow": ours.overflow != default.overflow,
+            "rounding": ours.rounding != default.rounding,
         }
     unused = [name for name, is_given in given.items() if is_given]
     if unused:
@@ -229,6 +263,12 @@ def _run(
     """Our part: a quantized model, or for ``"minmax"`` a reconditioned one."""
     kind = check_backend(model)
     example = _first_item(dataset)
+    if kind is BackendType.TORCH and then == "bounds":
+        wrapped = wrap_checked(model, example)
+        images = list(islice(SingleImages(_in_float32(dataset)).get_inference_data(), subset_size))
+        with _readable_errors():
+            done = calibrate_wrapped(wrapped, images, config, bounds_images=bounds_crops)
+        return done.model, done.reports
     pipeline = create_condiquant_pipeline(
         config,
         subset_size=subset_size,
@@ -242,14 +282,14 @@ def _run(
             prepared = prepare(model, split_attention=then == "bounds")
             result = finish(pipeline.run(prepared, dataset), _described(config))
         else:
-            from condiquant_nncf.backends.torch import as_float32
-            from condiquant_nncf.backends.torch import prepare as wrap_checked
-
-            transform = dataset._transform_func or (lambda item: item)
-            items = nncf.Dataset(dataset._data_source, lambda item: as_float32(transform(item)))
-            result = pipeline.run(wrap_checked(model, example), items).model
-    algorithms = [algorithm for step in pipeline.pipeline_steps for algorithm in step]
+            result = pipeline.run(wrap_checked(model, example), _in_float32(dataset)).model
+    algorithms = [algorithm for step in pipeline.steps_taken() for algorithm in step]
     return result, [r for a in algorithms if isinstance(a, CondiQuant) for r in a.reports]
+
+
+def _in_float32(dataset: nncf.Dataset) -> nncf.Dataset:
+    transform = dataset._transform_func or (lambda item: item)
+    return nncf.Dataset(dataset._data_source, lambda item: as_float32(transform(item)))
 
 
 def _described(config: QuantizationConfig) -> dict[str, Any]:
@@ -281,7 +321,8 @@ def _readable_errors() -> Iterator[None]:
     except InputError:
         raise
     except Exception as error:
-        if not any(frame.name == "infer" for frame in traceback.extract_tb(error.__traceback__)):
+        frames = traceback.extract_tb(error.__traceback__)
+        if not any(frame.name in ("infer", run.__name__) for frame in frames):
             raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[-1].strip()
         raise InputError(

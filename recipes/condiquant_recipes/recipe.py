@@ -132,7 +132,9 @@ class ReconditionSection(_Reconditioning):
 
     enabled: bool = True
     objective: Literal["auto", Objective] = "auto"  # type: ignore[assignment]
-    """``auto`` is what measured best at the bit-width; ``condition`` is the paper's."""
+    """``auto`` without other keys: what does best on held-out crops, of the weights as trained and least
+    squares, also in sequence (``inputs=compressed``). With other keys: least squares. ``condition`` is the
+    paper's."""
 
     def given(self) -> dict[str, Any]:
         """What is given, or has one default for all bit-widths."""

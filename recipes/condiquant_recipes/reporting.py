@@ -28,7 +28,10 @@ def run_table(metrics: Mapping[str, Any]) -> Table:
     table.title = f"{metrics['model']} x{metrics['scale']}"
     before, after = condition_medians(metrics)
     size = metrics["ir"]["bin_bytes"] + metrics["ir"]["xml_bytes"]
+    chosen = metrics["weights"]
+    others = ", ".join(f"{n} {db:.2f} dB" for n, db in chosen["fidelity_db"].items())
     table.caption = (
+        f"weights: {chosen['chosen']}" + (f" (held-out crops: {others})" if others else "") + "; "
         f"condition number, median {before:.0f} -> {after:.0f}; "
         f"IR {metrics['ir']['bin_bytes'] / 1024:.0f} KiB .bin, {size / 1024:.0f} KiB with .xml; "
         f"IR against simulation: layers within {metrics['ir']['parity_layer_max']:.0e}, "

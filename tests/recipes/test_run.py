@@ -163,7 +163,7 @@ def test_without_a_console_nothing_is_shown(make_job, capfd):
     run_recipe(
         load_recipe(job.write()), job.data, job.folder / "loud", progress=Progress(Console())
     )
-    assert "reconditioning weights" in capfd.readouterr().out
+    assert "reconditioning and rounding weights" in capfd.readouterr().out
 
 
 def test_a_new_run_drops_what_an_older_one_left(finished_job):

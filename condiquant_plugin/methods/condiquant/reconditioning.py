@@ -37,6 +37,8 @@ from condiquant_plugin.methods.condiquant import spectrum
 
 Objective = Literal["condition", "least_squares"]
 Proxy = Literal["spread", "log_condition"]
+Inputs = Literal["original", "compressed"]
+"""Whose values a layer is solved on: the float network's, or the compressed network's up to that layer."""
 
 
 @dataclass(frozen=True)
@@ -56,10 +58,19 @@ class ReconditioningConfig:
     proxy: Proxy = "spread"
     damping: float = 1e-1
     """Pull towards ``W0`` in units of the mean input energy (``least_squares``)."""
+    inputs: Inputs = "original"
+    """``"compressed"``: one layer after the other, each made to give what it gives in the float network
+    (``least_squares``). For chains of convolutions; :func:`condiquant_nncf.quantize_network`, ``quantize``
+    of a torch model and :func:`condiquant_brevitas.quantize_sr` do it."""
 
     def __post_init__(self) -> None:
         check_choice("objective", self.objective, get_args(Objective))
         check_choice("proxy", self.proxy, get_args(Proxy))
+        check_choice("inputs", self.inputs, get_args(Inputs))
+        if self.inputs == "compressed" and self.objective != "least_squares":
+            raise InputError(
+                f'inputs="compressed" has no effect with objective={self.objective}: leave it out'
+            )
         check_count("steps", self.steps)
         for name in ("strength", "output_tolerance", "damping"):
             value = getattr(self, name)
@@ -94,7 +105,7 @@ class ReconditioningConfig:
 
 KEYS_OF_OBJECTIVE: dict[Objective, tuple[str, ...]] = {
     "condition": ("strength", "output_tolerance", "steps", "proxy"),
-    "least_squares": ("damping",),
+    "least_squares": ("damping", "inputs"),
 }
 """The settings that have an effect with one objective alone."""
 

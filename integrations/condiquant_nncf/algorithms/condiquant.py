@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from statistics import median
 from typing import Any
 
@@ -17,14 +16,13 @@ from nncf.common.tensor_statistics.statistic_point import StatisticPointsContain
 from nncf.common.utils.backend import BackendType
 from nncf.quantization.algorithms.algorithm import Algorithm
 
-from condiquant_nncf.algorithms.learned_bounds import InputBounds
-from condiquant_nncf.algorithms.statistics import collected, moments_branch, statistic_points
+from condiquant_nncf.algorithms.input_bounds import InputBounds
+from condiquant_nncf.algorithms.moments import InputMoments
 from condiquant_nncf.backends.base import CondiQuantAlgoBackend
 from condiquant_nncf.backends.choose import AVAILABLE_BACKENDS, get_algo_backend, get_float_backend
 from condiquant_nncf.configuration import QuantizationConfig
 from condiquant_nncf.layer import Layer
 from condiquant_plugin.errors import InputError
-from condiquant_plugin.layerwise import distributed
 from condiquant_plugin.layerwise.moments import Moments
 from condiquant_plugin.layerwise.problem import (
     LayerProblem,
@@ -33,7 +31,7 @@ from condiquant_plugin.layerwise.problem import (
     Solution,
     block_shape,
 )
-from condiquant_plugin.methods.condiquant.reconditioning import ReconditioningConfig
+from condiquant_plugin.uniform.grid import Grid
 
 
 class CondiQuant(Algorithm):
@@ -47,9 +45,10 @@ class CondiQuant(Algorithm):
         subset_size: calibration items to use.
         input_bounds: an :class:`InputBounds` in an earlier step of the same pipeline, which the
             objective ``least_squares`` needs; :func:`create_condiquant_pipeline` puts it there.
+        moments: an :class:`InputMoments` in an earlier step, instead of collecting them here.
 
     Raises:
-        InputError: ``least_squares`` without ``input_bounds``.
+        InputError: ``least_squares`` without ``input_bounds``; ``inputs="compressed"``.
     """
 
     def __init__(
@@ -58,6 +57,7 @@ class CondiQuant(Algorithm):
         *,
         subset_size: int = 300,
         input_bounds: InputBounds | None = None,
+        moments: InputMoments | None = None,
     ) -> None:
         config = config or QuantizationConfig()
         settings = config.reconditioning()
@@ -70,9 +70,17 @@ class CondiQuant(Algorithm):
                 'objective="least_squares" needs bounds of the inputs: use create_condiquant_pipeline(), '
                 'or objective="condition"'
             )
+        if settings.inputs == "compressed":
+            raise InputError(
+                'inputs="compressed" needs a torch model that can stand still: use quantize() or '
+                'quantize_network(), or inputs="original"'
+            )
         self._config, self._settings = config, settings
-        self._subset_size, self._input_bounds = subset_size, input_bounds
-        self._algorithm_key = f"CondiQuant_{hash(self)}"
+        self._is_given = moments is not None
+        bounds = input_bounds if settings.needs_quantized_inputs else None
+        self._moments = moments or InputMoments(
+            config, subset_size=subset_size, input_bounds=bounds
+        )
         self.reports: list[LayerReport] = []
         """What became of every layer in the last run."""
 
@@ -87,18 +95,10 @@ class CondiQuant(Algorithm):
         Raises:
             InputError: a quantized model, or one without a layer in scope.
         """
-        backend = get_float_backend(model, graph)
-        layers, quantizers = self._layers(backend), None
-        if self._settings.needs_quantized_inputs:
-            assert self._input_bounds is not None
-            quantizers = self._input_bounds.quantizers
-            missing = [layer.name for layer in layers if layer.name not in quantizers]
-            if missing:
-                raise InputError(
-                    f"no input bounds for {missing[0]}: give InputBounds the same config"
-                )
-        branch = moments_branch(quantizers, self._subset_size, self._settings.moments_dtype)
-        return statistic_points(backend, layers, branch, self._algorithm_key)
+        if self._is_given:
+            get_float_backend(model, graph)
+            return StatisticPointsContainer()
+        return self._moments.get_statistic_points(model, graph)
 
     def apply(
         self,
@@ -108,54 +108,47 @@ class CondiQuant(Algorithm):
         dataset: nncf.Dataset | None = None,
     ) -> Any:
         """The model with reconditioned weights; :attr:`reports` says what changed."""
-        assert statistic_points is not None
+        if not self._is_given:
+            self._moments.apply(model, graph, statistic_points)
         backend = get_algo_backend(model, graph)
-        layers = self._layers(backend)
-        moments = {
-            layer.name: collected(
-                statistic_points, backend, layer, layer.activation_ports[0], self._algorithm_key
-            )
-            for layer in layers
-        }
+        moments = self._moments.moments
+        layers = [layer for layer in self._config.find_layers(backend) if layer.name in moments]
         model, self.reports = recondition(backend, layers, moments, self._settings)
         nncf_logger.info(_summary(self.reports))
         return model
-
-    def _layers(self, backend: CondiQuantAlgoBackend) -> list[Layer]:
-        layers = self._config.find_layers(backend)
-        return [layer for layer in layers if layer.in_scope and layer.weight_name is not None]
 
 
 def recondition(
     backend: CondiQuantAlgoBackend,
     layers: Sequence[Layer],
     moments: Mapping[str, Moments],
-    settings: ReconditioningConfig,
-    *,
-    shared: bool = False,
+    method: Method,
+    grids: Mapping[str, Grid] | None = None,
 ) -> tuple[Any, list[LayerReport]]:
     """Solve all layers with a weight, equal shapes in one batch, and put the weights into the model.
 
     Args:
-        shared: split the layers among the processes of ``torch.distributed``, where all must call this
-            with equal moments.
+        grids: levels by layer name, rows first, for methods that round; layers without are left alone.
     """
     uses: dict[str, list[Layer]] = defaultdict(list)
     for layer in layers:
         if layer.weight_name is not None:
             uses[layer.weight_name].append(layer)
-    problems = [_problem(backend, same, moments) for same in uses.values()]
-    solver = partial(_solve, method=settings)
-    solutions = distributed.solve(problems, settings, solver) if shared else solver(problems)
+    kept = [same for same in uses.values() if grids is None or same[0].name in grids]
+    problems = [_problem(backend, same, moments, grids or {}) for same in kept]
+    solutions = _solve(problems, method)
     solved = [
         (same, same[0].rows_first(solution.weight), solution.bias)
-        for same, solution in zip(uses.values(), solutions, strict=True)
+        for same, solution in zip(kept, solutions, strict=True)
     ]
     return backend.update(solved), [solution.report for solution in solutions]
 
 
 def _problem(
-    backend: CondiQuantAlgoBackend, uses: Sequence[Layer], moments: Mapping[str, Moments]
+    backend: CondiQuantAlgoBackend,
+    uses: Sequence[Layer],
+    moments: Mapping[str, Moments],
+    grids: Mapping[str, Grid],
 ) -> LayerProblem:
     """One layer, or several that share their weight: their inputs count together."""
     first = uses[0]
@@ -169,6 +162,7 @@ def _problem(
         total,
         first.geometry,
         first.row_blocks,
+        grids.get(first.name),
     )
 
 
@@ -177,7 +171,7 @@ def _solve(problems: Sequence[LayerProblem], method: Method) -> list[Solution]:
     for problem in problems:
         batches[block_shape(problem)].append(problem)
     solutions: dict[str, Solution] = {}
-    for batch in track(list(batches.values()), description="Reconditioning weights"):
+    for batch in track(list(batches.values()), description="Solving layers"):
         solved = method.solve(batch)
         solutions.update(zip((p.name for p in batch), solved, strict=True))
     return [solutions[problem.name] for problem in problems]

@@ -1,119 +1,33 @@
-"""Fake quantizers with free, learned bounds (DOBI) as algorithms of NNCF."""
+"""Fake quantizers with free, learned bounds (DOBI) as an algorithm of NNCF."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import nncf
 from nncf.common.graph.graph import NNCFGraph
 from nncf.common.logging import nncf_logger
 from nncf.common.tensor_statistics.statistic_point import StatisticPointsContainer
-from nncf.common.utils.backend import BackendType
-from nncf.quantization.algorithms.algorithm import Algorithm
 
-from condiquant_nncf.algorithms.statistics import collected, sample_branch, statistic_points
+from condiquant_nncf.algorithms.condiquant import recondition
+from condiquant_nncf.algorithms.input_bounds import (
+    BoundsAlgorithm,
+    InputBounds,
+    Placed,
+    create_quantizers,
+)
+from condiquant_nncf.algorithms.moments import InputMoments
 from condiquant_nncf.backends.base import CondiQuantAlgoBackend
-from condiquant_nncf.backends.choose import AVAILABLE_BACKENDS, get_algo_backend, get_float_backend
+from condiquant_nncf.backends.choose import get_algo_backend, get_float_backend
 from condiquant_nncf.configuration import QuantizationConfig
-from condiquant_nncf.layer import Layer
-from condiquant_plugin.errors import InputError, check_finite
-from condiquant_plugin.uniform.fake_quantizer import FakeQuantizer
+from condiquant_plugin.errors import InputError
+from condiquant_plugin.layerwise.problem import LayerReport
+from condiquant_plugin.methods.gptq.rounding import GPTQ
+from condiquant_plugin.uniform.grid import Grid
 from condiquant_plugin.uniform.sampling import BOUNDS_CROPS
 
-Placed = tuple[Layer, int | None, FakeQuantizer]
 
-
-class _BoundsAlgorithm(Algorithm):
-    """Searches bounds of layer inputs on a sample of the calibration items."""
-
-    def __init__(
-        self, config: QuantizationConfig | None = None, *, subset_size: int = BOUNDS_CROPS
-    ) -> None:
-        self._config = config or QuantizationConfig()
-        if self._config.bounds_inputs != "float":
-            raise InputError(
-                'bounds_inputs="quantized" is for quantize_network() only: use "float"'
-            )
-        self._subset_size = subset_size
-        self._algorithm_key = f"{type(self).__name__}_{hash(self)}"
-
-    @property
-    def available_backends(self) -> list[BackendType]:
-        """PyTorch and OpenVINO."""
-        return AVAILABLE_BACKENDS
-
-    def get_statistic_points(self, model: Any, graph: NNCFGraph) -> StatisticPointsContainer:
-        """Samples of the layers' inputs.
-
-        Raises:
-            InputError: a quantized model, or one without a layer in scope; NaN or Inf in a weight.
-        """
-        backend = get_float_backend(model, graph)
-        layers = self._layers(backend)
-        for layer in layers:  # before they spoil the inputs of others
-            if layer.weight_node is not None:
-                check_finite(backend.weight(layer), f"the weight of {layer.name}")
-        branch = sample_branch(self._subset_size)
-        return statistic_points(backend, layers, branch, self._algorithm_key)
-
-    def _layers(self, backend: CondiQuantAlgoBackend) -> list[Layer]:
-        return self._config.find_layers(backend)
-
-    def _searched(self, placed: Placed, points: Any, backend: CondiQuantAlgoBackend) -> Placed:
-        layer, port, quantizer = placed
-        if port is None:
-            quantizer.search_bounds(backend.weight(layer))
-        else:
-            sample = collected(points, backend, layer, port, self._algorithm_key)
-            quantizer.to(sample.device).search_bounds(sample)
-        return placed
-
-
-class InputBounds(_BoundsAlgorithm):
-    """Finds the bounds of layer inputs and leaves the model as it is, for :class:`CondiQuant`."""
-
-    def __init__(
-        self, config: QuantizationConfig | None = None, *, subset_size: int = BOUNDS_CROPS
-    ) -> None:
-        super().__init__(config, subset_size=subset_size)
-        self._found: dict[str, FakeQuantizer] | None = None
-
-    @property
-    def quantizers(self) -> dict[str, FakeQuantizer]:
-        """Input quantizer of every layer, by its name.
-
-        Raises:
-            InputError: before the algorithm has run.
-        """
-        if self._found is None:
-            raise InputError(
-                "bounds of the inputs are not there yet: put InputBounds into a step before CondiQuant"
-            )
-        return self._found
-
-    def apply(
-        self,
-        model: Any,
-        graph: NNCFGraph,
-        statistic_points: StatisticPointsContainer | None = None,
-        dataset: nncf.Dataset | None = None,
-    ) -> Any:
-        """The model as it is."""
-        backend = get_algo_backend(model, graph)
-        placed = create_quantizers(backend, self._layers(backend), self._config, weights=False)
-        self._found = {}
-        for item in placed:
-            layer, _, quantizer = self._searched(item, statistic_points, backend)
-            self._found[layer.name] = quantizer
-        return model
-
-    def _layers(self, backend: CondiQuantAlgoBackend) -> list[Layer]:
-        layers = super()._layers(backend)
-        return [layer for layer in layers if layer.in_scope and layer.weight_name is not None]
-
-
-class LearnedBoundsQuantization(_BoundsAlgorithm):
+class LearnedBoundsQuantization(BoundsAlgorithm):
     """Places fake quantizers of 2 to 8 bits on weights, layer inputs and operands of products.
 
     On torch they are :class:`condiquant_plugin.FakeQuantizer` modules, whose bounds train; in an
@@ -121,12 +35,40 @@ class LearnedBoundsQuantization(_BoundsAlgorithm):
     nor hold zero as a level.
 
     Args:
-        config: which layers, bits and granularity.
+        config: which layers, bits, granularity and rounding.
         subset_size: calibration items to use.
+        input_bounds: an :class:`InputBounds` in an earlier step, instead of searching them here.
+        moments: an :class:`InputMoments` in an earlier step, with which ``rounding="gptq"`` rounds;
+            without them every entry goes to its nearest level.
 
     Raises:
         InputError: ``bounds_inputs`` other than ``"float"``.
     """
+
+    def __init__(
+        self,
+        config: QuantizationConfig | None = None,
+        *,
+        subset_size: int = BOUNDS_CROPS,
+        input_bounds: InputBounds | None = None,
+        moments: InputMoments | None = None,
+    ) -> None:
+        super().__init__(config, subset_size=subset_size)
+        self._input_bounds = input_bounds
+        self._moments = moments if self._config.rounding == "gptq" else None
+        self.rounding: list[LayerReport] = []
+        """What rounding did to each layer's output in the last run."""
+
+    def get_statistic_points(self, model: Any, graph: NNCFGraph) -> StatisticPointsContainer:
+        """Samples of the layers' inputs, where their bounds are not known yet.
+
+        Raises:
+            InputError: a quantized model, or one without a layer in scope; NaN or Inf in a weight.
+        """
+        if self._input_bounds is None:
+            return super().get_statistic_points(model, graph)
+        get_float_backend(model, graph)
+        return StatisticPointsContainer()
 
     def apply(
         self,
@@ -139,42 +81,35 @@ class LearnedBoundsQuantization(_BoundsAlgorithm):
         backend = get_algo_backend(model, graph)
         layers = self._layers(backend)
         placed = [
-            self._searched(item, statistic_points, backend)
+            self._known(item) or self._searched(item, statistic_points, backend)
             for item in create_quantizers(backend, layers, self._config)
         ]
+        if self._moments is not None:
+            backend = self._rounded(placed, backend)
         nncf_logger.info(
             f"LearnedBoundsQuantization placed {len(placed)} quantizers on {len(layers)} layers"
         )
         return backend.insert_quantizers(placed)
 
+    def _known(self, placed: Placed) -> Placed | None:
+        layer, port, quantizer = placed
+        if self._input_bounds is None or port is None:
+            return None
+        known = self._input_bounds.by_input
+        if quantizer.name not in known:
+            raise InputError(f"no bounds for {quantizer.name}: give InputBounds the same config")
+        return layer, port, known[quantizer.name]
 
-def create_quantizers(
-    backend: CondiQuantAlgoBackend,
-    layers: list[Layer],
-    config: QuantizationConfig,
-    *,
-    weights: bool = True,
-) -> Iterator[Placed]:
-    """A quantizer for every input port and, where the port is ``None``, every weight; no bounds yet."""
-    for layer in layers:
-        weight_bits, activation_bits = config.bits(layer.in_scope)
-        for port in layer.activation_ports:
-            yield layer, port, backend.quantizer_class(
-                activation_bits,
-                "activation" if layer.weight_node is not None else "operand",
-                side=config.activation_side,
-                name=layer.input_name(port),
-                zero_on_grid=config.zero_on_grid,
-                overflow=config.overflow,
-            )  # fmt: skip
-        if weights and layer.weight_node is not None and not layer.reuses_weight:
-            rows = backend.weight(layer).shape[layer.output_axis]
-            yield layer, None, backend.quantizer_class(
-                weight_bits,
-                "weight",
-                row_blocks=rows if config.weight_granularity == "channel" else layer.row_blocks,
-                axis=layer.output_axis,
-                name=f"{layer.name}.weight",
-                zero_on_grid=config.zero_on_grid,
-                overflow=config.overflow,
-            )  # fmt: skip
+    def _rounded(
+        self, placed: list[Placed], backend: CondiQuantAlgoBackend
+    ) -> CondiQuantAlgoBackend:
+        """The model with weights that the quantizers round to GPTQ's levels."""
+        assert self._moments is not None
+        moments, grids = self._moments.moments, dict[str, Grid]()
+        for layer, port, quantizer in placed:
+            # A grid that widens with its weight would move under the entries already rounded.
+            if port is None and layer.name in moments and not quantizer.depends_on_weight:
+                grids[layer.name] = quantizer.levels_of(backend.weight(layer)).map(layer.rows_first)
+        layers = [layer for layer in self._layers(backend) if layer.name in moments]
+        model, self.rounding = recondition(backend, layers, moments, GPTQ(), grids)
+        return get_algo_backend(model, backend.graph)

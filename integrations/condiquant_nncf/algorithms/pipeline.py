@@ -2,27 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+from statistics import mean
 from typing import Any
 
 import nncf
 import numpy as np
+from nncf.common.logging import nncf_logger
 from nncf.common.utils.backend import BackendType, get_backend
 from nncf.quantization.algorithms.pipeline import Pipeline, PipelineStep
 from torch import Tensor
+
+from condiquant_nncf.backends.choose import get_algo_backend
+from condiquant_plugin.calibration import fidelity_in_db, held_out
 
 _IMAGE_BATCH_DIMENSIONS = 4
 
 
 class SingleImages(nncf.Dataset):
-    """The images of a dataset one by one; items other than batches of images as they are."""
+    """The images of a dataset one by one; items other than batches of images as they are.
 
-    def __init__(self, dataset: nncf.Dataset) -> None:
+    Args:
+        splits: whether batches are taken apart.
+        places: of the images that are left in; ``None`` leaves all.
+    """
+
+    def __init__(
+        self,
+        dataset: nncf.Dataset,
+        *,
+        splits: bool = True,
+        places: Collection[int] | None = None,
+    ) -> None:
         super().__init__(dataset._data_source, dataset._transform_func)
+        self._splits, self._places = splits, places
 
     def get_inference_data(self, indices: list[int] | None = None) -> Iterable[Any]:
         """Batches of one image, in order."""
-        return _images(super().get_inference_data(indices))
+        items = super().get_inference_data(indices)
+        images = _images(items) if self._splits else items
+        if self._places is None:
+            return images
+        return (image for place, image in enumerate(images) if place in self._places)
 
     def get_length(self) -> int | None:
         """Unknown before the items are read."""
@@ -38,16 +60,64 @@ def _images(items: Iterable[Any]) -> Iterator[Any]:
 
 
 class CalibrationPipeline(Pipeline):
-    """CondiQuant's steps on single images, then NNCF's own on the items as they are."""
+    """CondiQuant's steps on single images, then NNCF's own on the items as they are.
 
-    def __init__(self, steps: Sequence[PipelineStep], following: Sequence[PipelineStep] = ()):
-        super().__init__([*steps, *following])
-        self._ours, self._following = Pipeline(list(steps)), Pipeline(list(following))
+    Args:
+        steps: what every candidate goes by; they leave the model as it is, if there are several.
+        candidates: further steps by name. Of several, what is closest to the float model stays, on
+            every eighth of the images, which the steps do not see.
+        following: on the whole dataset.
+        subset_size: images of the dataset that count.
+    """
+
+    def __init__(
+        self,
+        steps: Sequence[PipelineStep],
+        candidates: Mapping[str, Sequence[PipelineStep]],
+        following: Sequence[PipelineStep] = (),
+        *,
+        subset_size: int,
+    ) -> None:
+        first = next(iter(candidates.values()), ())
+        super().__init__([*steps, *first, *following])
+        self._common, self._following = Pipeline(list(steps)), Pipeline(list(following))
+        self._candidates = {name: Pipeline(list(own)) for name, own in candidates.items()}
+        self._subset_size = subset_size
+        self.chosen, self.fidelity = next(iter(candidates), ""), dict[str, float]()
+
+    def steps_taken(self) -> list[PipelineStep]:
+        """Those whose result stayed."""
+        own = self._candidates[self.chosen].pipeline_steps if self._candidates else []
+        return [*self._common.pipeline_steps, *own, *self._following.pipeline_steps]
 
     def run(self, model: Any, dataset: nncf.Dataset) -> Any:
         """The model after all steps."""
-        images = SingleImages(dataset) if _takes_single_images(model) else dataset
-        return self._following.run(self._ours.run(model, images), dataset)
+        splits = _takes_single_images(model)
+        images = SingleImages(dataset, splits=splits)
+        if len(self._candidates) < 2:
+            result = self._common.run(model, images)
+            for pipeline in self._candidates.values():
+                result = pipeline.run(result, images)
+        else:
+            count = sum(1 for _ in islice(images.get_inference_data(), self._subset_size))
+            kept, chosen = held_out(count)
+            seen, unseen = (SingleImages(dataset, splits=splits, places=p) for p in (kept, chosen))
+            result = self._chosen(self._common.run(model, seen), seen, unseen)
+        return self._following.run(result, dataset)
+
+    def _chosen(self, model: Any, seen: nncf.Dataset, unseen: nncf.Dataset) -> Any:
+        before = get_algo_backend(model)
+        targets = before.outputs(unseen.get_inference_data())
+        best, self.fidelity = None, {}
+        for name, pipeline in self._candidates.items():
+            result = pipeline.run(before.copy_of_model(), seen)
+            outputs = get_algo_backend(result).outputs(unseen.get_inference_data())
+            pairs = zip(outputs, targets, strict=True)
+            self.fidelity[name] = mean(fidelity_in_db(output, target) for output, target in pairs)
+            if self.fidelity[name] == max(self.fidelity.values()):
+                self.chosen, best = name, result
+        nncf_logger.info(f"chose {self.chosen} of {self.fidelity} (dB, held-out images)")
+        return best
 
 
 def _takes_single_images(model: Any) -> bool:

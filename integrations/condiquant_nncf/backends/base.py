@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar
 
 from nncf.common.graph.graph import NNCFGraph, NNCFNode
@@ -31,6 +31,14 @@ class CondiQuantAlgoBackend(ABC):
     @abstractmethod
     def model_name(self) -> str:
         """For messages."""
+
+    @abstractmethod
+    def copy_of_model(self) -> Any:
+        """A model that can be changed while this one stays."""
+
+    @abstractmethod
+    def outputs(self, items: Iterable[Any]) -> list[Tensor]:
+        """The first output for each item of a dataset, simulated in float32."""
 
     @abstractmethod
     def is_quantized(self) -> bool:

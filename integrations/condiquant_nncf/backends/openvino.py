@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -48,6 +48,7 @@ _TRANSPOSED = (om.OVConvolutionBackpropDataMetatype, om.OVGroupConvolutionBackpr
 _SHAPES = (om.OVShapeOfMetatype,)
 _QUANTIZERS = ("FakeQuantize", "FakeConvert")
 _HALF = (ov.Type.f16, ov.Type.bf16)
+_SIMULATION = {"LP_TRANSFORMS_MODE": "NO", "INFERENCE_PRECISION_HINT": "f32"}
 _NAMES_ARE_DISTINCT = ["nncf", "friendly_names_were_updated"]
 """NNCF makes names distinct itself otherwise, which fails where three are equal."""
 _STORED_IN_HALF = "_compressed"
@@ -94,6 +95,15 @@ class OVCondiQuantAlgoBackend(CondiQuantAlgoBackend):
     def model_name(self) -> str:
         """Friendly name of the model."""
         return str(self.model.get_friendly_name())
+
+    def copy_of_model(self) -> Any:
+        """A clone."""
+        return self.model.clone()
+
+    def outputs(self, items: Iterable[Any]) -> list[Tensor]:
+        """Of the model as it is: kernels would put quantizers together and round otherwise."""
+        compiled = ov.compile_model(self.model, "CPU", _SIMULATION)
+        return [torch.from_numpy(compiled(item)[0].copy()) for item in items]
 
     def is_quantized(self) -> bool:
         """Whether there are FakeQuantize nodes, or NNCF has compressed the weights."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from copy import deepcopy
 from types import MappingProxyType
 from typing import Any
 
@@ -169,6 +170,16 @@ class PTCondiQuantAlgoBackend(CondiQuantAlgoBackend):
     def model_name(self) -> str:
         """Class of the network."""
         return type(self.model.model).__name__
+
+    def copy_of_model(self) -> GraphModelWrapper:
+        """A deep copy, wrapper included."""
+        return deepcopy(self.model)
+
+    @torch.no_grad()
+    def outputs(self, items: Iterable[Any]) -> list[Tensor]:
+        """Of the model."""
+        engine = EngineFactory.create(self.model)
+        return [next(iter(engine.infer(item).values())) for item in items]
 
     def is_quantized(self) -> bool:
         """Whether a module or hook is a quantizer, NNCF's or ours."""

@@ -143,7 +143,7 @@ def _fake_quantized(
     """The recipe at other bits.
 
     Args:
-        recondition: False leaves the weights as trained.
+        recondition: False leaves the weights as trained and rounds each to its nearest level.
         distillation: values instead of the recipe's; by default its own.
     """
     section, source = job.recipe.condiquant, job.source
@@ -153,13 +153,14 @@ def _fake_quantized(
         "distillation": replace(section.distillation, **(distillation or {})),
     }
     if not recondition:
-        changes["recondition"] = ReconditionSection(enabled=False)
+        changes |= {"recondition": ReconditionSection(enabled=False), "rounding": "nearest"}
     recipe = job.recipe.model_copy(update={"condiquant": section.model_copy(update=changes)})
     result = nncf_host.quantize_network(
         source.network,
         source.crops,
         settings.quantization(recipe),
         bounds_crops=section.bounds.crops,
+        held_out=source.held_out,
     )
     distill_network(result.model, result.layers, source, recipe, job.progress)
     others = "float" if section.other_bits is None else f"{section.other_bits} bits"

@@ -47,7 +47,7 @@ def test_packed_model_computes_what_was_simulated(name, bits, device, granularit
         target_device=device,
         model_type=nncf.ModelType.TRANSFORMER if name == "swinir" else None,
         advanced_parameters=condiquant_nncf.AdvancedCondiQuantParameters(
-            recondition=None, weight_granularity=granularity
+            recondition=None, rounding="nearest", weight_granularity=granularity
         ),
         subset_size=1,
         weight_bits=bits,

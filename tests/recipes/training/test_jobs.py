@@ -217,12 +217,12 @@ def test_a_checkpoint_is_evaluated_as_it_was_validated(make_training, condiquant
     content = job.checkpoint("latest")
     assert str(job.folder) not in repr(content["condiquant"])
     content["condiquant"]["version"] = "9.9"
-    content["condiquant"]["recipe"]["condiquant"]["rounding"] = "up"
+    content["condiquant"]["recipe"]["condiquant"]["dithering"] = "up"
     torch.save(content, latest)
     for command in (("export", job.experiment), ("test", "-opt", job.write())):
         error = condiquant(*command, code=2)
         assert f"{latest} was saved by version 9.9 and this is {__version__}, which does" in error
-        assert "(unknown key condiquant.rounding: " in error
+        assert "(unknown key condiquant.dithering: " in error
     write_test_options(job, job.folder / "net.pth")
     error = condiquant("test", "-opt", job.write(), code=2)
     assert "holds a float network: quantize it with `condiquant train`" in error

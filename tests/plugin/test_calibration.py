@@ -1,0 +1,195 @@
+"""Choosing the weights, on real small networks in the quantizers of a host."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from condiquant_nncf import QuantizationConfig, insert_quantizers, quantize_network, wrap
+from condiquant_nncf.network import quantized_layers
+from condiquant_plugin import InputError, calibration, fake_quantizers
+from condiquant_plugin.calibration import calibrate, fidelity_in_db, held_out, sequence_of, together
+from condiquant_plugin.methods.condiquant.reconditioning import ReconditioningConfig
+from networks import build
+
+NAMES = ["as trained", "least squares", "least squares, in sequence"]
+
+
+def crops(count=9, size=16):
+    return torch.rand(count, 3, size, size, generator=torch.Generator().manual_seed(0))
+
+
+def candidate(name):
+    """The config that leaves no choice."""
+    auto = QuantizationConfig(scope="all").reconditioning()
+    settings = dict(
+        zip(NAMES, (None, auto, ReconditioningConfig(inputs="compressed")), strict=True)
+    )
+    return QuantizationConfig(scope="all", recondition=settings[name])
+
+
+def output(model, images):
+    with torch.no_grad():
+        return torch.cat([model(image) for image in images.split(1)])
+
+
+def test_what_is_closest_on_held_out_images_stays():
+    network, images = build("edsr"), crops()
+    seen, unseen = images[[0, 1, 2, 3, 4, 5, 6, 8]], images[[7]]
+    result = quantize_network(network, images, QuantizationConfig(scope="all"))
+    found = result.calibration
+    assert list(found.fidelity) == NAMES
+    assert found.chosen == max(found.fidelity, key=found.fidelity.__getitem__)
+    for name in NAMES:
+        alone = quantize_network(network, seen, candidate(name))
+        assert (alone.calibration.chosen, alone.calibration.fidelity) == (name, {})
+        score = fidelity_in_db(output(alone.model, unseen), output(network, unseen))
+        assert score == pytest.approx(found.fidelity[name], abs=1e-4)
+        if name == found.chosen:
+            assert torch.equal(output(alone.model, images), output(result.model, images))
+            assert alone.reports == result.reports
+            assert alone.calibration.rounding == found.rounding
+
+
+def test_images_given_as_held_out_leave_all_others_in():
+    network, images = build("edsr"), crops()
+    config = QuantizationConfig(scope="all")
+    given = quantize_network(network, images[:8], config, held_out=images[8:])
+    best = candidate(given.calibration.chosen)
+    alone = quantize_network(network, images[:8], best)
+    assert torch.equal(output(alone.model, images), output(given.model, images))
+
+
+@pytest.mark.parametrize("worst", NAMES)
+def test_no_candidate_is_preferred(monkeypatch, worst):
+    """Also what would win is dropped where it scores worst."""
+    scores = iter(-1.0 if name == worst else 1.0 for name in NAMES)
+    monkeypatch.setattr(calibration, "fidelity_in_db", lambda *_: next(scores))
+    found = quantize_network(build("edsr"), crops(), QuantizationConfig(scope="all")).calibration
+    assert found.chosen == next(name for name in NAMES if name != worst)
+
+
+def test_rounding_can_be_left_out_and_is_reported():
+    network, images = build("edsr"), crops(4)
+    results = {
+        way: quantize_network(
+            network, images, QuantizationConfig(scope="all", recondition=None, rounding=way)
+        )
+        for way in ("gptq", "nearest")
+    }
+    before = dict(network.named_parameters())
+    kept = dict(results["nearest"].model.named_parameters())
+    assert all(torch.equal(kept[name], value) for name, value in before.items())
+    assert results["nearest"].calibration.rounding == []
+    reports = results["gptq"].calibration.rounding
+    assert [r.name for r in reports] == [r.name for r in results["gptq"].reports]
+    assert all(r.rounding_error < r.nearest_error for r in reports)
+    target = output(network, images)
+    scores = {n: fidelity_in_db(output(r.model, images), target) for n, r in results.items()}
+    assert scores["gptq"] > scores["nearest"]
+
+
+def test_bounds_belong_to_the_weights_before_rounding():
+    images = crops(4)
+    ways = [
+        QuantizationConfig(scope="all", recondition=None, rounding=w) for w in ("gptq", "nearest")
+    ]
+    rounded, nearest = (
+        {
+            q.name: q
+            for q in fake_quantizers(quantize_network(build("edsr"), images, w).model).values()
+        }
+        for w in ways
+    )
+    for name, quantizer in nearest.items():
+        assert torch.equal(rounded[name].lower, quantizer.lower)
+        assert torch.equal(rounded[name].upper, quantizer.upper)
+
+
+def test_weights_whose_grid_goes_by_them_are_not_moved():
+    network, images = build("edsr"), crops(4)
+    config = QuantizationConfig(8, 8, scope="all", recondition=None)
+    result = quantize_network(network, images, config)
+    kept = dict(result.model.named_parameters())
+    assert all(torch.equal(kept[name], value) for name, value in network.named_parameters())
+    assert not result.calibration.rounding
+    moved = quantize_network(network, images, config.changed({"overflow": "vnni"}))
+    assert moved.calibration.rounding
+
+
+@given(st.integers(1, 70))
+def test_every_image_is_calibrated_with_or_held_out(count):
+    kept, chosen = held_out(count)
+    assert kept
+    assert chosen
+    assert sorted({*kept, *chosen}) == list(range(count))
+    assert count == 1 or not set(kept) & set(chosen)
+    assert len(chosen) == max(count // 8, 1)
+
+
+def test_fidelity_is_in_db():
+    target = torch.randn(1, 3, 50, 50)
+    noise = torch.randn_like(target)
+    noise = noise * target.std(correction=0) / noise.square().mean().sqrt()
+    assert fidelity_in_db(target + 0.1 * noise, target) == pytest.approx(20, abs=1e-3)
+    assert fidelity_in_db(target, target) == 120
+    assert fidelity_in_db(torch.zeros(3), torch.zeros(3)) <= 120
+
+
+def test_neighbours_of_one_shape_pass_together():
+    small, large = torch.rand(1, 3, 4, 4), torch.rand(1, 3, 8, 8)
+    pair = (small, small)
+    batches = together([small, small, small, large, pair, small], 2)
+    sizes = [b.shape[0] if isinstance(b, torch.Tensor) else "pair" for b in batches]
+    assert sizes == [2, 1, 1, "pair", 1]
+    assert torch.equal(torch.cat(batches[:2]), small.expand(3, -1, -1, -1))
+
+
+def test_a_sequence_holds_a_bounded_number_of_pixels():
+    assert sum(len(batch) for batch in sequence_of(list(torch.rand(90, 3, 32, 32).split(1)))) == 64
+    assert [len(batch) for batch in sequence_of([torch.rand(1, 1, 300, 300)] * 2)] == [1]
+    assert sequence_of([{"x": torch.rand(1, 4)}, {"x": torch.rand(1, 4)}])
+
+
+def test_images_of_several_sizes_and_of_several_inputs():
+    class Two(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.network = build("edsr")
+
+        def forward(self, image, gain):
+            return self.network(image) * gain
+
+    images = [
+        {"image": torch.rand(1, 3, size, size), "gain": torch.tensor(1.5)} for size in (16, 24, 16)
+    ]
+    config = QuantizationConfig(scope="all")
+    wrapped = wrap(Two(), images[0])
+    layers = config.find_layers(wrapped)
+    model = insert_quantizers(wrapped, layers, config)
+    found = calibrate(model, quantized_layers(model, layers), images, config, bounds_images=2)
+    assert list(found.fidelity) == NAMES
+    with torch.no_grad():
+        assert model(**images[1]).isfinite().all()
+
+
+def test_bounds_of_a_quantized_network_need_one_size():
+    config = QuantizationConfig(scope="all", bounds_inputs="quantized", recondition=None)
+    wrapped = wrap(build("edsr"), crops(1))
+    layers = config.find_layers(wrapped)
+    model = insert_quantizers(wrapped, layers, config)
+    images = [torch.rand(1, 3, size, size) for size in (16, 24)]
+    with pytest.raises(InputError, match='images of one size: use "float"'):
+        calibrate(model, quantized_layers(model, layers), images, config, bounds_images=2)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"inputs": "both"}, "inputs='both' is not known: use 'original' or 'compressed'"),
+        ({"inputs": "compressed", "objective": "condition"}, 'inputs="compressed" has no effect'),
+    ],
+)
+def test_inputs_that_cannot_be_are_refused(settings, words):
+    with pytest.raises(InputError, match=words):
+        ReconditioningConfig(**settings)
