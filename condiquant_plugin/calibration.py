@@ -31,7 +31,7 @@ from condiquant_plugin.layerwise.quantized import (
 from condiquant_plugin.layerwise.sequential import solve_in_sequence
 from condiquant_plugin.methods.condiquant.reconditioning import ReconditioningConfig, unchanged
 from condiquant_plugin.methods.gptq.rounding import GPTQ
-from condiquant_plugin.uniform.fake_quantizer import search_bounds
+from condiquant_plugin.uniform.fake_quantizer import search_bounds, snapped_together
 
 _SEQUENCE_PIXELS = 2**16
 """Of the images that stand still inside a network at once; 64 crops of 32x32."""
@@ -147,7 +147,8 @@ def calibrate(
     for each in tried:
         result = job.solve(each)
         if targets:
-            outputs = [run(model, image) for image in unseen]
+            with snapped_together(model):
+                outputs = [run(model, image) for image in unseen]
             pairs = zip(outputs, targets, strict=True)
             result.fidelity[each.name] = mean(fidelity_in_db(o, target) for o, target in pairs)
         found[each.name] = result, job.state()

@@ -53,6 +53,7 @@ def main(bit_widths: list[int]) -> None:
                 activation_bits=bits,
                 bounds_inputs="quantized" if "on quantized" in name else "float",
                 recondition=recondition,
+                rounding="nearest",
             )
             result = nncf_host.quantize_network(network, crops, config)
             with torch.no_grad():
