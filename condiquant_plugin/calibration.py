@@ -135,7 +135,7 @@ def calibrate(
         InputError: NaN or Inf anywhere; ``bounds_inputs="quantized"`` with images of several sizes.
         DistributedError: another process ended or failed.
     """
-    tried = candidates(config)
+    tried = candidates(config) if layers else [Candidate(None)]
     if len(tried) > 1 and not unseen:
         kept, chosen = held_out(len(images))
         unseen, images = [images[i] for i in chosen], [images[i] for i in kept]
@@ -290,16 +290,16 @@ def _as_trained(layer: QuantizedLayer) -> LayerReport:
 def together(images: Sequence[Any], size: int) -> list[Any]:
     """Batches of up to ``size`` neighbouring tensors of one shape; all else as it is."""
     batches: list[Any] = []
-    run_of: list[Tensor] = []
+    pending: list[Tensor] = []
     for image in images:
-        if run_of and (not _alike(run_of[0], image) or len(run_of) == size):
-            batches.append(torch.cat(run_of))
-            run_of = []
+        if pending and (not _alike(pending[0], image) or len(pending) == size):
+            batches.append(torch.cat(pending))
+            pending = []
         if isinstance(image, Tensor):
-            run_of.append(image)
+            pending.append(image)
         else:
             batches.append(image)
-    return [*batches, torch.cat(run_of)] if run_of else batches
+    return [*batches, torch.cat(pending)] if pending else batches
 
 
 def _alike(first: Tensor, second: Any) -> bool:

@@ -147,7 +147,8 @@ def collect_moments(
             hook.remove()
     ordered = {layer.name: moments[layer.name] for layer in layers}
     distributed.all_reduce(ordered.values())
-    return Collected(ordered, Counter({n: -(-c // len(mine)) for n, c in uses.items()}))
+    times = {name: -(-count // len(mine)) for name, count in uses.items()}
+    return Collected(ordered, distributed.agreed(Counter(times)))  # process 0 always has a batch
 
 
 def quantized_input(quantizer: FakeQuantizer, x: Tensor) -> Tensor:

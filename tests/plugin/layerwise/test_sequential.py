@@ -199,6 +199,9 @@ def _solve_a_share(rank, folder):
     model, layers = quantized("edsr", "all", images)
     reports = solve_in_sequence(model, layers, list(images.split(1)), solve)
     torch.save([report.quantized_output_error_after for report in reports], folder / f"{rank}.pt")
+    whole = quantize_network(build("edsr"), images, QuantizationConfig(scope="all"))
+    chosen = whole.calibration.chosen, whole.calibration.fidelity
+    torch.save((chosen, whole.model.state_dict()), folder / f"{rank}.pth")
 
 
 @pytest.mark.parametrize("count", [2, 4])
@@ -210,6 +213,10 @@ def test_processes_share_the_batches(count, tmp_path):
     for rank in range(count):
         expected = [report.quantized_output_error_after for report in reports]
         assert torch.load(tmp_path / f"{rank}.pt") == pytest.approx(expected, rel=1e-4)
+    (chosen, state), *others = (torch.load(tmp_path / f"{rank}.pth") for rank in range(count))
+    for choice, tensors in others:
+        assert choice == chosen
+        assert all(torch.equal(tensors[name], value) for name, value in state.items())
 
 
 def test_a_layer_that_is_not_called_is_named():
