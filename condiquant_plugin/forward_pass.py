@@ -12,4 +12,4 @@ def run(model: nn.Module, batch: Any) -> Any:
     """What ``model`` gives for a tensor, a tuple of positional or a dict of keyword arguments."""
     if isinstance(batch, Mapping):
         return model(**batch)
-    return model(*batch) if isinstance(batch, tuple | list) else model(batch)
+    return model(*batch) if isinstance(batch, tuple) else model(batch)

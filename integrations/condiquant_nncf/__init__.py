@@ -10,6 +10,7 @@ except ModuleNotFoundError as error:
 from condiquant_nncf.algorithms.condiquant import CondiQuant
 from condiquant_nncf.algorithms.input_bounds import InputBounds
 from condiquant_nncf.algorithms.learned_bounds import LearnedBoundsQuantization
+from condiquant_nncf.algorithms.moments import InputMoments
 from condiquant_nncf.algorithms.statistics import collect_moments
 from condiquant_nncf.backends.torch import wrap
 from condiquant_nncf.configuration import QuantizationConfig
@@ -51,6 +52,7 @@ __all__ = [
     "CondiQuant",
     "HookFakeQuantizer",
     "InputBounds",
+    "InputMoments",
     "Layer",
     "LearnedBoundsQuantization",
     "QuantizationConfig",

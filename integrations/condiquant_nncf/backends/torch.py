@@ -34,6 +34,7 @@ from condiquant_nncf.fake_quantizer import HookFakeQuantizer
 from condiquant_nncf.layer import Layer, same_padding
 from condiquant_plugin.calls import calling_module, factors, product_name
 from condiquant_plugin.errors import InputError
+from condiquant_plugin.forward_pass import run
 from condiquant_plugin.intake import plain_float_copy, rebuilt_parameters, refuse_rebuilt
 from condiquant_plugin.layerwise.moments import LayerGeometry
 from condiquant_plugin.uniform.fake_quantizer import FakeQuantizer
@@ -76,14 +77,11 @@ def wrap(network: nn.Module, example_input: Any) -> GraphModelWrapper:
     rebuilt, products = frozenset[str](), dict[str, str]()
     if not is_wrapped(copy):  # else it may have quantizers that NNCF compiles C++ for
 
-        def run(model: nn.Module) -> Any:
+        def observed(model: nn.Module) -> Any:
             with _ProductNames(model, products), _KeywordCalls(model):
-                if isinstance(example_input, dict):
-                    return model(**example_input)
-                inputs = example_input if isinstance(example_input, tuple) else (example_input,)
-                return model(*inputs)
+                return run(model, example_input)
 
-        rebuilt = frozenset(rebuilt_parameters(copy, run))
+        rebuilt = frozenset(rebuilt_parameters(copy, observed))
     wrapped = _Wrapped(wrap_model(copy), example_input)
     wrapped.rebuilt, wrapped.products = rebuilt, products
     return wrapped
@@ -178,8 +176,7 @@ class PTCondiQuantAlgoBackend(CondiQuantAlgoBackend):
     @torch.no_grad()
     def outputs(self, items: Iterable[Any]) -> list[Tensor]:
         """Of the model."""
-        engine = EngineFactory.create(self.model)
-        return [next(iter(engine.infer(item).values())) for item in items]
+        return [run(self.model.model, item) for item in items]
 
     def is_quantized(self) -> bool:
         """Whether a module or hook is a quantizer, NNCF's or ours."""

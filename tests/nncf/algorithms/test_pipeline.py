@@ -1,0 +1,95 @@
+"""The pipeline that chooses, composed by hand, on both backends."""
+
+import nncf
+import pytest
+import torch
+from nncf.common.factory import build_graph
+
+import condiquant_nncf as host
+from algorithm_networks import converted, infer, network
+from condiquant_nncf.backends.openvino import prepare
+from condiquant_plugin import InputError
+from condiquant_plugin.calibration import fidelity_in_db
+from condiquant_plugin.methods.condiquant.reconditioning import ReconditioningConfig
+
+BACKENDS = ["torch", "openvino"]
+IMAGES = torch.rand(9, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+NAMES = {"as trained": None, "least squares": ReconditioningConfig()}
+
+
+def subject(backend):
+    model = network()
+    return prepare(converted(model)) if backend == "openvino" else host.wrap(model, IMAGES[:1])
+
+
+def dataset(backend, images):
+    return nncf.Dataset([x.numpy() if backend == "openvino" else x for x in images.split(2)])
+
+
+def output(backend, model, images):
+    if backend == "openvino":
+        return torch.cat([torch.from_numpy(infer(model, x)) for x in images.split(1)])
+    with torch.no_grad():
+        return torch.cat([model.model(x) for x in images.split(1)])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_is_closest_on_every_eighth_image_stays(backend):
+    seen, unseen = IMAGES[[0, 1, 2, 3, 4, 5, 6, 8]], IMAGES[7:8]
+    pipeline = host.create_condiquant_pipeline(host.QuantizationConfig(scope="all"))
+    chosen = pipeline.run(subject(backend), dataset(backend, IMAGES))
+    assert list(pipeline.fidelity) == list(NAMES)
+    assert pipeline.chosen == max(pipeline.fidelity, key=pipeline.fidelity.__getitem__)
+    target = output(backend, subject(backend), unseen)
+    for name, settings in NAMES.items():
+        config = host.QuantizationConfig(scope="all", recondition=settings)
+        alone = host.create_condiquant_pipeline(config)
+        model = alone.run(subject(backend), dataset(backend, seen))
+        assert alone.chosen == name
+        assert not alone.fidelity
+        found = output(backend, model, unseen)
+        assert fidelity_in_db(found, target) == pytest.approx(pipeline.fidelity[name], abs=0.2)
+        if name == pipeline.chosen:
+            error = (found - output(backend, chosen, unseen)).norm() / (found - target).norm()
+            assert error < (1e-6 if backend == "torch" else 0.1)
+        steps = [type(algorithm).__name__ for step in alone.steps_taken() for algorithm in step]
+        assert steps == [
+            "InputBounds",
+            "InputMoments",
+            *(["CondiQuant"] if settings else []),
+            "LearnedBoundsQuantization",
+        ]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_pipeline_computes_what_quantize_network_does(backend):
+    settings = host.QuantizationConfig(scope="all", recondition=ReconditioningConfig())
+    expected = host.quantize_network(network(), IMAGES, settings).model
+    pipeline = host.create_condiquant_pipeline(settings)
+    found = pipeline.run(subject(backend), dataset(backend, IMAGES))
+    target, theirs = network()(IMAGES).detach(), expected(IMAGES).detach()
+    error = (output(backend, found, IMAGES) - theirs).norm() / (theirs - target).norm()
+    assert error < (1e-5 if backend == "torch" else 0.2)
+
+
+def test_nearest_rounding_as_trained_needs_no_moments():
+    config = host.QuantizationConfig(scope="all", recondition=None, rounding="nearest")
+    pipeline = host.create_condiquant_pipeline(config)
+    steps = [type(algorithm).__name__ for step in pipeline.steps_taken() for algorithm in step]
+    assert steps == ["InputBounds", "LearnedBoundsQuantization"]
+
+
+def test_steps_that_come_too_early_say_so():
+    config = host.QuantizationConfig(scope="all")
+    model = subject("torch")
+    moments = host.InputMoments(config)
+    with pytest.raises(InputError, match="put InputMoments into an earlier step"):
+        _ = moments.moments
+    graph = build_graph(model)
+    early = host.LearnedBoundsQuantization(config, input_bounds=host.InputBounds(config))
+    with pytest.raises(InputError, match="put InputBounds into an earlier step"):
+        early.apply(model, graph)
+    compressed = ReconditioningConfig(inputs="compressed")
+    config = host.QuantizationConfig(scope="all", recondition=compressed)
+    with pytest.raises(InputError, match='inputs="compressed" needs a torch model'):
+        host.create_condiquant_pipeline(config)
