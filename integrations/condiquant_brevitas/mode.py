@@ -106,6 +106,10 @@ class condiquant_mode(gpxq_mode):
         dtype: torch.dtype | None = None,
     ) -> None:
         config = config or ReconditioningConfig(objective, strength, output_tolerance, steps)
+        if config.inputs == "compressed":
+            raise InputError(
+                'inputs="compressed" is for quantize_sr(): use sequential=True, or inputs="original"'
+            )
         super().__init__(
             model=model,
             group_of_parallel_layers=group_of_parallel_layers,

@@ -292,6 +292,10 @@ def test_name_blacklist_takes_layers_and_containers():
         ({"row_blocks": {"laier": 3}}, "no module 'laier' in Toy"),
         ({"row_blocks": {"layer": 3}}, "row_blocks=3 of layer does not divide its 10 rows"),
         ({"objective": "least_squares"}, "nothing quantizes the input of layer"),
+        (
+            {"config": ReconditioningConfig(inputs="compressed")},
+            r'inputs="compressed" is for quantize_sr\(\): use sequential=True',
+        ),
     ],
 )
 def test_bad_settings_end_in_one_line(settings, message):
