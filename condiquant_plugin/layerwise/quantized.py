@@ -18,6 +18,7 @@ from condiquant_plugin.layerwise import distributed
 from condiquant_plugin.layerwise.moments import LayerGeometry, Moments, moments_of, no_moments
 from condiquant_plugin.layerwise.problem import LayerProblem, Solution
 from condiquant_plugin.uniform.fake_quantizer import FakeQuantizer, fake_quantizers
+from condiquant_plugin.uniform.grid import SnappedGrid
 
 
 @dataclass(frozen=True)
@@ -119,15 +120,15 @@ def collect_moments(
     moments: dict[str, Moments] = {}
     uses: Counter[str] = Counter()
 
-    def add(layer: QuantizedLayer, quantizer: FakeQuantizer, _: nn.Module, args: Any) -> None:
+    def add(layer: QuantizedLayer, grid: SnappedGrid, _: nn.Module, args: Any) -> None:
         (x,) = args
-        codes = quantized_input(quantizer, x) if quantized else None
+        codes = _on_grid(grid, x) if quantized else None
         new = layer.moments_of(x, codes, dtype)
         moments[layer.name] = moments[layer.name] + new if layer.name in moments else new
         uses[layer.name] += 1
 
     hooks = [
-        quantizer.register_forward_pre_hook(partial(add, layer, quantizer))
+        quantizer.register_forward_pre_hook(partial(add, layer, quantizer.snapped()))
         for layer in layers
         for quantizer in layer.input_quantizers
     ]
@@ -153,5 +154,9 @@ def collect_moments(
 
 def quantized_input(quantizer: FakeQuantizer, x: Tensor) -> Tensor:
     """What an input quantizer makes of ``x``, whether it is on or off."""
-    precise = x.detach().to(torch.promote_types(x.dtype, quantizer.lower.dtype))
-    return quantizer.snapped().quantize(precise).to(x.dtype)
+    return _on_grid(quantizer.snapped(), x)
+
+
+def _on_grid(grid: SnappedGrid, x: Tensor) -> Tensor:
+    precise = x.detach().to(torch.promote_types(x.dtype, grid.lower.dtype))
+    return grid.quantize(precise).to(x.dtype)
