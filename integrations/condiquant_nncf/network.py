@@ -13,13 +13,13 @@ import torch
 from nncf.torch.function_hook.nncf_graph.nncf_graph_builder import GraphModelWrapper
 from torch import Tensor, nn
 
-from condiquant_nncf.algorithms.input_bounds import create_quantizers
+from condiquant_nncf.algorithms.input_bounds import check_weights, create_quantizers
 from condiquant_nncf.backends.choose import get_algo_backend
 from condiquant_nncf.backends.torch import prepare
 from condiquant_nncf.configuration import QuantizationConfig
 from condiquant_nncf.layer import Layer
 from condiquant_plugin.calibration import Calibration, calibrate
-from condiquant_plugin.errors import InputError, check_count, check_finite
+from condiquant_plugin.errors import InputError, check_count
 from condiquant_plugin.intake import image_batch, plain_float_copy
 from condiquant_plugin.layerwise import distributed
 from condiquant_plugin.layerwise.problem import LayerReport
@@ -111,11 +111,12 @@ def calibrate_wrapped(
 ) -> QuantizedNetwork:
     """:func:`condiquant_plugin.calibration.calibrate` of the network inside ``wrapped``, in place."""
     with distributed.failing_together("reading the network"):
-        layers = config.find_layers(wrapped)
-        for layer in layers:  # before they spoil the inputs of others
-            if layer.weight_node is not None:
-                check_finite(get_algo_backend(wrapped).weight(layer), f"the weight of {layer.name}")
-    model = insert_quantizers(wrapped, layers, config)
+        backend = get_algo_backend(wrapped)
+        layers = config.find_layers(backend)
+        check_weights(backend, layers)
+    model: nn.Module = backend.insert_quantizers(
+        list(create_quantizers(backend, layers, config))
+    ).model
     found = calibrate(model, quantized_layers(model, layers), images, config, **arguments)
     return QuantizedNetwork(model, layers, found)
 

@@ -108,7 +108,7 @@ def create_condiquant_pipeline(
             return []
         own = replace(config, recondition=settings)
         given = {"input_bounds": bounds, "moments": moments} if collecting else {}
-        return [[CondiQuant(own, subset_size=subset_size, **given)]]  # type: ignore[arg-type]
+        return [[CondiQuant(own, subset_size=subset_size, **given)]]
 
     ways: dict[str, list[PipelineStep]]
     if then == "bounds":

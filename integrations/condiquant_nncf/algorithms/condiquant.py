@@ -13,13 +13,11 @@ from nncf.common.graph.graph import NNCFGraph
 from nncf.common.logging import nncf_logger
 from nncf.common.logging.track_progress import track
 from nncf.common.tensor_statistics.statistic_point import StatisticPointsContainer
-from nncf.common.utils.backend import BackendType
-from nncf.quantization.algorithms.algorithm import Algorithm
 
-from condiquant_nncf.algorithms.input_bounds import InputBounds
+from condiquant_nncf.algorithms.input_bounds import InputBounds, OnBothBackends
 from condiquant_nncf.algorithms.moments import InputMoments
 from condiquant_nncf.backends.base import CondiQuantAlgoBackend
-from condiquant_nncf.backends.choose import AVAILABLE_BACKENDS, get_algo_backend, get_float_backend
+from condiquant_nncf.backends.choose import get_algo_backend, get_float_backend
 from condiquant_nncf.configuration import QuantizationConfig
 from condiquant_nncf.layer import Layer
 from condiquant_plugin.errors import InputError
@@ -34,7 +32,7 @@ from condiquant_plugin.layerwise.problem import (
 from condiquant_plugin.uniform.grid import Grid
 
 
-class CondiQuant(Algorithm):
+class CondiQuant(OnBothBackends):
     """Replaces the weights (and biases) of the layers of a float model.
 
     Put it first in a pipeline: ``Pipeline([[CondiQuant()], *create_ptq_pipeline().pipeline_steps])``.
@@ -83,11 +81,6 @@ class CondiQuant(Algorithm):
         )
         self.reports: list[LayerReport] = []
         """What became of every layer in the last run."""
-
-    @property
-    def available_backends(self) -> list[BackendType]:
-        """PyTorch and OpenVINO."""
-        return AVAILABLE_BACKENDS
 
     def get_statistic_points(self, model: Any, graph: NNCFGraph) -> StatisticPointsContainer:
         """Moments of the layers' inputs.

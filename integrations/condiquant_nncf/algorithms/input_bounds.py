@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import nncf
@@ -23,7 +23,16 @@ from condiquant_plugin.uniform.sampling import BOUNDS_CROPS
 Placed = tuple[Layer, int | None, FakeQuantizer]
 
 
-class BoundsAlgorithm(Algorithm):
+class OnBothBackends(Algorithm):
+    """An algorithm for torch models and for ``ov.Model``."""
+
+    @property
+    def available_backends(self) -> list[BackendType]:
+        """PyTorch and OpenVINO."""
+        return AVAILABLE_BACKENDS
+
+
+class BoundsAlgorithm(OnBothBackends):
     """Searches bounds of layer inputs on a sample of the calibration items."""
 
     def __init__(
@@ -37,11 +46,6 @@ class BoundsAlgorithm(Algorithm):
         self._subset_size = subset_size
         self._algorithm_key = f"{type(self).__name__}_{hash(self)}"
 
-    @property
-    def available_backends(self) -> list[BackendType]:
-        """PyTorch and OpenVINO."""
-        return AVAILABLE_BACKENDS
-
     def get_statistic_points(self, model: Any, graph: NNCFGraph) -> StatisticPointsContainer:
         """Samples of the layers' inputs.
 
@@ -50,9 +54,7 @@ class BoundsAlgorithm(Algorithm):
         """
         backend = get_float_backend(model, graph)
         layers = self._layers(backend)
-        for layer in layers:  # before they spoil the inputs of others
-            if layer.weight_node is not None:
-                check_finite(backend.weight(layer), f"the weight of {layer.name}")
+        check_weights(backend, layers)
         branch = sample_branch(self._subset_size)
         return statistic_points(backend, layers, branch, self._algorithm_key)
 
@@ -111,6 +113,13 @@ class InputBounds(BoundsAlgorithm):
         searched = [self._searched(item, statistic_points, backend) for item in placed]
         self._found = {quantizer.name: quantizer for _, _, quantizer in searched}
         return model
+
+
+def check_weights(backend: CondiQuantAlgoBackend, layers: Sequence[Layer]) -> None:
+    """Raise InputError for NaN or Inf, before they spoil the inputs of other layers."""
+    for layer in layers:
+        if layer.weight_node is not None:
+            check_finite(backend.weight(layer), f"the weight of {layer.name}")
 
 
 def create_quantizers(

@@ -7,20 +7,18 @@ from typing import Any
 import nncf
 from nncf.common.graph.graph import NNCFGraph
 from nncf.common.tensor_statistics.statistic_point import StatisticPointsContainer
-from nncf.common.utils.backend import BackendType
-from nncf.quantization.algorithms.algorithm import Algorithm
 
-from condiquant_nncf.algorithms.input_bounds import InputBounds
+from condiquant_nncf.algorithms.input_bounds import InputBounds, OnBothBackends
 from condiquant_nncf.algorithms.statistics import collected, moments_branch, statistic_points
 from condiquant_nncf.backends.base import CondiQuantAlgoBackend
-from condiquant_nncf.backends.choose import AVAILABLE_BACKENDS, get_algo_backend, get_float_backend
+from condiquant_nncf.backends.choose import get_algo_backend, get_float_backend
 from condiquant_nncf.configuration import QuantizationConfig
 from condiquant_nncf.layer import Layer
 from condiquant_plugin.errors import InputError
 from condiquant_plugin.layerwise.moments import Moments
 
 
-class InputMoments(Algorithm):
+class InputMoments(OnBothBackends):
     """Collects what reconditioning and rounding need of the data, and leaves the model as it is.
 
     Args:
@@ -51,11 +49,6 @@ class InputMoments(Algorithm):
         if self._found is None:
             raise InputError("moments are not there yet: put InputMoments into an earlier step")
         return self._found
-
-    @property
-    def available_backends(self) -> list[BackendType]:
-        """PyTorch and OpenVINO."""
-        return AVAILABLE_BACKENDS
 
     def get_statistic_points(self, model: Any, graph: NNCFGraph) -> StatisticPointsContainer:
         """Moments of the layers' inputs.
