@@ -13,10 +13,12 @@ from torch import Tensor, nn
 def feature_blocks(model: nn.Module, layers: Iterable[str]) -> list[str]:
     """Names of the blocks that hold ``layers``: their nearest ancestors in a list of modules.
 
-    These are the places where a quantized network is compared with the float one (2DQuant's features).
+    These are the places where a quantized network is compared with the float one (2DQuant's features). A
+    layer itself is none: with equalized channels its output is another one.
     """
     blocks: dict[str, None] = {}
-    for name in layers:
+    for layer in layers:
+        name = layer.rpartition(".")[0]
         while name:
             parent, _, _ = name.rpartition(".")
             if isinstance(model.get_submodule(parent), nn.ModuleList | nn.Sequential):

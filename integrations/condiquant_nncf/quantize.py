@@ -59,6 +59,8 @@ class AdvancedCondiQuantParameters:
     """``None`` is whether ``target_device`` is the NPU."""
     overflow: Overflow = QuantizationConfig.overflow
     """Only ``then="bounds"``: NNCF's int8 has ``overflow_fix``."""
+    equalize: bool = QuantizationConfig.equalize
+    """Only ``then="bounds"`` of a torch model."""
     rounding: Rounding = QuantizationConfig.rounding
     """Only ``then="bounds"``."""
     nncf: AdvancedQuantizationParameters | None = None
@@ -211,6 +213,7 @@ def quantize(
         activation_side=ours.activation_side,
         zero_on_grid=npu if ours.zero_on_grid is None else ours.zero_on_grid,
         overflow=ours.overflow,
+        equalize=ours.equalize,
         rounding=ours.rounding,
         recondition=ours.recondition,
     )
@@ -244,6 +247,7 @@ def _warn_of_unused(
             "other_bits": ours.other_bits is not None,
             "weight_granularity": ours.weight_granularity != default.weight_granularity,
             "overflow": ours.overflow != default.overflow,
+            "equalize": ours.equalize != default.equalize,
             "rounding": ours.rounding != default.rounding,
         }
     unused = [name for name, is_given in given.items() if is_given]

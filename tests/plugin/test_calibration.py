@@ -7,12 +7,13 @@ from hypothesis import strategies as st
 
 from condiquant_nncf import QuantizationConfig, insert_quantizers, quantize_network, wrap
 from condiquant_nncf.network import quantized_layers
-from condiquant_plugin import InputError, calibration, fake_quantizers
-from condiquant_plugin.calibration import calibrate, fidelity_in_db, held_out, sequence_of, together
+from condiquant_plugin import InputError, fake_quantizers
+from condiquant_plugin.calibration import calibrate, fidelity_in_db, held_out, job
+from condiquant_plugin.calibration.images import sequence_of, together
 from condiquant_plugin.methods.condiquant.reconditioning import ReconditioningConfig
 from networks import build
 
-NAMES = ["as trained", "least squares", "least squares, in sequence"]
+NAMES = ["least squares", "as trained", "least squares, in sequence"]
 
 
 def crops(count=9, size=16):
@@ -23,7 +24,7 @@ def candidate(name):
     """The config that leaves no choice."""
     auto = QuantizationConfig(scope="all").reconditioning()
     settings = dict(
-        zip(NAMES, (None, auto, ReconditioningConfig(inputs="compressed")), strict=True)
+        zip(NAMES, (auto, None, ReconditioningConfig(inputs="compressed")), strict=True)
     )
     return QuantizationConfig(scope="all", recondition=settings[name])
 
@@ -64,7 +65,7 @@ def test_images_given_as_held_out_leave_all_others_in():
 def test_no_candidate_is_preferred(monkeypatch, worst):
     """Also what would win is dropped where it scores worst."""
     scores = iter(-1.0 if name == worst else 1.0 for name in NAMES)
-    monkeypatch.setattr(calibration, "fidelity_in_db", lambda *_: next(scores))
+    monkeypatch.setattr(job, "fidelity_in_db", lambda *_: next(scores))
     found = quantize_network(build("edsr"), crops(), QuantizationConfig(scope="all")).calibration
     assert found.chosen == next(name for name in NAMES if name != worst)
 
@@ -92,7 +93,8 @@ def test_rounding_can_be_left_out_and_is_reported():
 def test_bounds_belong_to_the_weights_before_rounding():
     images = crops(4)
     ways = [
-        QuantizationConfig(scope="all", recondition=None, rounding=w) for w in ("gptq", "nearest")
+        QuantizationConfig(scope="all", recondition=None, rounding=w, equalize=False)
+        for w in ("gptq", "nearest")
     ]
     rounded, nearest = (
         {
@@ -168,7 +170,7 @@ def test_images_of_several_sizes_and_of_several_inputs():
     layers = config.find_layers(wrapped)
     model = insert_quantizers(wrapped, layers, config)
     found = calibrate(model, quantized_layers(model, layers), images, config, bounds_images=2)
-    assert list(found.fidelity) == NAMES
+    assert {name.removesuffix(", equalized") for name in found.fidelity} == set(NAMES)
     with torch.no_grad():
         assert model(**images[1]).isfinite().all()
 
@@ -178,7 +180,7 @@ def test_bounds_of_a_quantized_network_need_one_size():
     wrapped = wrap(build("edsr"), crops(1))
     layers = config.find_layers(wrapped)
     model = insert_quantizers(wrapped, layers, config)
-    images = [torch.rand(1, 3, size, size) for size in (16, 24)]
+    images = [torch.rand(1, 3, size, size) for size in (16, 24, 16)]
     with pytest.raises(InputError, match='images of one size: use "float"'):
         calibrate(model, quantized_layers(model, layers), images, config, bounds_images=2)
 

@@ -261,8 +261,9 @@ def test_feature_blocks_are_the_nearest_members_of_a_list():
     block = nn.ModuleDict({"attention": nn.ModuleDict({"qkv": nn.Linear(2, 2)}), "mlp": nn.GELU()})
     body = nn.ModuleList([block, copy.deepcopy(block)])
     model = nn.ModuleDict({"head": nn.Linear(2, 2), "body": body, "end": nn.Sequential(nn.ReLU())})
-    layers = ["head", "body.1.attention.qkv", "body.0.mlp", "body.1.mlp", "end.0"]
-    assert feature_blocks(model, layers) == ["body.1", "body.0", "end.0"]
+    model["body"].append(nn.Sequential(nn.Linear(2, 2)))
+    layers = ["head", "body.1.attention.qkv", "body.0.mlp", "body.1.mlp", "end.0", "body.2.0"]
+    assert feature_blocks(model, layers) == ["body.1", "body.0", "body.2"]
 
 
 def test_a_network_keeps_which_of_its_parameters_are_trained():

@@ -1,13 +1,7 @@
-"""From a network with fake quantizers to the bounds, weights and biases that it is trained or run with.
-
-Bounds are searched first, on the float network (DOBI). Then each of the candidates gives the layers new
-weights, whose bounds are searched anew and whose rounding keeps the layers' outputs. Of several candidates
-the one that is closest to the float network on images held out from all that stays.
-"""
+"""One calibration: what all candidates share, and what each of them makes of the network."""
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -16,8 +10,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
+from condiquant_plugin.calibration.candidates import (
+    Calibration,
+    Candidate,
+    candidates,
+    fidelity_in_db,
+)
+from condiquant_plugin.calibration.images import held_out, sequence_of, together
 from condiquant_plugin.configuration import QuantizationConfig
 from condiquant_plugin.forward_pass import run
 from condiquant_plugin.layerwise import distributed
@@ -30,80 +30,16 @@ from condiquant_plugin.layerwise.quantized import (
 )
 from condiquant_plugin.layerwise.sequential import solve_in_sequence
 from condiquant_plugin.methods.condiquant.reconditioning import ReconditioningConfig, unchanged
+from condiquant_plugin.methods.equalization.scaling import Scaling, equalize, find_scalings
 from condiquant_plugin.methods.gptq.rounding import GPTQ
-from condiquant_plugin.uniform.fake_quantizer import search_bounds, snapped_together
+from condiquant_plugin.uniform.fake_quantizer import (
+    fake_quantizers,
+    search_bounds,
+    snapped_together,
+)
 
-_SEQUENCE_PIXELS = 2**16
-"""Of the images that stand still inside a network at once; 64 crops of 32x32."""
-_AT_ONCE = 16
-"""Crops of one size in one pass of a sequence."""
-_HELD_OUT = 8
-"""Every eighth image is held out if there are candidates to choose from."""
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A way to give the layers new weights; ``settings=None`` keeps them as trained."""
-
-    settings: ReconditioningConfig | None
-
-    @property
-    def name(self) -> str:
-        """For reports."""
-        if self.settings is None:
-            return "as trained"
-        words = self.settings.objective.replace("_", " ")
-        return f"{words}, in sequence" if self.settings.inputs == "compressed" else words
-
-
-def candidates(config: QuantizationConfig, *, sequences: bool = True) -> list[Candidate]:
-    """What is tried: with ``recondition="auto"`` the weights as trained and both least squares.
-
-    Args:
-        sequences: whether layers can be solved on the compressed network's inputs.
-    """
-    settings = config.reconditioning()
-    if config.recondition != "auto" or settings is None:
-        return [Candidate(settings)]
-    tried = [None, settings, replace(settings, inputs="compressed")]
-    return [Candidate(each) for each in tried[: 3 if sequences else 2]]
-
-
-@dataclass
-class Calibration:
-    """What became of a network's layers, and why."""
-
-    reports: list[LayerReport]
-    chosen: str
-    """Name of the candidate."""
-    fidelity: dict[str, float] = field(default_factory=dict)
-    """Of every candidate, if there were several: ratio of the float output's variance to the squared
-    error on held-out images, mean in dB."""
-    rounding: list[LayerReport] = field(default_factory=list)
-    """What rounding does to each layer's output, where it follows the moments."""
-    seconds: dict[str, float] = field(
-        default_factory=lambda: {"gram": 0.0, "recondition": 0.0, "bounds": 0.0}
-    )
-
-
-def held_out(count: int) -> tuple[list[int], list[int]]:
-    """Places of the images that are calibrated with, and of those held out; the only one is both.
-
-    >>> held_out(9)
-    ([0, 1, 2, 3, 4, 5, 6, 8], [7])
-    >>> held_out(3)
-    ([0, 1], [2])
-    """
-    chosen = list(range(_HELD_OUT - 1, count, _HELD_OUT)) or [count - 1]
-    return [i for i in range(count) if i not in chosen] or chosen, chosen
-
-
-def fidelity_in_db(output: Tensor, target: Tensor) -> float:
-    """Variance of ``target`` to squared error, at most 120 dB."""
-    target = target.double()
-    error = float((output.double() - target).square().mean())
-    variance = float(target.var(correction=0))
-    return min(10 * math.log10(max(variance, 1e-30) / max(error, 1e-30)), 120.0)
+_EQUALIZED_ON = 4
+"""Images of one size that channels' ranges are taken from."""
 
 
 @torch.no_grad()
@@ -136,29 +72,63 @@ def calibrate(
         DistributedError: another process ended or failed.
     """
     tried = candidates(config) if layers else [Candidate(None)]
-    if len(tried) > 1 and not unseen:
-        kept, chosen = held_out(len(images))
-        unseen, images = [images[i] for i in chosen], [images[i] for i in kept]
-    job = _Job(model, layers, list(images), config, bounds_images, batch_size)
+    kept, chosen = held_out(len(images))
+    seen = images if unseen else [images[i] for i in kept]
+    scalings = _scalings(model, layers, seen[:_EQUALIZED_ON]) if config.equalize else []
+    chooses = len(tried) > 1 or bool(scalings)
+    if chooses and not unseen:
+        unseen, images = [images[i] for i in chosen], seen
+    job = _Job(model, layers, list(images), config, bounds_images, batch_size, scalings)
     job.search()
-    targets = job.float_outputs(unseen) if len(tried) > 1 else []
+    if chooses:
+        job.hold_out(unseen)
     job.collect([each.settings for each in tried])
-    found: dict[str, tuple[Calibration, list[Tensor]]] = {}
-    for each in tried:
-        result = job.solve(each)
-        if targets:
-            with snapped_together(model):
-                outputs = [run(model, image) for image in unseen]
-            pairs = zip(outputs, targets, strict=True)
-            result.fidelity[each.name] = mean(fidelity_in_db(o, target) for o, target in pairs)
-        found[each.name] = result, job.state()
-        job.restore()
-    scores = {name: result.fidelity.get(name, 0.0) for name, (result, _) in found.items()}
-    scores = distributed.agreed(scores)
-    best, state = found[max(scores, key=scores.__getitem__)]
-    job.restore(state)
-    best.fidelity, best.seconds = scores if targets else {}, job.seconds
-    return best
+    results = [job.solve(tried[0])]
+    if scalings:
+        plain = job.start
+        job.equalize(scalings)
+        job.search()
+        job.collect([each.settings for each in tried])
+        results.append(job.solve(tried[0]))
+        if job.best(results) is results[0]:
+            job.start = plain
+    results += [job.solve(each) for each in tried[1:]]
+    best = job.best(results)
+    job.restore(best.state)
+    fidelity = {each.calibration.chosen: each.fidelity for each in results} if chooses else {}
+    return replace(best.calibration, fidelity=fidelity, seconds=job.seconds)
+
+
+def _scalings(
+    model: nn.Module, layers: Sequence[QuantizedLayer], images: Sequence[Any]
+) -> list[Scaling]:
+    """What makes the quantized layers' outputs better, the same in all processes."""
+    if not layers:
+        return []
+    with distributed.failing_together("equalizing channels"):
+        found = find_scalings(model, layers, together(images, _EQUALIZED_ON)[0])
+    shared = distributed.agreed([(each.factors, each.exponent) for each in found])
+    pairs = zip(found, shared, strict=True)
+    every = [replace(each, factors=f.to(each.factors), exponent=e) for each, (f, e) in pairs]
+    return [each for each in every if each.exponent]
+
+
+@dataclass
+class _Start:
+    """What candidates begin with: a network that computes what the float one does, and its bounds."""
+
+    state: list[Tensor]
+    moments: dict[str, Moments] = field(default_factory=dict)
+    equalized: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class _Result:
+    """What a candidate made of the network, and how close that is to the float one."""
+
+    calibration: Calibration
+    state: list[Tensor]
+    fidelity: float
 
 
 class _Job:
@@ -172,14 +142,25 @@ class _Job:
         config: QuantizationConfig,
         bounds_images: int,
         batch_size: int,
+        scalings: Sequence[Scaling],
     ) -> None:
         self.model, self.layers, self.config = model, list(layers), config
         self.images, self.batches = images, together(images, batch_size)
         self.bounds_batches = together(images[:bounds_images], batch_size)
         self.seconds = {"gram": 0.0, "recondition": 0.0, "bounds": 0.0}
-        self.moments: dict[str, Moments] = {}
         self.called_once: set[str] = set()
         self.rounds = GPTQ() if config.rounding == "gptq" else None
+        self.changeable = self._tensors(scalings)
+        self.start = _Start(self.state())
+        self.unseen: Sequence[Any] = ()
+        self.targets: list[Tensor] = []
+
+    def equalize(self, scalings: Sequence[Scaling]) -> None:
+        self.restore(self.start.state)
+        with distributed.failing_together("equalizing channels"):
+            kept = equalize(self.model, scalings, self.batches[0])
+        equalized = {name: each.exponent for each in kept for name in each.readers}
+        self.start = _Start(self.state(), equalized=equalized)
 
     def search(self) -> None:
         started = time.perf_counter()
@@ -188,11 +169,16 @@ class _Job:
             search_bounds(self.model, self.bounds_batches, quantized_inputs=quantized)
         distributed.broadcast_bounds(self.model)
         self.seconds["bounds"] += time.perf_counter() - started
-        self.before = self.state()
+        self.start.state = self.state()
 
-    def float_outputs(self, images: Sequence[Any]) -> list[Tensor]:
+    def hold_out(self, images: Sequence[Any]) -> None:
+        """Judge candidates on ``images``."""
         with computing_floats(self.model):
-            return [run(self.model, image) for image in images]
+            self.unseen, self.targets = images, [run(self.model, image) for image in images]
+
+    @staticmethod
+    def best(results: Sequence[_Result]) -> _Result:
+        return max(results, key=lambda result: result.fidelity)
 
     def collect(self, settings: Sequence[ReconditioningConfig | None]) -> None:
         given = [each for each in settings if each is not None]
@@ -201,12 +187,23 @@ class _Job:
         started = time.perf_counter()
         quantized = bool(self.rounds) or any(each.needs_quantized_inputs for each in given)
         collected = collect_moments(self.model, self.layers, self.batches, quantized=quantized)
-        self.moments = collected.moments
+        self.start.moments = collected.moments
         self.called_once = {name for name, uses in collected.uses.items() if uses == 1}
         self.seconds["gram"] += time.perf_counter() - started
 
-    def solve(self, candidate: Candidate) -> Calibration:
-        """New weights, their bounds and their rounding, in the network."""
+    def solve(self, candidate: Candidate) -> _Result:
+        """New weights, their bounds and their rounding."""
+        self.restore(self.start.state)
+        calibration = self._solved(candidate)
+        fidelity = 0.0
+        if self.targets:
+            with snapped_together(self.model):
+                outputs = [run(self.model, image) for image in self.unseen]
+            pairs = zip(outputs, self.targets, strict=True)
+            fidelity = distributed.agreed(mean(fidelity_in_db(o, target) for o, target in pairs))
+        return _Result(calibration, self.state(), fidelity)
+
+    def _solved(self, candidate: Candidate) -> Calibration:
         started = time.perf_counter()
         reports: dict[str, LayerReport] = {}
         rounding: dict[str, LayerReport] = {}
@@ -215,7 +212,7 @@ class _Job:
         if settings is not None and settings.inputs == "compressed":
             in_sequence = [layer for layer in alone if layer.name in self.called_once]
             alone = [layer for layer in alone if layer.name not in self.called_once]
-        moments = [self.moments.get(layer.name) for layer in alone]
+        moments = [self.start.moments.get(layer.name) for layer in alone]
         reports |= self._recondition(alone, moments, settings)
         rounding |= self._round(alone, moments)
 
@@ -231,7 +228,9 @@ class _Job:
         self.seconds["recondition"] += time.perf_counter() - started
         names = [layer.name for layer in self.layers]
         rounded = [rounding[name] for name in names if name in rounding]
-        return Calibration([reports[name] for name in names], candidate.name, rounding=rounded)
+        equalized = self.start.equalized
+        name = f"{candidate.name}, equalized" if equalized else candidate.name
+        return Calibration([reports[n] for n in names], name, rounding=rounded, equalized=equalized)
 
     def _recondition(
         self,
@@ -269,55 +268,21 @@ class _Job:
             layer.write(solution)
         return {solution.report.name: solution.report for solution in solutions}
 
-    def _tensors(self) -> list[Tensor]:
+    def _tensors(self, scalings: Sequence[Scaling]) -> list[Tensor]:
+        """All that a calibration may change, each once."""
         weights = (t for x in self.layers for t in (x.weight, x.bias) if t is not None)
-        ends = (x.weight_quantizer for x in self.layers)
-        return [*weights, *(end for q in ends for end in (q.lower, q.upper))]
+        ends = (end for q in fake_quantizers(self.model).values() for end in (q.lower, q.upper))
+        scaled = (tensor for each in scalings for tensor in each.link.tensors())
+        return list({id(tensor): tensor for tensor in (*weights, *ends, *scaled)}.values())
 
     def state(self) -> list[Tensor]:
-        return [tensor.detach().clone() for tensor in self._tensors()]
+        return [tensor.detach().clone() for tensor in self.changeable]
 
-    def restore(self, state: list[Tensor] | None = None) -> None:
-        for tensor, value in zip(self._tensors(), state or self.before, strict=True):
+    def restore(self, state: list[Tensor]) -> None:
+        for tensor, value in zip(self.changeable, state, strict=True):
             tensor.copy_(value)
 
 
 def _as_trained(layer: QuantizedLayer) -> LayerReport:
     weight = layer.rows_first(layer.weight)
     return unchanged(layer.name, weight, layer.geometry, layer.row_blocks)
-
-
-def together(images: Sequence[Any], size: int) -> list[Any]:
-    """Batches of up to ``size`` neighbouring tensors of one shape; all else as it is."""
-    batches: list[Any] = []
-    pending: list[Tensor] = []
-    for image in images:
-        if pending and (not _alike(pending[0], image) or len(pending) == size):
-            batches.append(torch.cat(pending))
-            pending = []
-        if isinstance(image, Tensor):
-            pending.append(image)
-        else:
-            batches.append(image)
-    return [*batches, torch.cat(pending)] if pending else batches
-
-
-def _alike(first: Tensor, second: Any) -> bool:
-    return isinstance(second, Tensor) and first.shape[1:] == second.shape[1:]
-
-
-def sequence_of(images: Sequence[Any]) -> list[Any]:
-    """As many of the first images as may stand still in a network, at least one."""
-    pixels = 0
-    chosen: list[Any] = []
-    for image in images:
-        sizes = (t.shape[0] * t[0, 0].numel() for t in tree_leaves(image) if _is_image(t))
-        pixels += max(sizes, default=1)
-        if chosen and pixels > _SEQUENCE_PIXELS:
-            break
-        chosen.append(image)
-    return together(chosen, _AT_ONCE)
-
-
-def _is_image(x: Any) -> bool:
-    return isinstance(x, Tensor) and x.ndim > 2 and x.numel() > 0
