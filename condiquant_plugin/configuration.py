@@ -15,12 +15,14 @@ from condiquant_plugin.uniform.grid import DEFAULT_OVERFLOW, Overflow, check_bit
 BoundsInputs = Literal["quantized", "float"]
 Granularity = Literal["tensor", "channel"]
 Rounding = Literal["gptq", "nearest"]
+Equalize = Literal["auto", True, False]
 _CHOICES = {
     "scope": Scope,
     "weight_granularity": Granularity,
     "activation_side": Side,
     "overflow": Overflow,
     "bounds_inputs": BoundsInputs,
+    "equalize": Equalize,
     "rounding": Rounding,
 }
 
@@ -67,9 +69,10 @@ class QuantizationConfig:
     recondition: ReconditioningConfig | Literal["auto"] | None = "auto"
     """``"auto"`` chooses on held-out images between the weights as trained and least squares with the
     default of the activations' bit-width; ``None`` keeps the weights as trained."""
-    equalize: bool = True
-    """Give the channels of layers' inputs like ranges, by factors that the layers around take up, where it
-    is closer to the float network on held-out images. Not for an ``ov.Model``."""
+    equalize: Equalize = "auto"
+    """Whether to give the channels of layers' inputs like ranges, by factors that the layers around take
+    up, if that is closer to the float network on held-out images. ``"auto"``: where ``recondition`` is
+    ``"auto"`` too. Not for an ``ov.Model``."""
     rounding: Rounding = "gptq"
     """``"gptq"``: weights in scope are rounded so that their layer's output stays; 8-bit weights with
     ``overflow="safe"`` are not, as their grid goes by the weight. ``"nearest"``: every entry to its
@@ -101,6 +104,11 @@ class QuantizationConfig:
         if in_scope or self.other_bits is None:
             return LayerBits(self.weight_bits, self.activation_bits)
         return LayerBits(self.other_bits, self.other_bits)
+
+    @property
+    def tries_equalizing(self) -> bool:
+        """Whether the channels of layers' inputs may get factors."""
+        return self.recondition == "auto" if self.equalize == "auto" else self.equalize
 
     def reconditioning(self) -> ReconditioningConfig | None:
         """Settings of reconditioning, the default of the bit-width filled in."""

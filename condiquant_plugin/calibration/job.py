@@ -74,7 +74,7 @@ def calibrate(
     tried = candidates(config) if layers else [Candidate(None)]
     kept, chosen = held_out(len(images))
     seen = images if unseen else [images[i] for i in kept]
-    scalings = _scalings(model, layers, seen[:_EQUALIZED_ON]) if config.equalize else []
+    scalings = _scalings(model, layers, seen[:_EQUALIZED_ON]) if config.tries_equalizing else []
     chooses = len(tried) > 1 or bool(scalings)
     if chooses and not unseen:
         unseen, images = [images[i] for i in chosen], seen

@@ -29,7 +29,7 @@ from condiquant_nncf.backends.torch import prepare as wrap_checked
 from condiquant_nncf.configuration import QuantizationConfig
 from condiquant_nncf.network import calibrate_wrapped
 from condiquant_plugin.calibration import candidates
-from condiquant_plugin.configuration import Granularity, Rounding
+from condiquant_plugin.configuration import Equalize, Granularity, Rounding
 from condiquant_plugin.errors import InputError, check_count
 from condiquant_plugin.forward_pass import run
 from condiquant_plugin.layerwise.problem import LayerReport
@@ -59,7 +59,7 @@ class AdvancedCondiQuantParameters:
     """``None`` is whether ``target_device`` is the NPU."""
     overflow: Overflow = QuantizationConfig.overflow
     """Only ``then="bounds"``: NNCF's int8 has ``overflow_fix``."""
-    equalize: bool = QuantizationConfig.equalize
+    equalize: Equalize = QuantizationConfig.equalize
     """Only ``then="bounds"`` of a torch model."""
     rounding: Rounding = QuantizationConfig.rounding
     """Only ``then="bounds"``."""

@@ -215,8 +215,11 @@ class Recipe(_Section):
         values = self.model_dump(exclude={"export"}) | {"device": self.export.device}
         if self.datasets.train is None:
             del values["datasets"]["train"], values["datasets"]["val"]
-        if not self.condiquant.distillation.autocast:  # as recipes from before there was one
+        # As recipes from before there was such a key.
+        if not self.condiquant.distillation.autocast:
             del values["condiquant"]["distillation"]["autocast"]
+        if self.condiquant.equalize == QuantizationConfig.equalize:
+            del values["condiquant"]["equalize"]
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
     def to_yaml(self) -> str:

@@ -146,7 +146,7 @@ def test_distillation_trains_bounds_and_weights():
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     result = distill(
         model, teacher, images[:6], images[6:],
-        DistillationConfig(iterations=6, validate_every=2, feature_weight=0.01),
+        DistillationConfig(iterations=10, validate_every=2, feature_weight=0.01),
         trainable_weights=trainable_weights(model), blocks=feature_blocks(model),
     )  # fmt: skip
     assert result.best_loss < 0.99 * result.initial_loss

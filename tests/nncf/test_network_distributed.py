@@ -7,13 +7,14 @@ import condiquant_nncf as host
 import processes
 from condiquant_plugin import InputError
 from condiquant_plugin.methods.condiquant.reconditioning import ReconditioningConfig
-from networks import build
+from networks import build, skewed
 
 CASES = {
     "swinir": ("swinir", "least_squares"),
     "swinir, condition": ("swinir", "condition"),
     "edsr": ("edsr", "least_squares"),
     "edsr, condition": ("edsr", "condition"),
+    "skewed": ("skewed", "least_squares"),
 }
 PAIRS = [(2, case) for case in CASES] + [(3, "edsr"), (3, "edsr, condition")]
 COUNTS = (1, 2, 3)
@@ -26,7 +27,11 @@ def images(count):
 def config(name, objective):
     scope = "transformer" if name == "swinir" else "all"
     settings = objective and ReconditioningConfig(objective, steps=20)
-    return host.QuantizationConfig(scope=scope, recondition=settings)
+    return host.QuantizationConfig(scope=scope, recondition=settings, equalize=name == "skewed")
+
+
+def network(name):
+    return skewed() if name == "skewed" else build(name)
 
 
 def moments(name, crops):
@@ -45,10 +50,12 @@ def error_of(crops):
 def work(rank, folder):
     # Batches of two for moments alone, of four for networks: the last processes have none.
     result = {"swinir": moments("swinir", images(5)), "edsr": moments("edsr", images(2))}
-    result["networks"], result["reports"] = {}, {}
+    result["networks"], result["reports"], result["chosen"] = {}, {}, {}
     for case, (name, objective) in CASES.items():
         if (torch.distributed.get_world_size(), case) in [*PAIRS, (1, case)]:
-            quantized = host.quantize_network(build(name), images(8), config(name, objective))
+            settings = config(name, objective)
+            quantized = host.quantize_network(network(name), images(9), settings)
+            result["chosen"][case] = quantized.calibration.chosen
             result["networks"][case] = quantized.model.state_dict()
             result["reports"][case] = [
                 (r.name, r.condition_before, r.condition_after, r.output_error)
@@ -91,10 +98,13 @@ def test_moments_are_those_of_one_process(results, count, name):
 @pytest.mark.parametrize(("count", "case"), PAIRS)
 def test_networks_are_those_of_one_process(results, count, case):
     found, expected = (results[n][0]["networks"][case] for n in (count, 1))
-    trained = build(CASES[case][0]).state_dict()
-    changed = [n for n in trained if n.endswith("weight") and not trained[n].equal(expected[n])]
+    trained = network(CASES[case][0]).state_dict()
+    changed = {n for n in trained if n.endswith("weight") and not trained[n].equal(expected[n])}
     reports, as_alone = (results[n][0]["reports"][case] for n in (count, 1))
-    assert len(changed) == len(reports)
+    assert {f"{name}.weight" for name, *_ in reports} <= changed
+    chosen = results[count][0]["chosen"][case]
+    assert chosen.endswith("equalized") == (case == "skewed")
+    assert (len(changed) > len(reports)) == (case == "skewed")
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         if value.is_floating_point():

@@ -14,7 +14,7 @@ from condiquant_plugin.methods.condiquant.reconditioning import ReconditioningCo
 
 BACKENDS = ["torch", "openvino"]
 IMAGES = torch.rand(9, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-NAMES = {"as trained": None, "least squares": ReconditioningConfig()}
+NAMES = {"least squares": ReconditioningConfig(), "as trained": None}
 
 
 def subject(backend):

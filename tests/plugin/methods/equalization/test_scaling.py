@@ -18,24 +18,11 @@ from condiquant_plugin.methods.equalization.scaling import (
     factors_of,
     find_scalings,
 )
-from networks import build
+from networks import build, skewed
 
 
 def crops(count=9, size=16):
     return torch.rand(count, 3, size, size, generator=torch.Generator().manual_seed(0))
-
-
-def skewed(name="compact", spread=30.0):
-    """The network with one channel in four far larger than the others, computing the same."""
-    network = build(name)
-    with torch.no_grad():
-        for first, second in ((0, 2), (2, 4), (4, 6)):
-            factors = torch.ones(16)
-            factors[::4] = 1 / spread
-            Link(
-                network.body[first].weight, network.body[first].bias, [network.body[second].weight]
-            ).scale(factors)
-    return network
 
 
 def quantized(network, images, **changes):
