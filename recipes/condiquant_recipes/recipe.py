@@ -25,6 +25,8 @@ from condiquant_plugin.methods.condiquant.reconditioning import (
 )
 from condiquant_plugin.uniform.grid import MAX_BITS, MIN_BITS
 from condiquant_plugin.uniform.sampling import BOUNDS_CROPS
+from condiquant_recipes import budgets
+from condiquant_recipes.budgets import STANDARD, Budget
 
 
 class _Section(BaseModel):
@@ -195,6 +197,8 @@ class Recipe(_Section):
 
     name: str = Field(pattern=r"^[\w.+-]+$")
     scale: int = Field(ge=1)
+    budget: Budget = STANDARD
+    """How long a run may take: what :data:`.budgets.BUDGETS` sets goes for keys that are not given."""
     seed: int = 0
     network_g: dict[str, Any] | None = None
     """BasicSR's section; left out: spandrel recognises the checkpoint."""
@@ -205,6 +209,11 @@ class Recipe(_Section):
     condiquant: CondiQuantSection = CondiQuantSection()
     export: ExportSection = ExportSection()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _within_budget(cls, values: Any) -> Any:
+        return budgets.filled(values)
+
     @property
     def bits(self) -> LayerBits:
         """Of the layers in scope, as asked for."""
@@ -212,7 +221,7 @@ class Recipe(_Section):
 
     def digest(self) -> str:
         """sha256 of what the quantized network depends on: of ``export``, the device's grids only."""
-        values = self.model_dump(exclude={"export"}) | {"device": self.export.device}
+        values = self.model_dump(exclude={"export", "budget"}) | {"device": self.export.device}
         if self.datasets.train is None:
             del values["datasets"]["train"], values["datasets"]["val"]
         # As recipes from before there was such a key.
@@ -266,6 +275,9 @@ def with_overrides(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
         InputError: unknown key, or a value out of range.
     """
     values = recipe.model_dump()
+    for override in overrides:
+        if (budget := override.removeprefix("budget=")) != override:
+            values = budgets.changed(values, budget)
     for override in overrides:
         _apply(values, override)
     return _validated(values)
