@@ -13,6 +13,8 @@ _SEQUENCE_PIXELS = 2**16
 """Of the images that stand still inside a network at once; 64 crops of 32x32."""
 _AT_ONCE = 16
 """Crops of one size in one pass of a sequence."""
+_PIXELS_AT_ONCE = 2**13
+"""Of small images that pass a network together, where nothing depends on which they are."""
 _HELD_OUT = 8
 """Every eighth image is held out if there are candidates to choose from."""
 
@@ -44,6 +46,17 @@ def together(images: Sequence[Any], size: int) -> list[Any]:
     return [*batches, torch.cat(pending)] if pending else batches
 
 
+def few_at_once(images: Sequence[Any], processes: int = 1) -> list[Any]:
+    """Batches of small neighbours, which many operators on little data would keep waiting one by one.
+
+    Args:
+        processes: that all get a batch, if there are images for them.
+    """
+    pixels = max((_pixels(image) for image in images), default=1)
+    most = min(_PIXELS_AT_ONCE // pixels, len(images) // processes)
+    return together(images, max(most, 1))
+
+
 def _alike(first: Tensor, second: Any) -> bool:
     return isinstance(second, Tensor) and first.shape[1:] == second.shape[1:]
 
@@ -53,12 +66,16 @@ def sequence_of(images: Sequence[Any]) -> list[Any]:
     pixels = 0
     chosen: list[Any] = []
     for image in images:
-        sizes = (t.shape[0] * t[0, 0].numel() for t in tree_leaves(image) if _is_image(t))
-        pixels += max(sizes, default=1)
+        pixels += _pixels(image)
         if chosen and pixels > _SEQUENCE_PIXELS:
             break
         chosen.append(image)
     return together(chosen, _AT_ONCE)
+
+
+def _pixels(image: Any) -> int:
+    sizes = (t.shape[0] * t[0, 0].numel() for t in tree_leaves(image) if _is_image(t))
+    return max(sizes, default=1)
 
 
 def _is_image(x: Any) -> bool:

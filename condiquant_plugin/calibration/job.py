@@ -17,7 +17,7 @@ from condiquant_plugin.calibration.candidates import (
     candidates,
     fidelity_in_db,
 )
-from condiquant_plugin.calibration.images import held_out, sequence_of, together
+from condiquant_plugin.calibration.images import few_at_once, held_out, sequence_of, together
 from condiquant_plugin.configuration import QuantizationConfig
 from condiquant_plugin.forward_pass import run
 from condiquant_plugin.layerwise import distributed
@@ -145,7 +145,12 @@ class _Job:
         scalings: Sequence[Scaling],
     ) -> None:
         self.model, self.layers, self.config = model, list(layers), config
-        self.images, self.batches = images, together(images, batch_size)
+        self.images = images
+        self.batches = (
+            few_at_once(images, distributed.world_size())
+            if batch_size == 1
+            else together(images, batch_size)
+        )
         self.bounds_batches = together(images[:bounds_images], batch_size)
         self.seconds = {"gram": 0.0, "recondition": 0.0, "bounds": 0.0}
         self.called_once: set[str] = set()
@@ -174,7 +179,8 @@ class _Job:
     def hold_out(self, images: Sequence[Any]) -> None:
         """Judge candidates on ``images``."""
         with computing_floats(self.model):
-            self.unseen, self.targets = images, [run(self.model, image) for image in images]
+            self.unseen = few_at_once(images)
+            self.targets = [run(self.model, batch) for batch in self.unseen]
 
     @staticmethod
     def best(results: Sequence[_Result]) -> _Result:
@@ -198,8 +204,8 @@ class _Job:
         fidelity = 0.0
         if self.targets:
             with snapped_together(self.model):
-                outputs = [run(self.model, image) for image in self.unseen]
-            pairs = zip(outputs, self.targets, strict=True)
+                outputs = [run(self.model, batch) for batch in self.unseen]
+            pairs = zip(_by_image(outputs), _by_image(self.targets), strict=True)
             fidelity = distributed.agreed(mean(fidelity_in_db(o, target) for o, target in pairs))
         return _Result(calibration, self.state(), fidelity)
 
@@ -281,6 +287,10 @@ class _Job:
     def restore(self, state: list[Tensor]) -> None:
         for tensor, value in zip(self.changeable, state, strict=True):
             tensor.copy_(value)
+
+
+def _by_image(outputs: Sequence[Tensor]) -> list[Tensor]:
+    return [image for output in outputs for image in output.split(1)]
 
 
 def _as_trained(layer: QuantizedLayer) -> LayerReport:

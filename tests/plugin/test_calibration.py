@@ -9,7 +9,7 @@ from condiquant_nncf import QuantizationConfig, insert_quantizers, quantize_netw
 from condiquant_nncf.network import quantized_layers
 from condiquant_plugin import InputError, fake_quantizers
 from condiquant_plugin.calibration import calibrate, fidelity_in_db, held_out, job
-from condiquant_plugin.calibration.images import sequence_of, together
+from condiquant_plugin.calibration.images import few_at_once, sequence_of, together
 from condiquant_plugin.methods.condiquant.reconditioning import ReconditioningConfig
 from networks import build
 
@@ -145,6 +145,19 @@ def test_neighbours_of_one_shape_pass_together():
     sizes = [b.shape[0] if isinstance(b, torch.Tensor) else "pair" for b in batches]
     assert sizes == [2, 1, 1, "pair", 1]
     assert torch.equal(torch.cat(batches[:2]), small.expand(3, -1, -1, -1))
+
+
+def test_small_images_pass_few_at_once():
+    def sizes(images, *processes):
+        return [len(batch) for batch in few_at_once(images, *processes)]
+
+    small = list(torch.rand(20, 3, 32, 32).split(1))
+    assert sizes(small) == [8, 8, 4]
+    assert sizes(small[:6], 3) == [2, 2, 2]
+    assert sizes(small[:2], 3) == [1, 1]
+    assert sizes([torch.rand(1, 3, 200, 200)] * 2) == [1, 1]
+    assert sizes([*small[:3], torch.rand(1, 3, 64, 64)]) == [2, 1, 1]
+    assert few_at_once([]) == []
 
 
 def test_a_sequence_holds_a_bounded_number_of_pixels():
