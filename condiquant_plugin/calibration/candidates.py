@@ -28,12 +28,13 @@ class Candidate:
 
 
 def candidates(config: QuantizationConfig, *, sequences: bool = True) -> list[Candidate]:
-    """What is tried: with ``recondition="auto"`` the weights as trained and both least squares.
+    """What is tried: with ``recondition="auto"`` least squares, the weights as trained, and in sequence.
 
     By the first one it is judged whether the network is better with equalized channels.
 
     Args:
-        sequences: whether layers can be solved on the compressed network's inputs.
+        sequences: whether layers can be solved on the compressed network's inputs, and are a chain that
+            gains by it; linear layers behind norms do not (docs/results.md).
     """
     settings = config.reconditioning()
     if config.recondition != "auto" or settings is None:

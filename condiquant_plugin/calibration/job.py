@@ -71,7 +71,8 @@ def calibrate(
         InputError: NaN or Inf anywhere; ``bounds_inputs="quantized"`` with images of several sizes.
         DistributedError: another process ended or failed.
     """
-    tried = candidates(config) if layers else [Candidate(None)]
+    chains = any(layer.geometry.kind != "linear" for layer in layers)
+    tried = candidates(config, sequences=chains) if layers else [Candidate(None)]
     kept, chosen = held_out(len(images))
     seen = images if unseen else [images[i] for i in kept]
     scalings = _scalings(model, layers, seen[:_EQUALIZED_ON]) if config.tries_equalizing else []
