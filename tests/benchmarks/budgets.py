@@ -1,0 +1,93 @@
+"""What a budget buys: PSNR on test sets, and minutes of calibration and distillation, without the export.
+
+Run from the repository root: ``CONDIQUANT_DATA=DATA python tests/benchmarks/budgets.py RECIPE BUDGET W/A ...
+[--sets Set5 Set14] [--seeds 0 1 2] [--set KEY=VALUE ...]``, such as ``dat_light/x4.yml quick 4/4 3/3 2/2``.
+"""
+
+import argparse
+import os
+import time
+from functools import partial
+from pathlib import Path
+
+import torch
+
+import condiquant_basicsr as basicsr_host
+import condiquant_nncf as nncf_host
+from condiquant_recipes import settings
+from condiquant_recipes.progress import Progress
+from condiquant_recipes.recipe import load_recipe
+from condiquant_recipes.recipe_files import recipe_path
+from condiquant_recipes.run import distill_network, load_source
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("recipe")
+    parser.add_argument("budget")
+    parser.add_argument("widths", nargs="+")
+    parser.add_argument("--sets", nargs="+", default=["Set5"])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--set", nargs="+", default=[], dest="overrides")
+    return parser.parse_args()
+
+
+def scores(model, source, recipe, reference=None) -> dict[str, float]:
+    upscale = partial(basicsr_host.upscale, scale=recipe.scale, multiple=source.multiple)
+    return {
+        name: basicsr_host.evaluate(
+            partial(upscale, model),
+            pairs,
+            recipe.scale,
+            lambda *_: None,
+            reference=reference and partial(upscale, reference),
+        )["psnr"]
+        for name, pairs in source.test_sets.items()
+    }
+
+
+def row(given: argparse.Namespace, width: str, seed: int) -> str:
+    weight_bits, activation_bits = width.split("/")
+    recipe = load_recipe(
+        recipe_path(given.recipe),
+        [
+            f"budget={given.budget}",
+            f"seed={seed}",
+            f"condiquant.weight_bits={weight_bits}",
+            f"condiquant.activation_bits={activation_bits}",
+            *given.overrides,
+        ],
+    )
+    torch.manual_seed(seed)
+    source = load_source(recipe, Path(os.environ["CONDIQUANT_DATA"]), given.sets)
+    reference = source.network if recipe.datasets.reference == "float" else None
+    started = time.perf_counter()
+    quantized = nncf_host.quantize_network(
+        source.network,
+        source.crops,
+        settings.quantization(recipe),
+        bounds_crops=recipe.condiquant.bounds.crops,
+        held_out=source.held_out,
+    )
+    calibrated = time.perf_counter() - started
+    before = scores(quantized.model, source, recipe, reference)
+    started = time.perf_counter()
+    distill_network(quantized.model, quantized.layers, source, recipe, Progress())
+    distilled = time.perf_counter() - started
+    after = scores(quantized.model, source, recipe, reference)
+    found = ", ".join(f"{name} {before[name]:.2f} -> {after[name]:.2f}" for name in after)
+    return (
+        f"{recipe.name} {width} {given.budget} seed {seed}: {quantized.calibration.chosen}; {found} dB; "
+        f"{calibrated / 60:.1f} + {distilled / 60:.1f} min"
+    )
+
+
+def main() -> None:
+    given = arguments()
+    for width in given.widths:
+        for seed in given.seeds:
+            print(row(given, width, seed), flush=True)
+
+
+if __name__ == "__main__":
+    main()
