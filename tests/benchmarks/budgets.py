@@ -1,7 +1,7 @@
 """What a budget buys: PSNR on test sets, and minutes of calibration and distillation, without the export.
 
-Run from the repository root: ``CONDIQUANT_DATA=DATA python tests/benchmarks/budgets.py RECIPE BUDGET W/A ...
-[--sets Set5 Set14] [--seeds 0 1 2] [--set KEY=VALUE ...]``, such as ``dat_light/x4.yml quick 4/4 3/3 2/2``.
+Run from the repository root: ``CONDIQUANT_DATA=DATA python tests/benchmarks/budgets.py RECIPE BUDGET W/A
+... [--sets Set5 Set14] [--seeds 0 1 2] [--set KEY=VALUE ...]``, as ``dat_light/x4.yml quick 4/4 3/3 2/2``.
 """
 
 import argparse
