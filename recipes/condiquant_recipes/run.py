@@ -180,7 +180,11 @@ def run(
         "reference": recipe.datasets.reference,
         "float": float_scores,
         "quantized": scores,
-        "weights": {"chosen": calibration.chosen, "fidelity_db": calibration.fidelity},
+        "weights": {
+            "chosen": calibration.chosen,
+            "fidelity_db": calibration.fidelity,
+            "equalized": calibration.equalized,
+        },
         "layers": _layer_rows(calibration, bits),
         "distillation": distilled,
         "seconds": seconds,
