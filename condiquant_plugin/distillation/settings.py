@@ -15,7 +15,7 @@ class DistillationConfig:
         InputError: a value out of range.
     """
 
-    iterations: int = 600
+    iterations: int = 480
     batch_size: int = 2
     bounds_rate: float = 2e-3
     """Adam's rate for a bound, in units of its range."""
