@@ -46,15 +46,10 @@ def together(images: Sequence[Any], size: int) -> list[Any]:
     return [*batches, torch.cat(pending)] if pending else batches
 
 
-def few_at_once(images: Sequence[Any], processes: int = 1) -> list[Any]:
-    """Batches of small neighbours, which many operators on little data would keep waiting one by one.
-
-    Args:
-        processes: that all get a batch, if there are images for them.
-    """
+def few_at_once(images: Sequence[Any]) -> list[Any]:
+    """Batches of small neighbours, which many operators on little data would keep waiting one by one."""
     pixels = max((_pixels(image) for image in images), default=1)
-    most = min(_PIXELS_AT_ONCE // pixels, len(images) // processes)
-    return together(images, max(most, 1))
+    return together(images, max(_PIXELS_AT_ONCE // pixels, 1))
 
 
 def _alike(first: Tensor, second: Any) -> bool:

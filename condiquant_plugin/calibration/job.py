@@ -147,11 +147,7 @@ class _Job:
     ) -> None:
         self.model, self.layers, self.config = model, list(layers), config
         self.images = images
-        self.batches = (
-            few_at_once(images, distributed.world_size())
-            if batch_size == 1
-            else together(images, batch_size)
-        )
+        self.batches = together(images, batch_size)
         self.bounds_batches = together(images[:bounds_images], batch_size)
         self.seconds = {"gram": 0.0, "recondition": 0.0, "bounds": 0.0}
         self.called_once: set[str] = set()

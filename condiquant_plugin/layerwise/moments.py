@@ -169,7 +169,8 @@ def moments_of(
 ) -> Moments:
     """Moments of one batch of a layer's inputs.
 
-    Products are taken in the inputs' dtype over chunks of 8192 samples and summed in ``dtype``.
+    Products are taken in the inputs' dtype over chunks of 8192 samples, around the means of each, and
+    summed in ``dtype``: what varies little around a large mean keeps its digits.
 
     Args:
         x: float inputs as the layer gets them.
@@ -195,5 +196,9 @@ def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     """``sum a_i b_i^T`` over samples."""
     result = a.new_zeros(a.shape[0], a.shape[2], b.shape[2], dtype=dtype)
     for left, right in zip(a.split(_CHUNK, 1), b.split(_CHUNK, 1), strict=True):
-        result += left.mT @ right
+        m, n = (part.mean(1, keepdim=True) for part in (left, right))
+        result += (left - m).mT @ (right - n)
+        m, n = m.to(dtype), n.to(dtype)
+        beside_m = left.sum(1, keepdim=True, dtype=dtype) - left.shape[1] * m
+        result += m.mT @ right.sum(1, keepdim=True, dtype=dtype) + beside_m.mT @ n
     return result

@@ -148,13 +148,11 @@ def test_neighbours_of_one_shape_pass_together():
 
 
 def test_small_images_pass_few_at_once():
-    def sizes(images, *processes):
-        return [len(batch) for batch in few_at_once(images, *processes)]
+    def sizes(images):
+        return [len(batch) for batch in few_at_once(images)]
 
     small = list(torch.rand(20, 3, 32, 32).split(1))
     assert sizes(small) == [8, 8, 4]
-    assert sizes(small[:6], 3) == [2, 2, 2]
-    assert sizes(small[:2], 3) == [1, 1]
     assert sizes([torch.rand(1, 3, 200, 200)] * 2) == [1, 1]
     assert sizes([*small[:3], torch.rand(1, 3, 64, 64)]) == [2, 1, 1]
     assert few_at_once([]) == []

@@ -29,8 +29,8 @@ from condiquant_plugin.layerwise.problem import (
 _COLUMNS = 128
 _GRAMS = 2**24
 """Entries of Gram matrices in one batch."""
-_NOISE = 1e-5
-"""Of products summed in float32, which the mean is taken out of, with room to spare."""
+_NOISE = 1e-9
+"""Of sums in float64, which the mean is taken out of, with room to spare."""
 _TINY = torch.finfo(torch.float64).tiny
 
 
