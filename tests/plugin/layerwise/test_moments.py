@@ -99,7 +99,7 @@ def test_moments_add_up_over_batches(seed, cut, name):
     parts = moments_of(x[:cut], geometry, q[:cut]) + moments_of(x[cut:], geometry, q[cut:])
     for field in ("gram", "total", "quantized_gram", "quantized_cross", "quantized_total"):
         found, expected = getattr(parts, field), getattr(whole, field)
-        assert (found - expected).norm() <= 1e-6 * expected.norm()
+        assert (found - expected).norm() <= 1e-5 * expected.norm()
     assert parts.samples == whole.samples
 
 
