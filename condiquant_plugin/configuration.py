@@ -73,6 +73,10 @@ class QuantizationConfig:
     """Whether to give the channels of layers' inputs like ranges, by factors that the layers around take
     up, if that is closer to the float network on held-out images. ``"auto"``: where ``recondition`` is
     ``"auto"`` too. Not for an ``ov.Model``."""
+    rotate: bool = False
+    """Multiply inputs of linear layers in scope with an orthogonal matrix before they are quantized, and
+    the weights likewise: finer levels, for a float product more at run time (docs/method.md). Not for an
+    ``ov.Model``."""
     rounding: Rounding = "gptq"
     """``"gptq"``: weights in scope are rounded so that their layer's output stays; 8-bit weights with
     ``overflow="safe"`` are not, as their grid goes by the weight. ``"nearest"``: every entry to its

@@ -71,6 +71,8 @@ def calibrate(
         InputError: NaN or Inf anywhere; ``bounds_inputs="quantized"`` with images of several sizes.
         DistributedError: another process ended or failed.
     """
+    for layer in layers:
+        layer.rotate()
     chains = any(layer.geometry.kind != "linear" for layer in layers)
     tried = candidates(config, sequences=chains) if layers else [Candidate(None)]
     kept, chosen = held_out(len(images))

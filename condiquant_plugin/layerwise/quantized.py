@@ -64,6 +64,12 @@ class QuantizedLayer:
         )
 
     @torch.no_grad()
+    def rotate(self) -> None:
+        """Multiply the weight's rows with what its input is multiplied with."""
+        rows = self.rows_first(self.weight)
+        rows.copy_(self.input_quantizers[0].rotated(rows))
+
+    @torch.no_grad()
     def write(self, solution: Solution) -> None:
         """Put in a solution's weight and, if it has one, bias."""
         self.rows_first(self.weight).copy_(solution.weight)
@@ -120,8 +126,8 @@ def collect_moments(
     moments: dict[str, Moments] = {}
     uses: Counter[str] = Counter()
 
-    def add(layer: QuantizedLayer, grid: SnappedGrid, _: nn.Module, args: Any) -> None:
-        (x,) = args
+    def add(layer: QuantizedLayer, grid: SnappedGrid, quantizer: FakeQuantizer, args: Any) -> None:
+        x = quantizer.rotated(*args)
         codes = _on_grid(grid, x) if quantized else None
         new = layer.moments_of(x, codes, dtype)
         moments[layer.name] = moments[layer.name] + new if layer.name in moments else new
@@ -153,7 +159,7 @@ def collect_moments(
 
 
 def quantized_input(quantizer: FakeQuantizer, x: Tensor) -> Tensor:
-    """What an input quantizer makes of ``x``, whether it is on or off."""
+    """What an input quantizer makes of ``x``, as it is behind its rotation, whether it is on or off."""
     return _on_grid(quantizer.snapped(), x)
 
 

@@ -99,7 +99,8 @@ def _moments(
     weight = layer.rows_first(layer.weight)
     total = no_moments(weight, layer.geometry, quantized=True)
     while floats and counts:
-        x, codes = floats.pop(0), quantized_input(layer.input_quantizers[0], reached.pop(0))
+        x, codes = (layer.input_quantizers[0].rotated(each.pop(0)) for each in (floats, reached))
+        codes = quantized_input(layer.input_quantizers[0], codes)
         total = total + layer.moments_of(x, codes, torch.float64)
     return total
 

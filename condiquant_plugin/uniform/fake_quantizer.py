@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from condiquant_plugin.errors import InputError, check_finite
 from condiquant_plugin.forward_pass import run
 from condiquant_plugin.uniform import bounds, grid
+from condiquant_plugin.uniform.rotation import orthogonal
 from condiquant_plugin.uniform.sampling import Sample
 
 
@@ -127,6 +128,8 @@ class FakeQuantizer(nn.Module):
         name: label in error messages and exported graphs.
         zero_on_grid: zero is one of the levels, and weights are symmetric, as NPUs need it.
         overflow: see :data:`condiquant_plugin.uniform.grid.Overflow`.
+        rotates: number of features of an input that is rotated first, quantized or not, by
+            :func:`condiquant_plugin.uniform.rotation.orthogonal`; the weight behind it has to be, too.
     """
 
     def __init__(
@@ -140,11 +143,15 @@ class FakeQuantizer(nn.Module):
         name: str = "",
         zero_on_grid: bool = False,
         overflow: grid.Overflow = grid.DEFAULT_OVERFLOW,
+        rotates: int = 0,
     ) -> None:
         super().__init__()
         self.bits, self.kind = grid.fitting_bits(bits, kind, overflow), kind
         self.row_blocks, self.axis, self.side, self.name = row_blocks, axis, side, name
         self.zero_on_grid, self.overflow = zero_on_grid, overflow
+        self.rotates = rotates
+        self.rotation: Tensor | None
+        self.register_buffer("rotation", orthogonal(rotates) if rotates else None, persistent=False)
         shape = () if row_blocks == 1 else (row_blocks,)
         self.lower = nn.Parameter(torch.zeros(shape))
         self.upper = nn.Parameter(torch.ones(shape))
@@ -217,10 +224,14 @@ class FakeQuantizer(nn.Module):
         """The grid of every entry of ``x``: tensors broadcast against it."""
         return self.snapped(x).map(lambda t: self.spread(t, x))
 
+    def rotated(self, x: Tensor) -> Tensor:
+        """What is quantized of an input, or of the rows of a weight behind this."""
+        return x if self.rotation is None else x @ self.rotation.to(x.dtype)
+
     def forward(self, x: Tensor) -> Tensor:
         # NNCF looks at every function of torch's that a network calls, and at ours for nothing.
         with torch._C.DisableTorchFunction():
-            return self._quantized(x)
+            return self._quantized(self.rotated(x))
 
     def _quantized(self, x: Tensor) -> Tensor:
         if self.sample is not None:
@@ -267,7 +278,7 @@ class FakeQuantizer(nn.Module):
     def extra_repr(self) -> str:
         return (
             f"{self.kind}, bits={self.bits}, row_blocks={self.row_blocks}, side={self.side!r}, "
-            f"zero_on_grid={self.zero_on_grid}, overflow={self.overflow!r}"
+            f"zero_on_grid={self.zero_on_grid}, overflow={self.overflow!r}, rotates={self.rotates}"
         )
 
 

@@ -60,6 +60,7 @@ class AdvancedCondiQuantParameters:
     overflow: Overflow = QuantizationConfig.overflow
     """Only ``then="bounds"``: NNCF's int8 has ``overflow_fix``."""
     equalize: Equalize = QuantizationConfig.equalize
+    rotate: bool = QuantizationConfig.rotate
     """Only ``then="bounds"`` of a torch model."""
     rounding: Rounding = QuantizationConfig.rounding
     """Only ``then="bounds"``."""
@@ -214,6 +215,7 @@ def quantize(
         zero_on_grid=npu if ours.zero_on_grid is None else ours.zero_on_grid,
         overflow=ours.overflow,
         equalize=ours.equalize,
+        rotate=ours.rotate,
         rounding=ours.rounding,
         recondition=ours.recondition,
     )

@@ -227,8 +227,9 @@ class Recipe(_Section):
         # As recipes from before there was such a key.
         if not self.condiquant.distillation.autocast:
             del values["condiquant"]["distillation"]["autocast"]
-        if self.condiquant.equalize == QuantizationConfig.equalize:
-            del values["condiquant"]["equalize"]
+        for key in ("equalize", "rotate"):
+            if values["condiquant"][key] == getattr(QuantizationConfig, key):
+                del values["condiquant"][key]
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
     def to_yaml(self) -> str:

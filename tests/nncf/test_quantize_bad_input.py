@@ -78,6 +78,13 @@ def test_bounds_inputs_are_checked():
         host.QuantizationConfig(bounds_inputs="flaot")
 
 
+@pytest.mark.parametrize(("backend", "then"), [("openvino", "bounds"), ("torch", "minmax")])
+def test_rotations_need_a_torch_network_with_learned_bounds(backend, then):
+    changes, data = host.AdvancedCondiQuantParameters(rotate=True), dataset(backend, *items())
+    message = refused(subject(backend), data, then=then, advanced_parameters=changes)
+    assert message.startswith("rotate=True is for torch networks with learned bounds")
+
+
 @pytest.mark.parametrize(
     ("arguments", "unused"),
     [

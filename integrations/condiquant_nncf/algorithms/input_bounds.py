@@ -43,6 +43,8 @@ class BoundsAlgorithm(OnBothBackends):
             raise InputError(
                 'bounds_inputs="quantized" is for quantize_network() only: use "float"'
             )
+        if self._config.rotate:
+            raise InputError("rotate=True is for torch networks with learned bounds: leave it out")
         self._subset_size = subset_size
         self._algorithm_key = f"{type(self).__name__}_{hash(self)}"
 
@@ -133,6 +135,7 @@ def create_quantizers(
     for layer in layers:
         weight_bits, activation_bits = config.bits(layer.in_scope)
         for port in layer.activation_ports:
+            rotates = _features(backend, layer) if config.rotate else 0
             yield layer, port, backend.quantizer_class(
                 activation_bits,
                 "activation" if layer.weight_node is not None else "operand",
@@ -140,6 +143,7 @@ def create_quantizers(
                 name=layer.input_name(port),
                 zero_on_grid=config.zero_on_grid,
                 overflow=config.overflow,
+                rotates=rotates,
             )  # fmt: skip
         if weights and layer.weight_node is not None and not layer.reuses_weight:
             rows = backend.weight(layer).shape[layer.output_axis]
@@ -152,3 +156,11 @@ def create_quantizers(
                 zero_on_grid=config.zero_on_grid,
                 overflow=config.overflow,
             )  # fmt: skip
+
+
+def _features(backend: CondiQuantAlgoBackend, layer: Layer) -> int:
+    """Of a linear layer in scope, whose input has them last; else 0."""
+    linear = layer.weight_node is not None and layer.geometry.kind == "linear"
+    if not (linear and layer.in_scope) or layer.transposed_inputs:
+        return 0
+    return int(layer.rows_first(backend.weight(layer)).shape[-1])

@@ -18,6 +18,7 @@ from condiquant_openvino.parity.probe_points import Array, value_range
 from condiquant_openvino.writing.conversion import call_label, labelled
 from condiquant_plugin import FakeQuantizer
 from condiquant_plugin.intake import check_output
+from condiquant_plugin.layerwise.quantized import quantized_input
 
 _FLOAT32_BITS = 24
 _PRODUCTS = {"linear", "conv2d", "conv_transpose2d", "matmul", "__matmul__", "bmm", "einsum"}
@@ -64,22 +65,27 @@ def simulate(
     """Output of a forward pass in evaluation mode.
 
     Args:
-        observe: called with label, input and output of every quantizer; what it returns, if anything,
-            goes on in place of the output.
+        observe: called with label, input (behind its rotation) and output of every quantizer; what it
+            returns, if anything, goes on in place of the output.
     """
     calls = Counter[str]()
     mode = None if rounding is None else _RoundingMode(rounding, model)
 
-    def enter(_quantizer: FakeQuantizer, _inputs: tuple[Tensor, ...]) -> None:
+    def pause(paused: bool) -> None:
         if mode is not None:
-            mode.paused = True
+            mode.paused = paused
 
     def leave(quantizer: FakeQuantizer, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         label = call_label(quantizer.name, calls[quantizer.name])
         calls[quantizer.name] += 1
-        replaced = observe(label, inputs[0].numpy(), output.numpy())
-        if mode is not None:
-            mode.paused = False
+        (raw,) = inputs
+        if quantizer.rotation is not None:  # a product of floats like any other
+            pause(False)
+            raw = quantizer.rotated(raw)
+            pause(True)
+            output = quantized_input(quantizer, raw)
+        replaced = observe(label, raw.numpy(), output.numpy())
+        pause(False)
         # A copy: a network may change it in place.
         return output if replaced is None else torch.from_numpy(replaced.copy())
 
@@ -87,7 +93,7 @@ def simulate(
     model.eval()
     with labelled(model) as quantizers, torch.no_grad():
         enabled = [quantizer for quantizer in quantizers.values() if quantizer.enabled]
-        handles = [q.register_forward_pre_hook(enter) for q in enabled]
+        handles = [q.register_forward_pre_hook(lambda *_: pause(True)) for q in enabled]
         handles += [q.register_forward_hook(leave) for q in enabled]
         try:
             with mode or nullcontext():

@@ -199,6 +199,7 @@ def convert(
     for port, name in zip(converted.outputs, output_names, strict=False):
         port.get_tensor().set_names({name})
     converted.set_friendly_name(type(model).__name__)
+    _name_rotations(converted, model)
     overflow = {quantizer.overflow for quantizer in fake_quantizers(model).values()}
     return write_quantizers(converted, quantizers, "vnni" if "vnni" in overflow else "safe", isa)
 
@@ -237,6 +238,16 @@ def write_quantizers(
     markers.set_version(model)
     set_metadata(model, {"overflow": overflow, "isa": isa})
     return model
+
+
+def _name_rotations(converted: ov.Model, model: nn.Module) -> None:
+    """After the layers whose inputs they rotate."""
+    with labelled(model) as quantizers:
+        rotating = {label for label, quantizer in quantizers.items() if quantizer.rotates}
+    for node in converted.get_ordered_ops():
+        if isinstance(node, Placeholder) and _CALL.sub("", node.label) in rotating:
+            layer = node.label.removesuffix(".input")
+            node.input_value(0).get_node().set_friendly_name(f"{layer}.rotation")
 
 
 def _keep_names_apart(model: ov.Model) -> None:

@@ -16,29 +16,31 @@ from condiquant_openvino.running.instruction_sets import lower_instruction_sets
 from networks import build
 
 
-def quantized(name, bits, size):
+def quantized(name, bits, size, **changes):
     images = torch.rand(2, 3, *size)
     config = condiquant_nncf.QuantizationConfig(
         weight_bits=bits,
         activation_bits=bits,
         scope="transformer" if name in ("swinir", "dat") else "all",
         recondition=None,
+        **changes,
     )
     return condiquant_nncf.quantize_network(build(name), images, config).model, images[:1]
 
 
 @pytest.mark.parametrize(
-    ("name", "bits", "static", "fp16"),
+    ("name", "bits", "static", "fp16", "rotate"),
     [
-        ("compact", 2, False, True),
-        ("edsr", 8, True, True),
-        ("edsr", 3, False, False),
-        ("swinir", 4, False, True),
-        ("dat", 8, True, False),
+        ("compact", 2, False, True, False),
+        ("edsr", 8, True, True, False),
+        ("edsr", 3, False, False, False),
+        ("swinir", 4, False, True, False),
+        ("swinir", 3, False, False, True),
+        ("dat", 8, True, False, False),
     ],
 )
 def test_parity_with_every_property_after_saving_twice(
-    name, bits, static, fp16, tmp_path, monkeypatch
+    name, bits, static, fp16, rotate, tmp_path, monkeypatch
 ):
     # Narrower, DAT's position-bias network has width 0, and OpenVINO crashes on empty MVN.
     monkeypatch.setitem(networks.SECTIONS["dat"], "embed_dim", 32)
@@ -46,7 +48,7 @@ def test_parity_with_every_property_after_saving_twice(
     monkeypatch.setitem(networks.SECTIONS["swinir"], "num_heads", [2])
     # Traced at its img_size, a network has its masks as constants.
     size = {"dat": (32, 32) if static else (32, 48), "swinir": (16, 24)}.get(name, (16, 16))
-    model, image = quantized(name, bits, size)
+    model, image = quantized(name, bits, size, rotate=rotate)
     ir = convert(model, image, static=static)
     if fp16:
         halve(ir)

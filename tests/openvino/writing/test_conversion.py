@@ -195,3 +195,18 @@ def test_what_cannot_be_traced_is_an_input_error():
 
     with pytest.raises(InputError, match="Untraceable"):
         convert(Untraceable(), torch.rand(1, 3, 8, 8))
+
+
+def test_rotations_are_float_products_named_after_their_layers(monkeypatch):
+    monkeypatch.setitem(networks.SECTIONS["swinir"], "depths", [1])
+    monkeypatch.setitem(networks.SECTIONS["swinir"], "num_heads", [2])
+    images = torch.rand(2, 3, 16, 16)
+    config = condiquant_nncf.QuantizationConfig(recondition=None, rounding="nearest", rotate=True)
+    model = condiquant_nncf.quantize_network(build("swinir"), images, config).model
+    ir = convert(model, images[:1])
+    runs_as = {layer.name: layer.runs_as for layer in layer_executions(ir, compile_ir(ir))}
+    layers = [n.removesuffix(".rotation") for n in runs_as if n.endswith(".rotation")]
+    assert [name.rpartition(".")[2] for name in layers] == ["qkv", "proj", "fc1", "fc2"]
+    assert {runs_as[f"{name}.rotation"] for name in layers} == {"f32"}
+    # The plugin does not tell what the smallest of them runs as.
+    assert {"int8"} <= {runs_as[name] for name in layers} <= {"int8", "unknown"}
