@@ -124,8 +124,9 @@ def test_bounds_are_searched_on_the_inputs_that_were_asked_for():
         named = {q.name: q.upper.item() for q in inputs}
         first.append(named["layers.0.residual_group.blocks.0.attn.qkv.input"])
         last.append(named["layers.1.residual_group.blocks.1.mlp.fc2.input"])
-    assert first[0] == first[1]
-    assert last[0] != last[1]
+    # Kernels sum in another order for images that pass together.
+    assert first[0] == pytest.approx(first[1], rel=1e-6)
+    assert last[0] != pytest.approx(last[1], rel=1e-3)
 
 
 def test_two_runs_give_identical_networks():

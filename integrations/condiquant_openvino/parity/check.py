@@ -45,6 +45,7 @@ from condiquant_openvino.running.instruction_sets import (
     lower_instruction_sets,
     run_with,
     sums_saturate,
+    without_mvn,
 )
 from condiquant_openvino.running.reading import core_of_process, read_ir, read_metadata
 from condiquant_openvino.writing.overflow import LARGEST_SUM, largest_pair_sums
@@ -308,6 +309,7 @@ def _measured_file(
     path: Path, recorded: Sequence[Example], runner: Runner, allowance: _Allowance
 ) -> Parity:
     ir = core_of_process().read_model(path)
+    without_mvn(ir)
     examples = [example.on(ir) for example in recorded]
     network = runner.compile(ir)
     return _measured(ir, network, examples, runner, allowance, None, with_codes=False)

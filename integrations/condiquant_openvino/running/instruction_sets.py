@@ -79,6 +79,39 @@ def lower_instruction_sets() -> list[str]:
     return list(_SETS[: below if sums_saturate() else below + 1])
 
 
+def without_mvn(model: ov.Model) -> None:
+    """Write normalizations as sums and products, in place, for a process with a lower set.
+
+    OpenVINO 2026.4's MVN reads past its input where AVX2 is asked of a CPU with AVX-512, unless 16 divides
+    the number of features. Means would become MVN again.
+    """
+    for node in model.get_ordered_ops():
+        if node.get_type_name() != "MVN" or node.get_input_size() < 2:
+            continue
+        x, axes = node.input_value(0), node.input_value(1)
+        shape, along = x.get_partial_shape(), axes.get_node()
+        dims = [shape[int(axis)] for axis in along.get_data()] if _is_constant(along) else []
+        if not dims or any(dim.is_dynamic for dim in dims):
+            continue
+        share = ops.constant(np.float32(1 / np.prod([dim.get_length() for dim in dims])))
+        centred = ops.subtract(x, ops.multiply(ops.reduce_sum(x, axes, True), share))
+        given, result = node.get_attributes(), centred
+        if given["normalize_variance"]:
+            squares = ops.reduce_sum(ops.multiply(centred, centred), axes, True)
+            variance, eps = ops.multiply(squares, share), ops.constant(np.float32(given["eps"]))
+            if given["eps_mode"].upper() == "INSIDE_SQRT":
+                deviation = ops.sqrt(ops.add(variance, eps))
+            else:
+                deviation = ops.add(ops.sqrt(variance), eps)
+            result = ops.divide(centred, deviation)
+        result.set_friendly_name(node.get_friendly_name())
+        node.output(0).replace(result.output(0))
+
+
+def _is_constant(node: Any) -> bool:
+    return bool(node.get_type_name() == "Constant")
+
+
 def run_with(instruction_set: str, function: Callable[..., _Result], *arguments: Any) -> _Result:
     """``function(*arguments)`` in a process that uses this set at most.
 
