@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
-from typing import Any, Literal, Self, get_args
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal, Self, TypeVar, get_args
 
 from condiquant_plugin.errors import InputError, check_choice
-from condiquant_plugin.layerwise.precision import LayerBits
+from condiquant_plugin.layerwise.precision import (
+    FLOAT_BITS,
+    LayerBits,
+    LayerRule,
+    RuledBits,
+    as_rules,
+    rule_for,
+)
 from condiquant_plugin.layerwise.scope import Scope
 from condiquant_plugin.methods.condiquant.reconditioning import ReconditioningConfig, default_config
 from condiquant_plugin.uniform.bounds import Side
@@ -16,6 +24,7 @@ BoundsInputs = Literal["quantized", "float"]
 Granularity = Literal["tensor", "channel"]
 Rounding = Literal["gptq", "nearest"]
 Equalize = Literal["auto", True, False]
+_Layer = TypeVar("_Layer")
 _CHOICES = {
     "scope": Scope,
     "weight_granularity": Granularity,
@@ -38,6 +47,24 @@ def check_reconditioning(value: Any, name: str) -> Any:
     return value
 
 
+def _check_rule(pattern: str, rule: LayerRule) -> None:
+    given = {"weight_bits": rule.weight_bits, "activation_bits": rule.activation_bits}
+    for key, bits in given.items():
+        if bits not in (None, "float"):
+            check_bits(bits, f"layers[{pattern!r}].{key}")  # type: ignore[arg-type]
+    if "float" in given.values() and set(given.values()) != {"float"}:
+        raise InputError(
+            f"layers[{pattern!r}] leaves half of a layer float: give float for weight_bits and for "
+            "activation_bits, or for neither"
+        )
+
+
+def _ruled(bits: RuledBits, otherwise: int) -> int:
+    if bits is None:
+        return otherwise
+    return FLOAT_BITS if bits == "float" else bits
+
+
 @dataclass(frozen=True)
 class QuantizationConfig:
     """What to quantize and how.
@@ -51,6 +78,8 @@ class QuantizationConfig:
     scope: Scope = "transformer"
     other_bits: int | None = None
     """Bits of weights and activations of the layers outside the scope; ``None`` leaves them float."""
+    layers: Mapping[str, LayerRule] = field(default_factory=dict)
+    """Bits of single layers, by shell-style patterns of their names (``"*.qkv"``); later ones win."""
     weight_granularity: Granularity = "tensor"
     """Bounds per tensor (per row block of a fused qkv) as in 2DQuant, or per output channel."""
     activation_side: Side = "auto"
@@ -87,6 +116,9 @@ class QuantizationConfig:
         check_bits(self.activation_bits, "activation_bits")
         if self.other_bits is not None:
             check_bits(self.other_bits, "other_bits")
+        object.__setattr__(self, "layers", as_rules(self.layers))
+        for pattern, rule in self.layers.items():
+            _check_rule(pattern, rule)
         for name, kind in _CHOICES.items():
             check_choice(name, getattr(self, name), get_args(kind))
         check_reconditioning(self.recondition, "recondition")
@@ -103,11 +135,24 @@ class QuantizationConfig:
                 raise InputError(f"{key} is no key of the quantization: use {', '.join(known)}")
         return replace(self, **changes)
 
-    def bits(self, in_scope: bool = True) -> LayerBits:
-        """Of a layer in scope, or outside it; see :class:`LayerBits`."""
-        if in_scope or self.other_bits is None:
-            return LayerBits(self.weight_bits, self.activation_bits)
-        return LayerBits(self.other_bits, self.other_bits)
+    def bits(self, name: str, in_scope: bool = True) -> LayerBits:
+        """Of a layer or product in scope, or outside it; see :class:`LayerBits`."""
+        weight, activation = self.weight_bits, self.activation_bits
+        if not in_scope and self.other_bits is not None:
+            weight = activation = self.other_bits
+        rule = rule_for(name, self.layers)
+        return LayerBits(_ruled(rule.weight_bits, weight), _ruled(rule.activation_bits, activation))
+
+    def leaves_float(self, name: str) -> bool:
+        """Whether a rule of ``layers`` says so of a layer or product."""
+        return self.bits(name).activation == FLOAT_BITS
+
+    def quantized_of(self, layers: Sequence[_Layer], name: Callable[[_Layer], str]) -> list[_Layer]:
+        """Those of ``layers`` that no rule leaves float; InputError if that is none."""
+        kept = [layer for layer in layers if not self.leaves_float(name(layer))]
+        if not kept:
+            raise InputError("the rules of layers leave everything float: quantize a layer")
+        return kept
 
     @property
     def tries_equalizing(self) -> bool:

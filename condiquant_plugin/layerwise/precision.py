@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from condiquant_plugin.errors import InputError
 
 if TYPE_CHECKING:
     from torch import nn
 
 FLOAT_BITS = 32
+RuledBits = int | Literal["float"] | None
 
 
 class LayerBits(NamedTuple):
@@ -26,6 +31,85 @@ class LayerBits(NamedTuple):
         'w4a8'
         """
         return f"w{self.weight}a{self.activation}"
+
+
+@dataclass(frozen=True)
+class LayerRule:
+    """Bits of the layers that a pattern matches."""
+
+    weight_bits: RuledBits = None
+    """2 to 8, or ``"float"``; ``None``: as without the rule. Products of activations have no weight."""
+    activation_bits: RuledBits = None
+    """Likewise, of inputs and of both factors of a product. A layer that has a weight is float as a whole
+    or not at all."""
+
+
+def as_rules(given: Any) -> dict[str, LayerRule]:
+    """Rules by pattern, from what a user or a file gives.
+
+    Raises:
+        InputError: anything else.
+    """
+    if not isinstance(given, Mapping):
+        raise InputError(
+            f"layers={given!r}: give rules by pattern, as {{'*.qkv': {{weight_bits: 8}}}}"
+        )
+    rules: dict[str, LayerRule] = {}
+    for pattern, rule in given.items():
+        if isinstance(rule, Mapping):
+            known = {"weight_bits", "activation_bits"}
+            if unknown := sorted(map(str, rule.keys() - known)):
+                raise InputError(
+                    f"layers[{pattern!r}] has no {unknown[0]}: give weight_bits or activation_bits"
+                )
+            rule = LayerRule(**rule)
+        if not isinstance(rule, LayerRule):
+            raise InputError(f"layers[{pattern!r}]={rule!r}: give weight_bits or activation_bits")
+        rules[str(pattern)] = rule
+    return rules
+
+
+def rule_for(name: str, rules: Mapping[str, LayerRule]) -> LayerRule:
+    """What all rules say of a layer; of two that say something of the same bits, the later one.
+
+    Args:
+        rules: by shell-style pattern of layer names.
+    """
+    found = LayerRule()
+    for pattern, rule in rules.items():
+        if fnmatchcase(_first_use(name), pattern):
+            found = LayerRule(
+                found.weight_bits if rule.weight_bits is None else rule.weight_bits,
+                found.activation_bits if rule.activation_bits is None else rule.activation_bits,
+            )
+    return found
+
+
+def check_rules_match(
+    rules: Mapping[str, LayerRule], inside: Collection[str], outside: Collection[str], scope: str
+) -> None:
+    """Every rule has a layer.
+
+    Args:
+        inside: names of the layers that are quantized.
+        outside: names of the others that a wider scope takes in.
+
+    Raises:
+        InputError: naming a pattern that has none.
+    """
+    for pattern in rules:
+        if any(fnmatchcase(_first_use(name), pattern) for name in inside):
+            continue
+        if out := next((n for n in outside if fnmatchcase(_first_use(n), pattern)), None):
+            raise InputError(
+                f"layers[{pattern!r}] is for {out}, which is outside scope={scope!r}: "
+                'use scope="all" or other_bits, or leave the rule out'
+            )
+        example = next(iter(inside), "")
+        raise InputError(
+            f"layers[{pattern!r}] matches no layer: names are like {example}, "
+            "and * stands for any part of one"
+        )
 
 
 def layer_bits(model: nn.Module) -> dict[str, LayerBits]:

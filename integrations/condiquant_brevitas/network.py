@@ -13,7 +13,7 @@ from torch import Tensor, inference_mode, nn
 
 from condiquant_brevitas.layers import QUANT_LAYERS, Layer, find_layers
 from condiquant_brevitas.moments_hook import has_weight_quantizer
-from condiquant_brevitas.products import ProductOperand, insert_stubs
+from condiquant_brevitas.products import ProductOperand, insert_stubs, rule_name
 from condiquant_brevitas.quantizers import (
     LearnedBoundsActPerTensor,
     LearnedBoundsWeightPerChannel,
@@ -30,6 +30,7 @@ from condiquant_plugin.intake import (
     refuse_rebuilt,
 )
 from condiquant_plugin.layerwise.blocks import module_geometry
+from condiquant_plugin.layerwise.precision import check_rules_match
 from condiquant_plugin.layerwise.problem import fused_blocks
 from condiquant_plugin.layerwise.quantized import QuantizedLayer
 from condiquant_plugin.uniform.fake_quantizer import FakeQuantizer
@@ -110,13 +111,20 @@ def quantize_sr(
     layers = find_layers(
         model, calibration[:1], config.scope, others=others, name_blacklist=name_blacklist
     )
+    if config.layers:
+        every = find_layers(
+            model, calibration[:1], config.scope, others=True, name_blacklist=name_blacklist
+        )
+        inside, every_name = ([rule_name(layer.name) for layer in each] for each in (layers, every))
+        check_rules_match(config.layers, inside, every_name, config.scope)
+    layers = config.quantized_of(layers, lambda layer: rule_name(layer.name))
     for layer in layers:
         refuse_rebuilt(layer.name, f"{layer.name}.weight", rebuilt, "put it in name_blacklist")
     outside = {layer.name for layer in layers if not layer.in_scope}
 
     insert_stubs(model, [layer.product for layer in layers if layer.product])
     weights = {
-        "bit_width": lambda _, name: config.bits(name not in outside).weight,
+        "bit_width": lambda _, name: config.bits(name, name not in outside).weight,
         "name": _label("weight"),
         "zero_on_grid": config.zero_on_grid,
         "overflow": config.overflow,
@@ -124,7 +132,7 @@ def quantize_sr(
     if config.weight_granularity == "tensor":
         weights["row_blocks"] = lambda layer, name: fused_blocks(name, _rows(layer))
     inputs = {
-        "bit_width": lambda _, name: config.bits(name not in outside).activation,
+        "bit_width": lambda _, name: config.bits(rule_name(name), name not in outside).activation,
         "name": _label("input"),
         "zero_on_grid": config.zero_on_grid,
         "overflow": config.overflow,

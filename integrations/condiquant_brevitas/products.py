@@ -19,7 +19,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from condiquant_plugin.calls import calling_module, factors
+from condiquant_plugin.calls import calling_module, factors, product_name
 
 STUBS = "product_stubs"
 
@@ -111,6 +111,12 @@ class _ProductMode(TorchFunctionMode):
         if stubs is None:
             return func(*args, **kwargs)
         return stubs(func, args, kwargs)
+
+
+def rule_name(name: str) -> str:
+    """What rules know a layer by, a product or a stub in it as :func:`product_name` calls it."""
+    holder, separator, rest = name.rpartition(f"{STUBS}.")
+    return product_name(holder.rstrip("."), int(rest.split(".")[0])) if separator else name
 
 
 def stubs_name(holder: str, index: int) -> str:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
 from typing import Any, Literal
@@ -32,6 +32,7 @@ from condiquant_plugin.calibration import candidates
 from condiquant_plugin.configuration import Equalize, Granularity, Rounding
 from condiquant_plugin.errors import InputError, check_count
 from condiquant_plugin.forward_pass import run
+from condiquant_plugin.layerwise.precision import LayerRule
 from condiquant_plugin.layerwise.problem import LayerReport
 from condiquant_plugin.layerwise.scope import Scope
 from condiquant_plugin.methods.condiquant.reconditioning import ReconditioningConfig
@@ -53,6 +54,8 @@ class AdvancedCondiQuantParameters:
     recondition: ReconditioningConfig | Literal["auto"] | None = QuantizationConfig.recondition
     """``"auto"`` is the default of the bit-width, and a gentle one for ``then="minmax"``."""
     other_bits: int | None = QuantizationConfig.other_bits
+    layers: Mapping[str, LayerRule] = field(default_factory=dict)
+    """Only ``then="bounds"``: bits of single layers; see :class:`QuantizationConfig`."""
     weight_granularity: Granularity = QuantizationConfig.weight_granularity
     activation_side: Side = QuantizationConfig.activation_side
     zero_on_grid: bool | None = None
@@ -210,6 +213,7 @@ def quantize(
         scope=ours.scope or ("transformer" if transformer else "all"),
         ignored_scope=ignored_scope,
         other_bits=ours.other_bits,
+        layers=ours.layers,
         weight_granularity=ours.weight_granularity,
         activation_side=ours.activation_side,
         zero_on_grid=npu if ours.zero_on_grid is None else ours.zero_on_grid,
@@ -247,6 +251,7 @@ def _warn_of_unused(
             f"weight_bits={weight_bits}": weight_bits not in (plain.weight_bits, 8),
             f"activation_bits={activation_bits}": activation_bits not in (plain.activation_bits, 8),
             "other_bits": ours.other_bits is not None,
+            "layers": bool(ours.layers),
             "weight_granularity": ours.weight_granularity != default.weight_granularity,
             "overflow": ours.overflow != default.overflow,
             "equalize": ours.equalize != default.equalize,

@@ -108,7 +108,7 @@ def run(
 
     loaded = find_recipe(recipe, overrides or [])
     folder = _recipe_data(loaded, data)
-    out = out or Path("out") / f"{loaded.name}_{loaded.bits.label}"
+    out = out or Path("out") / f"{loaded.name}_{loaded.label}"
     metrics = _hosts("run").run(
         loaded,
         folder,

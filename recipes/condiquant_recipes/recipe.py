@@ -6,9 +6,9 @@ import difflib
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, Self, get_args, get_origin, get_type_hints
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
@@ -91,9 +91,14 @@ def _section(
         defaults: other ones than the dataclass's; None lets a key be left out.
     """
     types, defaults = get_type_hints(config), defaults or {}
+    factories = {
+        f.name: f.default_factory for f in fields(config) if f.default_factory is not MISSING
+    }
     made: dict[str, Any] = {}
     for key, name in names.items():
-        if key in defaults:
+        if key in factories:
+            made[name] = (types[key], Field(default_factory=factories[key]))
+        elif key in defaults:
             made[name] = (types[key] | None, defaults[key])
         else:
             made[name] = (types[key], getattr(config, key))
@@ -216,8 +221,13 @@ class Recipe(_Section):
 
     @property
     def bits(self) -> LayerBits:
-        """Of the layers in scope, as asked for."""
+        """Of the layers in scope that no rule is for, as asked for."""
         return LayerBits(self.condiquant.weight_bits, self.condiquant.activation_bits)
+
+    @property
+    def label(self) -> str:
+        """Of the bits, for names of folders."""
+        return f"{self.bits.label}_mixed" if self.condiquant.layers else self.bits.label
 
     def digest(self) -> str:
         """sha256 of what the quantized network depends on: of ``export``, the device's grids only."""
@@ -227,8 +237,9 @@ class Recipe(_Section):
         # As recipes from before there was such a key.
         if not self.condiquant.distillation.autocast:
             del values["condiquant"]["distillation"]["autocast"]
-        for key in ("equalize", "rotate"):
-            if values["condiquant"][key] == getattr(QuantizationConfig, key):
+        plain = QuantizationConfig()
+        for key in ("equalize", "rotate", "layers"):
+            if values["condiquant"][key] == getattr(plain, key):
                 del values["condiquant"][key]
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
@@ -246,6 +257,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     content = read_yaml(path)
     for override in overrides:
         _apply(content, override)
+    _read_layers(content, path.parent)
     try:
         return Recipe.model_validate(content)
     except ValidationError as error:
@@ -265,7 +277,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except yaml.YAMLError as error:
         raise InputError(f"{path} is not valid YAML: {_one_line(error)}") from error
     if not isinstance(content, dict):
-        raise InputError(f"{path} holds no recipe: expected keys such as name, scale and path")
+        raise InputError(
+            f"{path} holds no sections: expected keys with values, such as name and scale"
+        )
     return content
 
 
@@ -281,6 +295,7 @@ def with_overrides(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
             values = budgets.changed(values, budget)
     for override in overrides:
         _apply(values, override)
+    _read_layers(values)
     return _validated(values)
 
 
@@ -315,6 +330,13 @@ def _validated(values: dict[str, Any]) -> Recipe:
         return Recipe.model_validate(values)
     except ValidationError as error:
         raise InputError(explain(error, Recipe)) from error
+
+
+def _read_layers(content: dict[str, Any], beside: Path = Path()) -> None:
+    """Rules of single layers from the file that ``condiquant.layers`` names, here or beside a recipe."""
+    section = content.get("condiquant")
+    if isinstance(section, dict) and isinstance(file := section.get("layers"), str):
+        section["layers"] = read_yaml(Path(file) if Path(file).is_file() else beside / file)
 
 
 def _apply(content: dict[str, Any], override: str) -> None:
@@ -364,7 +386,9 @@ def explain(error: ValidationError, model: type[BaseModel], *prefix: str) -> str
 
 def _known_keys(model: type[BaseModel], parents: list[str]) -> list[str]:
     for parent in parents:
-        annotation = model.model_fields[parent].annotation
+        annotation: Any = model.model_fields[parent].annotation
+        if get_origin(annotation) is not None:  # a mapping, whose own keys come next
+            return [field.name for field in fields(get_args(annotation)[-1])]
         assert isinstance(annotation, type)
         if is_dataclass(annotation):
             return [field.name for field in fields(annotation)]

@@ -199,7 +199,12 @@ def _layer_rows(
 ) -> list[dict[str, Any]]:
     rounding = {report.name: asdict(report) for report in calibration.rounding}
     return [
-        asdict(report) | rounding.get(report.name, {}) | {"bits": bits[report.name].weight}
+        asdict(report)
+        | rounding.get(report.name, {})
+        | {
+            "bits": bits[report.name].weight,
+            "activation_bits": bits[report.name].activation,
+        }
         for report in calibration.reports
     ]
 

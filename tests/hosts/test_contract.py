@@ -11,6 +11,7 @@ from algorithm_networks import constants, network
 from condiquant_brevitas import quantize_sr
 from condiquant_nncf.quantize import create_condiquant_pipeline
 from condiquant_plugin import InputError, fake_quantizers
+from condiquant_plugin.layerwise import precision
 from condiquant_plugin.methods.condiquant.reconditioning import ReconditioningConfig
 from entries import ENTRIES, TORCH_ENTRIES, by_network, by_training, converted
 from networks import build
@@ -19,6 +20,12 @@ SCOPES = {"edsr": "all", "swinir": "transformer", "dat": "transformer"}
 SIZES = {"edsr": 40, "swinir": 16, "dat": 32}
 """Some layers of EDSR and DAT have more values than there is room for in a sample."""
 CONDITION = ReconditioningConfig("condition", strength=0.02, steps=20)
+RULES = {
+    "*.qkv": {"weight_bits": 6},
+    "*/matmul/1": {"activation_bits": 3},
+    "layers.1.*.fc?": {"weight_bits": "float", "activation_bits": "float"},
+    "*.fc2": {"weight_bits": 2, "activation_bits": 5},
+}
 FAST = {"scope": "all", "recondition": None}
 entries = pytest.mark.parametrize("quantize", ENTRIES.values(), ids=ENTRIES)
 torch_entries = pytest.mark.parametrize("quantize", TORCH_ENTRIES.values(), ids=TORCH_ENTRIES)
@@ -67,6 +74,7 @@ SETTINGS = [
     ("edsr", {"other_bits": 8, "zero_on_grid": True, "activation_side": "symmetric"}),
     ("swinir", {}),
     ("swinir", {"recondition": CONDITION, "weight_bits": 3}),
+    ("swinir", {"layers": RULES}),
     ("dat", {"recondition": CONDITION}),
     ("dat", {}),
 ]
@@ -114,6 +122,60 @@ def test_defaults_are_the_same():
             assert torch.equal(found[name].upper, upper)
         parameters = dict(model.named_parameters())
         assert all(torch.equal(parameters[n], w) for n, w in expected.weights.items())
+
+
+def test_rules_give_single_layers_their_bits():
+    model, crops = network("swinir"), images(2)
+    for quantize in TORCH_ENTRIES.values():
+        found = quantize(model, crops, scope="transformer", recondition=None, layers=RULES)
+        bits = precision.layer_bits(found.model)
+        assert {bits[n] for n in bits if n.endswith(".qkv")} == {(6, 4)}
+        assert {bits[n] for n in bits if n.endswith(".proj")} == {(4, 4)}
+        assert not any(n.startswith("layers.1.") and n.endswith("fc1") for n in bits)
+        # The later rule has the last word.
+        assert {bits[n] for n in bits if n.endswith(".fc2")} == {(2, 5)}
+        products = precision.product_bits(found.model)
+        assert {bits for n, bits in products.items() if n.endswith("0")} == {4}
+        assert {bits for n, bits in products.items() if n.endswith("1")} == {3}
+
+
+def test_an_ir_follows_rules():
+    rules = {
+        "body.0.*": {"weight_bits": 2, "activation_bits": 5},
+        "body.1.conv1": {"weight_bits": "float", "activation_bits": "float"},
+    }
+    found = ENTRIES["ir"](network(), images(3, 24), **FAST, layers=rules)
+    levels = {
+        node.get_friendly_name(): node.get_attributes()["levels"]
+        for node in found.model.get_ops()
+        if node.get_type_name() == "FakeQuantize"
+    }
+    assert levels["body.0.conv2.weight"] == 2**2
+    assert levels["body.0.conv2.input"] == 2**5
+    assert levels["body.1.conv2.weight"] == levels["body.1.conv2.input"] == 2**4
+    assert "body.1.conv1.weight" not in levels
+
+
+@pytest.mark.parametrize(
+    ("rules", "message"),
+    [
+        (
+            {"*.query": {"weight_bits": 8}},
+            r"'\*\.query'\] matches no layer: names are like layers\.0",
+        ),
+        ({"conv_first": {"weight_bits": 8}}, r"'conv_first'\].* outside scope='transformer'"),
+        ({"*": {"weight_bits": 9}}, r"layers\['\*'\]\.weight_bits=9 is not supported"),
+        ({"*": {"weight_bits": "float"}}, "leaves half of a layer float"),
+        ({"*": {"bits": 4}}, "has no bits: give weight_bits or activation_bits"),
+        ({"*": 4}, r"layers\['\*'\]=4: give weight_bits"),
+        ([("*", 4)], "give rules by pattern"),
+        ({"*": {"weight_bits": "float", "activation_bits": "float"}}, "leave everything float"),
+    ],
+)
+def test_rules_that_cannot_be(rules, message):
+    for quantize in TORCH_ENTRIES.values():
+        with pytest.raises(InputError, match=message):
+            quantize(network("swinir"), images(2), scope="transformer", layers=rules)
 
 
 @entries

@@ -3,7 +3,7 @@ import pytest
 from condiquant_plugin import InputError
 from condiquant_plugin.configuration import QuantizationConfig
 from condiquant_plugin.distillation import DistillationConfig
-from condiquant_plugin.layerwise.precision import LayerBits
+from condiquant_plugin.layerwise.precision import LayerBits, LayerRule
 from condiquant_plugin.methods.condiquant.reconditioning import ReconditioningConfig, default_config
 
 
@@ -28,9 +28,21 @@ def test_what_cannot_be_is_named(changes, message):
 
 def test_layers_outside_the_scope_have_bits_of_their_own():
     config = QuantizationConfig(weight_bits=2, activation_bits=3, other_bits=8)
-    assert config.bits() == config.bits(in_scope=True) == LayerBits(weight=2, activation=3)
-    assert config.bits(in_scope=False) == LayerBits(8, 8)
-    assert config.changed({"other_bits": None}).bits(in_scope=False) == LayerBits(2, 3)
+    assert config.bits("a") == config.bits("a", in_scope=True) == LayerBits(2, 3)
+    assert config.bits("a", in_scope=False) == LayerBits(8, 8)
+    assert config.changed({"other_bits": None}).bits("a", in_scope=False) == LayerBits(2, 3)
+
+
+def test_of_two_rules_the_later_one_has_the_last_word():
+    rules = {"*.a": {"weight_bits": 6, "activation_bits": 7}, "x.*": LayerRule(weight_bits=5)}
+    config = QuantizationConfig(weight_bits=2, activation_bits=3, other_bits=8, layers=rules)
+    assert config.bits("x.a") == LayerBits(5, 7)
+    assert config.bits("y.a", in_scope=False) == LayerBits(6, 7)
+    assert config.bits("x.b", in_scope=False) == LayerBits(5, 8)
+    # Of a further use of a weight, its own name.
+    assert config.bits("x.a#1") == LayerBits(5, 7)
+    assert config.bits("b") == LayerBits(2, 3)
+    assert config.changed({"layers": {"b": LayerRule("float", "float")}}).leaves_float("b")
 
 
 def test_reconditioning_follows_the_bits_of_activations_unless_it_is_given():

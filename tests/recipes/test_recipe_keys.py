@@ -9,6 +9,7 @@ import condiquant_nncf
 from condiquant_plugin.configuration import QuantizationConfig
 from condiquant_plugin.distillation import DistillationConfig
 from condiquant_plugin.errors import InputError
+from condiquant_plugin.layerwise.precision import LayerRule
 from condiquant_plugin.methods.condiquant.reconditioning import (
     KEYS_OF_OBJECTIVE,
     ReconditioningConfig,
@@ -106,3 +107,27 @@ def test_recipes_from_before_a_key_are_the_same_recipe(recipe):
     changed = with_overrides(recipe, ["condiquant.distillation.autocast=true"])
     assert changed.digest() != recipe.digest()
     assert asdict(changed.condiquant.distillation)["autocast"] is True
+
+
+def test_rules_of_layers_from_a_file_or_in_place(tmp_path, monkeypatch):
+    (tmp_path / "sub").mkdir()
+    path = tmp_path / "sub" / "recipe.yml"
+    plain = "name: a\nscale: 2\npath: {pretrain_network_g: net.pth}\n"
+    path.write_text(plain + "condiquant: {layers: bits.yml}\n")
+    (path.parent / "bits.yml").write_text("'*.qkv': {weight_bits: 8}\n")
+    expected = {"*.qkv": LayerRule(8)}
+    assert settings.quantization(load_recipe(path)).layers == expected
+    in_place = ["condiquant.layers={'*.qkv': {weight_bits: 8}}"]
+    path.write_text(plain)
+    recipe = load_recipe(path)
+    assert settings.quantization(load_recipe(path, in_place)).layers == expected
+    monkeypatch.chdir(path.parent)
+    changed = with_overrides(recipe, ["condiquant.layers=bits.yml"])
+    assert settings.quantization(changed).layers == expected
+    assert changed.digest() != recipe.digest()
+    with pytest.raises(InputError, match=r"unknown key .*weight_bit: did you mean .*weight_bits\?"):
+        load_recipe(path, ["condiquant.layers={'*.qkv': {weight_bit: 8}}"])
+    with pytest.raises(InputError, match=r"layers\['\*'\]\.weight_bits=12 is not supported"):
+        load_recipe(path, ["condiquant.layers={'*': {weight_bits: 12}}"])
+    with pytest.raises(InputError, match=r"none\.yml"):
+        load_recipe(path, ["condiquant.layers=none.yml"])

@@ -133,7 +133,7 @@ def create_quantizers(
 ) -> Iterator[Placed]:
     """A quantizer for every input port and, where the port is ``None``, every weight; no bounds yet."""
     for layer in layers:
-        weight_bits, activation_bits = config.bits(layer.in_scope)
+        weight_bits, activation_bits = config.bits(layer.name, layer.in_scope)
         for port in layer.activation_ports:
             rotates = _features(backend, layer) if config.rotate else 0
             yield layer, port, backend.quantizer_class(

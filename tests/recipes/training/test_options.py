@@ -238,7 +238,7 @@ def test_unreadable_files(option_file):
     with pytest.raises(InputError, match=r"train\.yml is not valid YAML"):
         load_options(option_file)
     option_file.write_text("- name")
-    with pytest.raises(InputError, match=r"train\.yml holds no recipe"):
+    with pytest.raises(InputError, match=r"train\.yml holds no sections"):
         load_options(option_file)
     with pytest.raises(InputError, match=r"cannot read absent\.yml"):
         load_options(Path("absent.yml"))
