@@ -37,7 +37,7 @@ from condiquant_plugin.methods.condiquant.reconditioning import ReconditioningCo
 from condiquant_plugin.uniform.grid import check_bits
 from condiquant_recipes.recipe import load_recipe
 from condiquant_recipes.recipe_files import recipe_path
-from condiquant_recipes.run import Source, load_source
+from condiquant_recipes.source import Source, load_source
 from condiquant_recipes.workspace import write_metrics
 
 # Weights and activations; the weights by --granularity.

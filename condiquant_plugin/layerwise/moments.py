@@ -137,6 +137,10 @@ class Moments:
             added[field.name] = None if mine is None else mine + theirs
         return Moments(**added)
 
+    def as_quantized(self) -> Moments:
+        """As if the quantizers of the inputs changed nothing."""
+        return Moments(self.samples, self.gram, self.total, self.gram, self.gram, self.total)
+
 
 def no_moments(
     weight: Tensor,

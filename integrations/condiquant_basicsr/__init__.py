@@ -12,7 +12,13 @@ except ModuleNotFoundError as error:
     raise MissingExtraError("condiquant_basicsr", "BasicSR", "basicsr") from error
 
 from condiquant_basicsr.checkpoints import load_state_dict, read_checkpoint
-from condiquant_basicsr.data.datasets import Pair, TestImage, calibration_crops, test_pairs
+from condiquant_basicsr.data.datasets import (
+    Pair,
+    TestImage,
+    calibration_crops,
+    calibration_pairs,
+    test_pairs,
+)
 from condiquant_basicsr.data.images import matlab_downscale, read_image, write_image
 from condiquant_basicsr.data.metrics import evaluate, evaluate_pair
 from condiquant_basicsr.data.training_data import check_dataset, training_crops, validation_pairs
@@ -48,6 +54,7 @@ __all__ = [
     "TestImage",
     "build_network",
     "calibration_crops",
+    "calibration_pairs",
     "check_crop_size",
     "check_dataset",
     "evaluate",

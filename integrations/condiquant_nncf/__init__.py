@@ -21,6 +21,7 @@ from condiquant_nncf.network import (
     QuantizedNetwork,
     insert_quantizers,
     quantize_network,
+    study_precision,
     trainable_weights,
 )
 from condiquant_nncf.quantize import (
@@ -65,6 +66,7 @@ __all__ = [
     "insert_quantizers",
     "quantize",
     "quantize_network",
+    "study_precision",
     "trainable_weights",
     "wrap",
 ]

@@ -24,6 +24,7 @@ from condiquant_plugin.intake import image_batch, plain_float_copy
 from condiquant_plugin.layerwise import distributed
 from condiquant_plugin.layerwise.problem import LayerReport
 from condiquant_plugin.layerwise.quantized import QuantizedLayer
+from condiquant_plugin.sensitivity import WIDTHS, PrecisionStudy
 from condiquant_plugin.uniform.fake_quantizer import fake_quantizers
 from condiquant_plugin.uniform.sampling import BOUNDS_CROPS
 
@@ -100,6 +101,43 @@ def quantize_network(
         bounds_images=bounds_crops,
         batch_size=batch_size,
         unseen=unseen,
+    )
+
+
+def study_precision(
+    network: nn.Module,
+    crops: Tensor,
+    config: QuantizationConfig,
+    *,
+    bounds_crops: int = BOUNDS_CROPS,
+    widths: Sequence[int] = WIDTHS,
+) -> PrecisionStudy:
+    """The network calibrated at several widths, to find what each layer needs.
+
+    Args:
+        network: float network, left untouched.
+        crops: as :func:`quantize_network` takes them.
+        config: which layers, and how; its bits are not used.
+        bounds_crops: how many of the crops bounds are searched on, at each width.
+        widths: bits, each from 2 to 8.
+
+    Raises:
+        InputError: as :func:`quantize_network`.
+    """
+    check_count("bounds_crops", bounds_crops)
+    images = image_batch(crops, takes=partial(_takes, network)).split(1)
+    _check_runs(plain_float_copy(network), images[0])
+    backend = get_algo_backend(prepare(network, images[0]))
+    layers = [layer for layer in config.find_layers(backend) if layer.in_scope]
+    check_weights(backend, layers)
+    model = backend.insert_quantizers(list(create_quantizers(backend, layers, config))).model
+    return PrecisionStudy(
+        model,
+        quantized_layers(model, layers),
+        images,
+        config,
+        bounds_images=bounds_crops,
+        widths=widths,
     )
 
 

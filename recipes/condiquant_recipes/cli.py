@@ -7,10 +7,9 @@ import os
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 try:
-    import rich
     import typer
     from rich.console import Console
 except ImportError:
@@ -19,11 +18,24 @@ except ImportError:
 from condiquant_plugin.errors import DistributedError, InputError, MissingExtraError
 from condiquant_plugin.files import check_writable
 from condiquant_recipes import cli_training, hosts, inspection
+from condiquant_recipes.cli_options import (
+    DataOption,
+    DeviceOption,
+    JsonOption,
+    LayersOption,
+    OverwriteOption,
+    QuietOption,
+    RecipeArgument,
+    SetOption,
+    SetsOption,
+    data_folder,
+    ir_path,
+    progress,
+    recipe_data,
+    split,
+)
 from condiquant_recipes.hosts import load as _hosts
-
-if TYPE_CHECKING:
-    from condiquant_recipes.progress import Progress
-    from condiquant_recipes.recipe import Recipe
+from condiquant_recipes.presets import PRESETS, Preset
 
 app = typer.Typer(
     name="condiquant",
@@ -34,58 +46,6 @@ app = typer.Typer(
 )
 _SIGINT = 130
 """What newer versions of Typer make of a KeyboardInterrupt."""
-_console = Console(stderr=True)
-
-RecipeArgument = Annotated[
-    Path, typer.Argument(metavar="RECIPE", help="A recipe or a BasicSR training YAML.")
-]
-DataOption = Annotated[
-    Path | None,
-    typer.Option(
-        help="Folder with a recipe's calibration and test images.", envvar="CONDIQUANT_DATA"
-    ),
-]
-SetsOption = Annotated[
-    str, typer.Option(help="Test sets, comma-separated (default: the recipe's).")
-]
-OverwriteOption = Annotated[
-    bool, typer.Option("--overwrite", help="Drop what the folder holds, and start anew.")
-]
-SetOption = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY.SUB=VALUE", help="Override a recipe key.")
-]
-QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
-DeviceOption = Annotated[str, typer.Option(help="OpenVINO device.")]
-LayersOption = Annotated[
-    bool, typer.Option("--layers", help="Of an IR: also what each layer runs as, and why not int8.")
-]
-
-
-def _progress(quiet: bool) -> Progress:
-    from condiquant_recipes.progress import Progress
-
-    rich.reconfigure(stderr=True)  # NNCF shows its own bars on this console
-    return Progress(None if quiet else _console)
-
-
-def _data_folder(data: Path | None) -> Path:
-    if data is None:
-        raise InputError("no data folder: give --data DIR or set CONDIQUANT_DATA")
-    if not data.is_dir():
-        raise InputError(f"data folder {data} does not exist: give --data DIR")
-    return data
-
-
-def _recipe_data(recipe: Recipe, data: Path | None) -> Path:
-    return Path() if recipe.datasets.train is not None else _data_folder(data)
-
-
-def _split(names: str) -> list[str]:
-    found = [name.strip() for name in names.split(",") if name.strip()]
-    if names and not found:
-        raise InputError(f"{names!r} names nothing: give names, comma-separated, or leave it out")
-    return found
 
 
 @app.command()
@@ -95,6 +55,22 @@ def run(
     sets: SetsOption = "",
     out: Annotated[
         Path | None, typer.Option(help="Output folder (default: out/<name>_w4a4).")
+    ] = None,
+    preset: Annotated[
+        Preset | None,
+        typer.Option(help="Bits: int8 (8, untrained), small (weights 4, inputs 8), 4bit."),
+    ] = None,
+    target: Annotated[
+        str | None,
+        typer.Option(
+            metavar="AIM=VALUE",
+            help="Find the bits of every layer for fidelity=45 or drop=0.1 (dB), size=0.2 or "
+            "latency=0.8 (of the float IR).",
+        ),
+    ] = None,
+    front: Annotated[
+        int | None,
+        typer.Option(help="That many runs of different sizes, each with the best bits for it."),
     ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Keep finished stages of this folder.")
@@ -106,18 +82,26 @@ def run(
     """Recondition, quantize, distil, evaluate and export the network of a recipe."""
     from condiquant_recipes.recipe_files import find_recipe
 
-    loaded = find_recipe(recipe, overrides or [])
-    folder = _recipe_data(loaded, data)
-    out = out or Path("out") / f"{loaded.name}_{loaded.label}"
-    metrics = _hosts("run").run(
-        loaded,
-        folder,
-        out,
-        sets=_split(sets),
-        resume=resume,
-        overwrite=overwrite,
-        progress=_progress(quiet),
-    )
+    loaded = find_recipe(recipe, [*PRESETS.get(preset, ()), *(overrides or [])])
+    folder = recipe_data(loaded, data)
+    arguments = {
+        "sets": split(sets),
+        "resume": resume,
+        "overwrite": overwrite,
+        "progress": progress(quiet),
+    }
+    if front is not None:
+        if target is not None:
+            raise InputError("--front goes through all sizes: leave out --target")
+        out = out or Path("out") / f"{loaded.name}_front"
+        points = _hosts("precision.front").run_front(loaded, folder, out, front, **arguments)
+        Console().print(_hosts("reporting").front_table(points))
+        print(f"figures: {out / 'front.json'}\nplot:    {out / 'front.svg'}")
+        return
+    aim = None if target is None else _hosts("precision.target").Target.parse(target)
+    name = f"{loaded.name}_{loaded.label if aim is None else aim.label}"
+    out = out or Path("out") / name
+    metrics = _hosts("run").run(loaded, folder, out, target=aim, **arguments)
     Console().print(_hosts("reporting").run_table(metrics))
     for note in metrics["ir"]["notes"]:
         print(f"note: {note}")
@@ -135,7 +119,7 @@ def evaluate(
 ) -> None:
     """PSNR and SSIM (Y channel, crop = scale) of an IR on test sets."""
     scores = _hosts("ir").evaluate(
-        _ir_path(model), _data_folder(data), _split(sets), device, _progress(quiet)
+        ir_path(model), data_folder(data), split(sets), device, progress(quiet)
     )
     if as_json:
         print(json.dumps(scores, indent=1))
@@ -187,7 +171,7 @@ def export(
     changes = {key: value for key, value in given.items() if value is not None}
     target = out or folder
     check_writable(target)
-    figures = _hosts("ir").export_again(folder, target, changes, _progress(quiet), iteration, ema)
+    figures = _hosts("ir").export_again(folder, target, changes, progress(quiet), iteration, ema)
     file = str(target / "model.xml")
     if as_json:
         print(json.dumps({"file": file, **figures}, indent=1))
@@ -214,7 +198,7 @@ def inspect(
     layers: LayersOption = False,
 ) -> None:
     """What is in an IR, a recipe's network, or a checkpoint: layers, shapes, condition numbers."""
-    described = inspection.describe(_ir_path(file), layers=layers)
+    described = inspection.describe(ir_path(file), layers=layers)
     if as_json:
         print(json.dumps(described, indent=1, default=str))
     else:
@@ -266,7 +250,7 @@ def benchmark(
         check_writable(out.parent)
     benchmarking = _hosts("benchmarking")
     report = benchmarking.benchmark(
-        [_ir_path(model) for model in models],
+        [ir_path(model) for model in models],
         hint=hint,
         iterations=iterations,
         duration=duration,
@@ -311,18 +295,18 @@ def compare(
         known = _hosts("comparison.contenders").all_contenders(loaded)
         Console().print(comparison_table.method_table(known))
         return
-    folder = _recipe_data(loaded, data)
+    folder = recipe_data(loaded, data)
     out = out or Path("out") / f"{loaded.name}_compare"
     report = _hosts("comparison.comparing").compare(
         loaded,
         folder,
         out,
-        sets=_split(sets),
-        methods=_split(methods),
+        sets=split(sets),
+        methods=split(methods),
         resume=resume,
         overwrite=overwrite,
         command=shlex.join(["condiquant", *sys.argv[1:]]),
-        progress=_progress(quiet),
+        progress=progress(quiet),
     )
     page = _hosts("comparison.page").write_page(report, out)
     Console().print(comparison_table.table(report))
@@ -343,7 +327,7 @@ def upscale(
     """Enlarge an image with an IR, in overlapping tiles where needed."""
     from condiquant_recipes.upscaling.picture import upscale_file
 
-    upscale_file(_ir_path(model), image, output, device, tile, overlap, _progress(quiet))
+    upscale_file(ir_path(model), image, output, device, tile, overlap, progress(quiet))
     print(output)
 
 
@@ -353,11 +337,7 @@ def demo(
     quiet: QuietOption = False,
 ) -> None:
     """DAT-light x4 at 4 bits on photographs of scikit-image: float, plain and CondiQuant."""
-    _hosts("demo").run_demo(out, _progress(quiet), Console())
-
-
-def _ir_path(model: Path) -> Path:
-    return model / "model.xml" if model.is_dir() else model
+    _hosts("demo").run_demo(out, progress(quiet), Console())
 
 
 def main() -> None:

@@ -17,7 +17,8 @@ from condiquant_recipes.progress import Progress
 from condiquant_recipes.recipe import load_recipe
 from condiquant_recipes.recipe_files import recipe_path
 from condiquant_recipes.reporting import condition_medians, side_by_side
-from condiquant_recipes.run import load_network, run
+from condiquant_recipes.run import run
+from condiquant_recipes.source import load_network
 from condiquant_recipes.workspace import OtherRunError
 
 _CALIBRATION = ("coffee", "rocket", "retina", "motorcycle_left")

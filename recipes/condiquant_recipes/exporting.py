@@ -53,8 +53,8 @@ def export(
             ``zero_on_grid_mean_abs`` and ``zero_on_grid_max_abs`` of the output.
 
     Returns:
-        Sizes, figures, what each layer runs as on the CPU plugin, ``latency_ratio`` to the float network
-        on this CPU, and ``notes``: one-line sentences that the user should read.
+        Sizes, figures, what each layer runs as on the CPU plugin, what :func:`compared_to_float` gives,
+        and ``notes``: one-line sentences that the user should read.
 
     Raises:
         InputError: a network that must keep its traced size, with ``export.static: false``; grids that
@@ -114,8 +114,8 @@ def export(
     openvino_host.set_metadata(ir, metadata | of_ir | {"parity": figures})
     executions = layer_executions(ir, compile_ir(ir))
     sizes = openvino_host.save(ir, out / "model.xml")
-    ratio = latency_ratio(model, out / "model.xml", images[0])
-    if ratio > 1:
+    compared = compared_to_float(model, out / "model.xml", images[0])
+    if (ratio := compared["latency_ratio"]) > 1:
         notes.append(
             f"on this CPU the float network is faster: the IR takes {ratio:.2f} of its time"
         )
@@ -123,7 +123,7 @@ def export(
         **sizes,
         **figures,
         **of_ir,
-        "latency_ratio": ratio,
+        **compared,
         "int8_share": int8_share(executions),
         "layer_executions": [asdict(layer) for layer in executions],
         "notes": notes,
@@ -156,13 +156,16 @@ def saying(more: str) -> Iterator[None]:
         raise RuntimeError(f"{error} ({more})") from error
 
 
-def latency_ratio(model: nn.Module, ir: Path, image: Tensor) -> float:
-    """Latency of an IR over that of the network without its quantizers, run in turns on this CPU.
+def compared_to_float(model: nn.Module, ir: Path, image: Tensor) -> dict[str, float]:
+    """An IR beside that of the network without its quantizers.
 
     Args:
         image: what both are run on, of the IR's size if it is static.
+
+    Returns:
+        ``latency_ratio``, both run in turns on this CPU, and ``float_bin_bytes``.
     """
-    quantizers = fake_quantizers(model).values()
+    quantizers = [q for q in fake_quantizers(model).values() if q.enabled]
     with TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore", torch.jit.TracerWarning)
         for quantizer in quantizers:
@@ -182,7 +185,8 @@ def latency_ratio(model: nn.Module, ir: Path, image: Tensor) -> float:
             iterations=_TIMED,
             hint="latency",
         )
-    return float(measured["ir"]["ratio"])
+        float_bytes = path.with_suffix(".bin").stat().st_size
+    return {"latency_ratio": float(measured["ir"]["ratio"]), "float_bin_bytes": float_bytes}
 
 
 def _isa(recipe: Recipe) -> InstructionSet:

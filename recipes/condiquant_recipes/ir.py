@@ -15,7 +15,8 @@ from condiquant_plugin.errors import InputError
 from condiquant_recipes.exporting import example_image, export, tile_size
 from condiquant_recipes.progress import Progress
 from condiquant_recipes.recipe import Recipe, with_export
-from condiquant_recipes.run import load_network, rebuild
+from condiquant_recipes.run import rebuild
+from condiquant_recipes.source import load_network
 from condiquant_recipes.training.experiment import is_experiment, trained_network
 from condiquant_recipes.upscaling.picture import rgb_upscaler, run_metadata
 from condiquant_recipes.workspace import Workspace, load_parameters

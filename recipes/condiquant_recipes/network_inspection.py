@@ -12,8 +12,8 @@ import condiquant_nncf as nncf_host
 from condiquant_plugin.methods.condiquant.reconditioning import layer_condition
 from condiquant_recipes.exporting import example_image
 from condiquant_recipes.recipe_files import find_recipe
-from condiquant_recipes.run import load_network
 from condiquant_recipes.settings import quantization
+from condiquant_recipes.source import load_network
 
 
 def describe_recipe(file: Path) -> dict[str, Any]:

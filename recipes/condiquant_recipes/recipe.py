@@ -325,6 +325,13 @@ def with_export(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
     return _validated(values)
 
 
+def with_condiquant(recipe: Recipe, **changes: Any) -> Recipe:
+    """The recipe with some keys of its ``condiquant`` section changed; errors as :func:`with_export`."""
+    values = recipe.model_dump()
+    values["condiquant"] |= changes
+    return _validated(values)
+
+
 def _validated(values: dict[str, Any]) -> Recipe:
     try:
         return Recipe.model_validate(values)

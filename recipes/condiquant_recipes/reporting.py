@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from math import nan
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import matplotlib as mpl
 import numpy as np
@@ -15,6 +15,9 @@ from torch import Tensor
 
 from condiquant_plugin.files import replacing
 from condiquant_plugin.layerwise.precision import LayerBits
+
+if TYPE_CHECKING:
+    from condiquant_recipes.precision.front import Point
 
 
 def run_table(metrics: Mapping[str, Any]) -> Table:
@@ -31,13 +34,26 @@ def run_table(metrics: Mapping[str, Any]) -> Table:
     chosen = metrics["weights"]
     others = ", ".join(f"{n} {db:.2f} dB" for n, db in chosen["fidelity_db"].items())
     table.caption = (
-        f"weights: {chosen['chosen']}" + (f" (held-out crops: {others})" if others else "") + "; "
+        _promise(metrics)
+        + f"weights: {chosen['chosen']}"
+        + (f" (held-out crops: {others})" if others else "")
+        + "; "
         f"condition number, median {before:.0f} -> {after:.0f}; "
         f"IR {metrics['ir']['bin_bytes'] / 1024:.0f} KiB .bin, {size / 1024:.0f} KiB with .xml; "
         f"IR against simulation: layers within {metrics['ir']['parity_layer_max']:.0e}, "
         f"rounding ties {metrics['ir']['tie_rate']:.0e}, end to end {metrics['ir']['parity_mean_abs']:.0e}"
     )
     return table
+
+
+def _promise(metrics: Mapping[str, Any]) -> str:
+    if (found := metrics.get("precision")) is None:
+        return ""
+    ((aim, value),) = found["held_out"].items()
+    return (
+        f"{found['target']}: {aim} {value:.3g} on held-out crops before weights are chosen, layers "
+        f"ranked by predicted error with correlation {found['rank_correlation']:.2f}; "
+    )
 
 
 def score_table(rows: Mapping[str, Mapping[str, Any]]) -> Table:
@@ -47,6 +63,24 @@ def score_table(rows: Mapping[str, Mapping[str, Any]]) -> Table:
     for label, scores in rows.items():
         cells = [f"{scores[n]['psnr']:.2f} dB / {scores[n]['ssim']:.4f}" for n in names]
         table.add_row(label, *cells)
+    return table
+
+
+def front_table(points: Sequence[Point]) -> Table:
+    """A row per IR, the smallest first."""
+    table = Table(
+        "folder", "bits", "KiB .bin", "of float", "latency", "dB to float", *points[0].psnr
+    )
+    for point in points:
+        table.add_row(
+            point.name,
+            point.bits,
+            f"{point.bin_bytes / 1024:.0f}",
+            f"{point.size_ratio:.3f}",
+            f"{point.latency_ratio:.2f}",
+            f"{point.fidelity:.2f}",
+            *(f"{psnr:.2f}" for psnr in point.psnr.values()),
+        )
     return table
 
 

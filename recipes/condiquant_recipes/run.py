@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
@@ -16,27 +17,23 @@ import condiquant_basicsr as basicsr_host
 import condiquant_nncf as nncf_host
 from condiquant_plugin.calibration import Calibration
 from condiquant_plugin.distillation import DistillationResult, distill
-from condiquant_plugin.errors import InputError
 from condiquant_plugin.layerwise import precision
 from condiquant_plugin.layerwise.problem import LayerReport
 from condiquant_plugin.methods.condiquant.reconditioning import ReconditioningReport
 from condiquant_plugin.methods.gptq.rounding import RoundingReport
 from condiquant_recipes import settings
-from condiquant_recipes.exporting import check_convertible, check_overflow, export, saying
+from condiquant_recipes.exporting import check_convertible, export, saying
+from condiquant_recipes.precision import search
+from condiquant_recipes.precision.target import Target
 from condiquant_recipes.progress import Progress
 from condiquant_recipes.recipe import Recipe
+from condiquant_recipes.source import Source, load_source
 from condiquant_recipes.workspace import Workspace, save_parameters, write_metrics
 
-
-@dataclass(frozen=True)
-class Source:
-    """The float network of a recipe and the data that a run needs."""
-
-    network: nn.Module
-    multiple: int
-    crops: Tensor
-    held_out: Tensor
-    test_sets: Mapping[str, Sequence[basicsr_host.TestImage]]
+_EQUAL = 100.0
+"""PSNR of equal images, instead of infinity."""
+_PRECISION = "precision"
+"""The stage that finds bits for a target."""
 
 
 @dataclass(frozen=True)
@@ -48,74 +45,6 @@ class CalibratedNetwork:
     calibration: Calibration
 
 
-def load_source(recipe: Recipe, data: Path, sets: Sequence[str]) -> Source:
-    """Load and check everything a run reads, before it computes anything.
-
-    Raises:
-        InputError: whatever is missing or does not fit.
-    """
-    check_overflow(recipe)
-    if (channels := basicsr_host.input_channels(recipe.network_g)) != 3:
-        raise InputError(
-            f"{recipe.name} takes {channels}-channel images, but run and compare need RGB:"
-            " use `condiquant train`, `test` and `export`"
-        )
-    network = load_network(recipe)
-    calibration = recipe.datasets.calibration
-    count = calibration.count + calibration.held_out
-    if (training := recipe.datasets.train) is not None:
-        section = {**training, "gt_size": calibration.crop * recipe.scale}
-        crops = basicsr_host.training_crops(section, recipe.scale, count, recipe.seed)
-    else:
-        folders = [data / folder for folder in calibration.folders]
-        crops = basicsr_host.calibration_crops(
-            folders, recipe.scale, calibration.crop, count, recipe.seed
-        )
-    multiple = basicsr_host.pad_multiple(network, recipe.pad_multiple)
-    if calibration.crop % multiple:
-        right = -(-calibration.crop // multiple) * multiple
-        remedy = f"use {right}"
-        if training is not None:
-            remedy = f"use datasets.train.gt_size={right * recipe.scale}"
-        raise InputError(
-            f"datasets.calibration.crop={calibration.crop} is not a multiple of {multiple}, "
-            f"which {type(network).__name__} needs: {remedy}"
-        )
-    key, factor = ("datasets.calibration.crop", 1)
-    if training is not None:
-        key, factor = ("datasets.train.gt_size", recipe.scale)
-    basicsr_host.check_crop_size(network, calibration.crop, channels, key, factor)
-    test_sets = {name: _test_set(recipe, data, name) for name in sets}
-    return Source(
-        network, multiple, crops[: calibration.count], crops[calibration.count :], test_sets
-    )
-
-
-def _test_set(recipe: Recipe, data: Path, name: str) -> Sequence[basicsr_host.TestImage]:
-    section = recipe.datasets
-    if section.train is None:
-        return basicsr_host.test_pairs(data, name, recipe.scale)
-    if name not in section.val:
-        known = ", ".join(section.val) or "none"
-        raise InputError(f"no validation set is named {name!r}; there are: {known}")
-    return basicsr_host.validation_pairs(section.val[name])
-
-
-def load_network(recipe: Recipe) -> nn.Module:
-    """The float network, frozen."""
-    network, _ = basicsr_host.load_network(
-        recipe.network_g,
-        recipe.path.pretrain_network_g,
-        recipe.path.sha256,
-        recipe.path.param_key_g,
-        recipe.scale,
-        basicsr_host.input_channels(recipe.network_g),
-    )
-    for parameter in network.parameters():
-        parameter.requires_grad_(False)
-    return network
-
-
 def run(
     recipe: Recipe,
     data: Path,
@@ -124,6 +53,7 @@ def run(
     sets: Sequence[str] = (),
     resume: bool = False,
     overwrite: bool = False,
+    target: Target | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Run a recipe; writes ``metrics.json``, ``model.xml``/``.bin``, ``quantized.safetensors``.
@@ -134,6 +64,7 @@ def run(
         resume: keep the stages that an earlier call with the same recipe and folder finished; those of
             a finished run are kept anyway.
         overwrite: drop what another run left in ``out``, or the same one.
+        target: find the bits of every layer that keep this promise, instead of the recipe's.
 
     Returns:
         The content of ``metrics.json``.
@@ -145,9 +76,15 @@ def run(
     torch.manual_seed(recipe.seed)
     names = list(sets or recipe.datasets.test)
     source = load_source(recipe, data, names)
+    found: dict[str, Any] | None = None
+    if target is not None:
+        known = Workspace(out).finished(_PRECISION) if resume else None
+        recipe, found = search.targeted(recipe, source, data, target, known, progress)
     workspace = Workspace.create(
         out, recipe, source.network, data, resume=resume, overwrite=overwrite
     )
+    if found is not None:
+        workspace.finish(_PRECISION, found)
     if workspace.reused:
         with progress.status(f"keeping the stages that {out} has of this run (not: --overwrite)"):
             pass
@@ -180,6 +117,7 @@ def run(
         "reference": recipe.datasets.reference,
         "float": float_scores,
         "quantized": scores,
+        "fidelity": _fidelity(quantized.model, source, recipe.scale),
         "weights": {
             "chosen": calibration.chosen,
             "fidelity_db": calibration.fidelity,
@@ -190,8 +128,21 @@ def run(
         "seconds": seconds,
         "ir": ir,
     }
+    if found is not None:
+        metrics["precision"] = found
     write_metrics(out / "metrics.json", metrics)
     return metrics
+
+
+@torch.no_grad()
+def _fidelity(model: nn.Module, source: Source, scale: int) -> float:
+    """PSNR to the float output on the held-out crops, as test sets are scored, in dB."""
+    outputs = [[net(x)[0] for x in source.held_out.split(1)] for net in (model, source.network)]
+    scores = (
+        basicsr_host.evaluate_pair(ours, theirs, scale)
+        for ours, theirs in zip(*outputs, strict=True)
+    )
+    return mean(min(score["psnr"], _EQUAL) for score in scores)
 
 
 def _layer_rows(

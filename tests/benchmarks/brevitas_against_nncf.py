@@ -23,7 +23,7 @@ import condiquant_brevitas as brevitas_host
 import condiquant_nncf as nncf_host
 from condiquant_recipes import settings
 from condiquant_recipes.recipe import Recipe, load_recipe
-from condiquant_recipes.run import Source, load_source
+from condiquant_recipes.source import Source, load_source
 
 RECIPE = Path(__file__).parents[2] / "recipes/dat_light/x4.yml"
 

@@ -30,7 +30,7 @@ from condiquant_brevitas import (
     condiquant_mode,
 )
 from condiquant_recipes.recipe import load_recipe
-from condiquant_recipes.run import load_source
+from condiquant_recipes.source import load_source
 
 BITS = 4
 SETTINGS = {

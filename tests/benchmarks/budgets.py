@@ -18,7 +18,8 @@ from condiquant_recipes import settings
 from condiquant_recipes.progress import Progress
 from condiquant_recipes.recipe import load_recipe
 from condiquant_recipes.recipe_files import recipe_path
-from condiquant_recipes.run import distill_network, load_source
+from condiquant_recipes.run import distill_network
+from condiquant_recipes.source import load_source
 
 
 def arguments() -> argparse.Namespace:

@@ -31,7 +31,7 @@ from condiquant_plugin.methods.condiquant.reconditioning import (
 from condiquant_recipes import settings
 from condiquant_recipes.recipe import load_recipe
 from condiquant_recipes.recipe_files import recipe_path
-from condiquant_recipes.run import load_source
+from condiquant_recipes.source import load_source
 
 rcParams["svg.hashsalt"] = "condition numbers"
 

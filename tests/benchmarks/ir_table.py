@@ -33,7 +33,7 @@ from condiquant_recipes import settings
 from condiquant_recipes.exporting import example_image, export, tile_size
 from condiquant_recipes.progress import Progress
 from condiquant_recipes.recipe import Recipe, load_recipe
-from condiquant_recipes.run import load_network
+from condiquant_recipes.source import load_network
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 NETWORKS = ("realesrgan", "dat_light", "swinir_light")

@@ -19,7 +19,7 @@ import condiquant_nncf as nncf_host
 from condiquant_basicsr.data.datasets import test_pairs
 from condiquant_plugin.methods.condiquant.reconditioning import ReconditioningConfig
 from condiquant_recipes.recipe import load_recipe
-from condiquant_recipes.run import load_network
+from condiquant_recipes.source import load_network
 
 Config = ReconditioningConfig
 CASES = {

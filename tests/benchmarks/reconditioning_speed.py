@@ -13,7 +13,7 @@ from condiquant_plugin.layerwise.moments import weight_matrix
 from condiquant_plugin.layerwise.problem import LayerProblem
 from condiquant_plugin.methods.condiquant import reconditioning, spectrum
 from condiquant_recipes.recipe import load_recipe
-from condiquant_recipes.run import load_network
+from condiquant_recipes.source import load_network
 
 STEPS, TAU = 100, 3e-3
 

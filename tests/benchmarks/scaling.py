@@ -21,7 +21,7 @@ import condiquant_nncf as nncf_host
 from condiquant_nncf import network as quantization
 from condiquant_plugin.methods.condiquant.reconditioning import ReconditioningConfig
 from condiquant_recipes.recipe import load_recipe
-from condiquant_recipes.run import load_source
+from condiquant_recipes.source import load_source
 
 PHASES = ("gram", "recondition", "bounds")
 OBJECTIVES = ("least_squares", "condition")

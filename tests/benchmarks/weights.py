@@ -18,7 +18,7 @@ import condiquant_nncf as nncf_host
 from condiquant_recipes import settings
 from condiquant_recipes.recipe import load_recipe
 from condiquant_recipes.recipe_files import recipe_path
-from condiquant_recipes.run import load_source
+from condiquant_recipes.source import load_source
 
 
 def main() -> None:

@@ -12,7 +12,8 @@ from condiquant_openvino.running.instruction_sets import sums_saturate
 from condiquant_plugin import fake_quantizers
 from condiquant_recipes import cli
 from condiquant_recipes.recipe import load_recipe, with_export
-from condiquant_recipes.run import load_network, rebuild
+from condiquant_recipes.run import rebuild
+from condiquant_recipes.source import load_network
 from condiquant_recipes.workspace import load_parameters
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -56,7 +56,14 @@ class Pair:
 def calibration_crops(
     folders: Sequence[Path], scale: int, size: int, count: int, seed: int
 ) -> Tensor:
-    """LR crops for calibration, shape ``(count, 3, size, size)``, range 0 to 1.
+    """LR crops for calibration, shape ``(count, 3, size, size)``; see :func:`calibration_pairs`."""
+    return torch.stack([lr for lr, _ in calibration_pairs(folders, scale, size, count, seed)])
+
+
+def calibration_pairs(
+    folders: Sequence[Path], scale: int, size: int, count: int, seed: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """LR crops, shape ``(3, size, size)``, range 0 to 1, and the HR crops that they were made from.
 
     HR crops of ``size * scale`` are taken at random places from the images in shuffled order (all
     once, then again) and reduced by MATLAB's bicubic. Arguments and contents decide the result.
@@ -72,10 +79,9 @@ def calibration_crops(
         )
     generator = random.Random(seed)
     side = size * scale
-    crops: list[Tensor] = []
-    while len(crops) < count:
+    while count > 0:
         generator.shuffle(files)
-        for file in files[: count - len(crops)]:
+        for file in files[:count]:
             image = to_uint8(read_image(file))
             height, width = image.shape[:2]
             if min(height, width) < side:
@@ -85,8 +91,8 @@ def calibration_crops(
                 )
             top, left = generator.randint(0, height - side), generator.randint(0, width - side)
             crop = image[top : top + side, left : left + side]
-            crops.append(to_tensor(matlab_downscale(crop, scale)))
-    return torch.stack(crops)
+            yield to_tensor(matlab_downscale(crop, scale)), to_tensor(crop)
+        count -= len(files[:count])
 
 
 def test_pairs(data: Path, set_name: str, scale: int) -> list[Pair]:

@@ -35,7 +35,7 @@ from condiquant_recipes.comparison.scoring import (
 from condiquant_recipes.exporting import example_image, export, images_of_two_sizes, tile_size
 from condiquant_recipes.progress import Progress
 from condiquant_recipes.recipe import Recipe, with_export
-from condiquant_recipes.run import Source, load_source
+from condiquant_recipes.source import Source, load_source
 from condiquant_recipes.workspace import Workspace, remove, write_metrics
 
 _FLOAT, _REPORT, _PAGE = "float", "compare.json", "compare.html"

@@ -14,7 +14,7 @@ from condiquant_plugin.layerwise.precision import LayerBits
 from condiquant_plugin.layerwise.problem import LayerReport
 from condiquant_recipes.progress import Progress
 from condiquant_recipes.recipe import Recipe
-from condiquant_recipes.run import Source
+from condiquant_recipes.source import Source
 
 Group = Literal["float", "nncf-int8", "nncf-weights", "nncf-low-bit", "2dquant", "condiquant"]
 

@@ -22,7 +22,7 @@ from condiquant_recipes.comparison.measuring import measured
 from condiquant_recipes.comparison.scoring import measure_latency, pareto, size
 from condiquant_recipes.progress import Progress
 from condiquant_recipes.recipe import load_recipe
-from condiquant_recipes.run import load_source
+from condiquant_recipes.source import load_source
 
 
 @pytest.fixture

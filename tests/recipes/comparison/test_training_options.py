@@ -10,7 +10,7 @@ from basicsr.utils.lmdb_util import make_lmdb_from_imgs
 from condiquant_basicsr import matlab_downscale, read_image, training_crops, write_image
 from condiquant_basicsr.data.images import to_tensor
 from condiquant_recipes.recipe_files import find_recipe
-from condiquant_recipes.run import load_source
+from condiquant_recipes.source import load_source
 
 METHOD = "condiquant-no-dqc-w4a4"
 

@@ -1,0 +1,301 @@
+"""What each layer's bits cost at the network's output, and the network with any bits for each layer.
+
+With a network ``f``, what quantizing one tensor adds to it, ``d``, moves the output by ``J d`` to first
+order. For a random sign ``v`` at each entry of the output, the expectation of ``(vᵀ J d)²`` is ``|J d|²``,
+and ``vᵀ J`` is one backward pass, so all tensors and widths are judged by one pass through the float
+network for each image (Hutchinson's estimator). Errors of different tensors are taken to add up.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from condiquant_plugin.configuration import QuantizationConfig
+from condiquant_plugin.errors import InputError
+from condiquant_plugin.forward_pass import run
+from condiquant_plugin.layerwise.moments import Moments
+from condiquant_plugin.layerwise.precision import FLOAT_BITS, LayerBits
+from condiquant_plugin.layerwise.quantized import (
+    QuantizedLayer,
+    collect_moments,
+    computing_floats,
+)
+from condiquant_plugin.methods.gptq.rounding import GPTQ
+from condiquant_plugin.uniform import grid
+from condiquant_plugin.uniform.fake_quantizer import (
+    FakeQuantizer,
+    fake_quantizers,
+    search_bounds,
+    snapped_together,
+)
+
+WIDTHS = (2, 3, 4, 6, 8)
+"""Bits that are tried; of 5 and 7 there is little to be had beside their neighbours."""
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """Mean squared error of the network's output that each tensor causes alone, by bits."""
+
+    weights: dict[str, dict[int, float]]
+    """By layer."""
+    inputs: dict[str, dict[int, float]]
+    """By layer, and by product of activations for both its factors."""
+
+    def predicted(self, bits: Mapping[str, LayerBits]) -> float:
+        """Mean squared error with these bits; layers and products that are left out are float."""
+        total = 0.0
+        for name, (weight, activation) in bits.items():
+            total += self.weights.get(name, {}).get(weight, 0.0)
+            total += self.inputs.get(name, {}).get(activation, 0.0)
+        return total
+
+
+@dataclass(frozen=True)
+class _Rounded:
+    """A calibration at one width."""
+
+    weights: dict[str, Tensor]
+    """As the calibration left them, by layer."""
+    bounds: dict[str, tuple[Tensor, Tensor]]
+    """By quantizer."""
+
+
+class PrecisionStudy:
+    """A network calibrated at several widths, of which every layer can take any.
+
+    Args:
+        model: with fake quantizers whose bounds are yet to come, all else as trained; changed.
+        layers: those in scope that have a weight.
+        images: batches of one image each that ``model`` takes, to calibrate with.
+        config: how weights are rounded.
+        bounds_images: how many of the images bounds are searched on.
+        widths: bits to calibrate at.
+
+    Raises:
+        InputError: NaN or Inf anywhere; ``rotate``.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Sequence[QuantizedLayer],
+        images: Sequence[Any],
+        config: QuantizationConfig,
+        *,
+        bounds_images: int,
+        widths: Sequence[int] = WIDTHS,
+    ) -> None:
+        if config.rotate:
+            raise InputError("rotate=True and a search for bits: leave one of them out")
+        self.model, self.layers = model, {layer.name: layer for layer in layers}
+        self.images = list(images)
+        self.widths = tuple(widths)
+        self._quantizers = {q.name: q for q in fake_quantizers(model).values()}
+        self._trained = {name: x.weight.detach().clone() for name, x in self.layers.items()}
+        self._rounded: dict[int, _Rounded] = {}
+        moments: dict[str, Moments] = {}
+        if config.rounding == "gptq":
+            moments = collect_moments(model, layers, self.images, quantized=False).moments
+        for bits in self.widths:
+            self._rounded[bits] = self._calibrated(bits, self.images[:bounds_images], moments)
+
+    @torch.no_grad()
+    def _calibrated(
+        self, bits: int, images: Sequence[Any], moments: Mapping[str, Moments]
+    ) -> _Rounded:
+        """Bounds and rounding at one width, each layer on the inputs that the float network gives it."""
+        self._restore()
+        for quantizer in self._quantizers.values():
+            _set_bits(quantizer, bits)
+        search_bounds(self.model, images)
+        problems = [
+            layer.problem(moments[layer.name].as_quantized())
+            for layer in self.layers.values()
+            if layer.name in moments and not layer.weight_quantizer.depends_on_weight
+        ]
+        for solution in GPTQ().solve(problems):
+            # The bias stays: what it is to make up for is known with the bits of the inputs.
+            self.layers[solution.report.name].write(replace(solution, bias=None))
+        return _Rounded(
+            {name: x.weight.detach().clone() for name, x in self.layers.items()},
+            {
+                name: (q.lower.detach().clone(), q.upper.detach().clone())
+                for name, q in self._quantizers.items()
+            },
+        )
+
+    @property
+    def products(self) -> list[str]:
+        """Names of the products of activations."""
+        operands = (q for q in self._quantizers.values() if q.kind == "operand")
+        return list(dict.fromkeys(_owner(quantizer) for quantizer in operands))
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Entries of each layer's weight."""
+        return {name: weight.numel() for name, weight in self._trained.items()}
+
+    def uniform(self, weight_bits: int, activation_bits: int) -> dict[str, LayerBits]:
+        """The same bits for all layers and products."""
+        bits = LayerBits(weight_bits, activation_bits)
+        return dict.fromkeys((*self.layers, *self.products), bits)
+
+    @torch.no_grad()
+    def assemble(self, bits: Mapping[str, LayerBits]) -> None:
+        """Give each layer and product its bits; those that are left out stay float."""
+        self._restore()
+        for quantizer in self._quantizers.values():
+            width = _width(bits.get(_owner(quantizer)), quantizer.kind)
+            quantizer.enabled = width != FLOAT_BITS
+            if quantizer.enabled:
+                _set_bits(quantizer, width)
+                quantizer.set_bounds(*self._rounded[width].bounds[quantizer.name])
+        for name, layer in self.layers.items():
+            if (width := _width(bits.get(name), "weight")) != FLOAT_BITS:
+                layer.weight.copy_(self._rounded[width].weights[name])
+
+    @torch.no_grad()
+    def errors(self, bits: Mapping[str, LayerBits], images: Sequence[Any]) -> list[float]:
+        """Mean squared error of the output with these bits, of each image."""
+        self._restore()
+        with computing_floats(self.model):
+            targets = [run(self.model, image) for image in images]
+        self.assemble(bits)
+        with snapped_together(self.model):
+            outputs = [run(self.model, image) for image in images]
+        return [
+            float((output.double() - target.double()).square().mean())
+            for output, target in zip(outputs, targets, strict=True)
+        ]
+
+    def sensitivity(
+        self, images: Sequence[Any], *, seed: int = 0, progress: Callable[[], object] = lambda: None
+    ) -> Sensitivity:
+        """What every tensor costs at every width.
+
+        Args:
+            images: one backward pass each; the estimate's relative spread is ``sqrt(2 / len(images))``.
+            seed: of the random signs.
+            progress: called after each image.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        squares: dict[tuple[str, str], list[Tensor]] = defaultdict(list)
+        self._restore()
+        changes = {name: self._weight_changes(layer) for name, layer in self.layers.items()}
+        for image in images:
+            moved: dict[tuple[str, str], Tensor] = defaultdict(
+                lambda: torch.zeros(len(self.widths), dtype=torch.float64)
+            )
+            with self._watched(moved), torch.enable_grad():
+                image, starts = _followed(image)
+                output = run(self.model, image)
+                signs = torch.randint(0, 2, output.shape, generator=generator).to(output) * 2 - 1
+                weights = [layer.weight for layer in self.layers.values()]
+                wanted = [*weights, *starts]  # hooks run only on the way to one of them
+                gradients = torch.autograd.grad(output, wanted, signs, allow_unused=True)
+            for name, gradient in zip(self.layers, gradients, strict=False):
+                if gradient is not None:
+                    moved[name, "weight"] += torch.stack(
+                        [(gradient * change).sum() for change in changes[name]]
+                    )
+            for key, value in moved.items():
+                squares[key].append(value.square() / output.numel())
+            progress()
+        found: dict[str, dict[str, dict[int, float]]] = {"weight": {}, "input": {}}
+        for (name, part), values in squares.items():
+            means = torch.stack(values).mean(0).tolist()
+            found[part][name] = dict(zip(self.widths, means, strict=True))
+        return Sensitivity(found["weight"], found["input"])
+
+    def _weight_changes(self, layer: QuantizedLayer) -> list[Tensor]:
+        """What rounding adds to a weight, by width."""
+        changes = []
+        quantizer = layer.weight_quantizer
+        for bits in self.widths:
+            rounded = self._rounded[bits]
+            _set_bits(quantizer, bits)
+            quantizer.set_bounds(*rounded.bounds[quantizer.name])
+            weight = rounded.weights[layer.name]
+            changes.append(quantizer.levels_of(weight).quantize(weight) - self._trained[layer.name])
+        return changes
+
+    @contextmanager
+    def _watched(self, moved: dict[tuple[str, str], Tensor]) -> Iterator[None]:
+        """The float network; its backward pass adds to ``moved`` what each input moves the output."""
+        grids = {
+            name: [self._grid_at(quantizer, bits) for bits in self.widths]
+            for name, quantizer in self._quantizers.items()
+            if quantizer.kind != "weight"
+        }
+
+        def add(key: tuple[str, str], name: str, x: Tensor, gradient: Tensor) -> None:
+            moves = [(gradient * (each.quantize(x) - x)).sum() for each in grids[name]]
+            moved[key] += torch.stack(moves).double()
+
+        def watch(quantizer: FakeQuantizer, _: Any, output: Tensor) -> Tensor:
+            own = output.view_as(output)  # so that other readers of the tensor add nothing
+            if own.requires_grad:
+                key = (_owner(quantizer), "input")
+                own.register_hook(partial(add, key, quantizer.name, output.detach()))
+            return own
+
+        hooks = [self._quantizers[name].register_forward_hook(watch) for name in grids]
+        trained = {p: p.requires_grad for p in self.model.parameters()}
+        for layer in self.layers.values():
+            layer.weight.requires_grad_(True)
+        try:
+            with computing_floats(self.model):
+                yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+            for parameter, needed in trained.items():
+                parameter.requires_grad_(needed)
+
+    def _grid_at(self, quantizer: FakeQuantizer, bits: int) -> grid.SnappedGrid:
+        _set_bits(quantizer, bits)
+        quantizer.set_bounds(*self._rounded[bits].bounds[quantizer.name])
+        return quantizer.snapped()
+
+    @torch.no_grad()
+    def _restore(self) -> None:
+        for name, layer in self.layers.items():
+            layer.weight.copy_(self._trained[name])
+
+
+def _followed(image: Any) -> tuple[Any, list[Tensor]]:
+    """An image that gradients lead back from, and that a network may change in place; where they end."""
+    starts: list[Tensor] = []
+
+    def follow(x: Tensor) -> Tensor:
+        if not x.is_floating_point():
+            return x
+        starts.append(x.detach().clone().requires_grad_())
+        return starts[-1].clone()
+
+    return tree_map_only(Tensor, follow, image), starts
+
+
+def _owner(quantizer: FakeQuantizer) -> str:
+    """Of a layer's quantizers the layer, of those of a product's factors the product."""
+    return quantizer.name.rpartition(".")[0]
+
+
+def _width(bits: LayerBits | None, kind: grid.Kind) -> int:
+    if bits is None:
+        return FLOAT_BITS
+    return bits.weight if kind == "weight" else bits.activation
+
+
+def _set_bits(quantizer: FakeQuantizer, bits: int) -> None:
+    quantizer.bits = grid.fitting_bits(bits, quantizer.kind, quantizer.overflow)

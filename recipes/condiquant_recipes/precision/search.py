@@ -1,0 +1,355 @@
+"""The bits of every layer that a target asks for, found on held-out crops.
+
+Every layer may have a weight of any of the study's widths; inputs get 8 bits, as kernels of CPUs and NPUs
+compute 2 to 8 bits alike, so that fewer would cost accuracy and buy nothing. Layers stay float only where
+8 bits are not enough, and at most half of them.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import mean
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from scipy.stats import spearmanr
+from torch import Tensor
+
+import condiquant_basicsr as basicsr_host
+import condiquant_nncf as nncf_host
+import condiquant_openvino as openvino_host
+from condiquant_plugin.errors import InputError
+from condiquant_plugin.layerwise.precision import FLOAT_BITS, LayerBits, LayerRule, usual
+from condiquant_plugin.sensitivity import PrecisionStudy, Sensitivity
+from condiquant_recipes import settings
+from condiquant_recipes.exporting import compared_to_float, example_image, tile_size
+from condiquant_recipes.precision.allocation import Option, allocate
+from condiquant_recipes.precision.target import Target
+from condiquant_recipes.progress import Progress
+from condiquant_recipes.recipe import Recipe, with_condiquant
+from condiquant_recipes.source import Source, held_out_hr
+
+INPUT_BITS = 8
+_STUDIED = 32
+"""Crops that bounds and moments are taken from."""
+_PROBED = 32
+_ROUNDS = 10
+"""Allocations that are measured, at most."""
+_CHECKED = 24
+"""Single changes whose measured error the prediction is ranked against."""
+_CLOSE = 0.05
+"""Of the error, in dB: a target that is passed by less is met."""
+_CAUTION = 0.7
+"""Of what there is to spare, the part that the next allocation uses up."""
+_LEAST_DROP = 1e-4
+_EQUAL = 100.0
+"""PSNR of equal images, instead of infinity."""
+_FLOAT_PENALTY = 4.0
+"""Of a float layer, in bytes of the whole float network: few of them, whatever their size."""
+
+
+@dataclass
+class Precision:
+    """What a search found."""
+
+    target: str
+    bits: dict[str, LayerBits]
+    """By layer and product."""
+    predicted_db: float
+    """PSNR of all entries to the float output, by the sensitivities."""
+    held_out: dict[str, float]
+    """What the target speaks of, measured on held-out crops as first rounded, before any training."""
+    rank_correlation: float
+    """Of predicted and measured errors, layer by layer (Spearman)."""
+    sensitivity: dict[str, dict[str, dict[int, float]]] = field(default_factory=dict)
+
+
+def targeted(
+    recipe: Recipe,
+    source: Source,
+    data: Path,
+    target: Target,
+    known: Mapping[str, Any] | None,
+    progress: Progress,
+) -> tuple[Recipe, dict[str, Any]]:
+    """A recipe with the bits that a target needs, and the record of how they were found.
+
+    Args:
+        data: the folder with the recipe's photographs, which ``drop`` is judged on.
+        known: an earlier record, kept if it is of this target and recipe.
+
+    Raises:
+        InputError: as :func:`find_precision`; ``drop`` without photographs.
+    """
+    asked = {"target": str(target), "recipe_sha256": recipe.digest()}
+    if known is None or any(known.get(key) != value for key, value in asked.items()):
+        hr = held_out_hr(recipe, data) if target.aim == "drop" else None
+        found = find_precision(
+            recipe,
+            source.network,
+            source.multiple,
+            source.crops,
+            source.held_out,
+            hr,
+            target,
+            progress,
+        )
+        # As JSON has it, so that a resumed run goes on from the same record.
+        known = json.loads(json.dumps({**asdict(found), **asked}))
+    bits = {name: LayerBits(*pair) for name, pair in known["bits"].items()}
+    return with_bits(recipe, bits), dict(known)
+
+
+def find_precision(
+    recipe: Recipe,
+    network: torch.nn.Module,
+    multiple: int,
+    crops: Tensor,
+    held_out: Tensor,
+    hr: Tensor | None,
+    target: Target,
+    progress: Progress,
+) -> Precision:
+    """The cheapest bits that keep a target's promise, or with ``size`` the most faithful ones.
+
+    Args:
+        multiple: of the network's input sizes.
+        crops: to calibrate on, ``(count, 3, height, width)``.
+        held_out: to judge on.
+        hr: what ``held_out`` was made from, for ``drop``.
+
+    Raises:
+        InputError: no bits reach the target; names the closest. Rules for single layers beside a target.
+    """
+    if recipe.condiquant.layers:
+        raise InputError("--target finds the bits of every layer: leave out condiquant.layers")
+    config = settings.quantization(recipe)
+    with progress.status(f"measuring what each layer's bits cost, for {target}"):
+        study = nncf_host.study_precision(
+            network, crops[:_STUDIED], config, bounds_crops=min(16, _STUDIED)
+        )
+        found = study.sensitivity(crops[:_PROBED].split(1), seed=recipe.seed)
+        search = _Search(recipe, multiple, study, found, held_out, hr, target)
+        correlation = search.rank_correlation()
+    with progress.status("choosing bits"):
+        bits, reached = search.choose()
+    return Precision(
+        str(target),
+        bits,
+        _db(found.predicted(bits)),
+        reached,
+        correlation,
+        {"weights": found.weights, "inputs": found.inputs},
+    )
+
+
+def with_bits(recipe: Recipe, bits: Mapping[str, LayerBits]) -> Recipe:
+    """The recipe with the bits that most layers have, and a rule for every other layer or product."""
+    common = usual({n: b for n, b in bits.items() if b.weight != FLOAT_BITS})
+    rules = {n: _rule(own) for n, own in bits.items() if own != common}
+    return with_condiquant(
+        recipe,
+        weight_bits=common.weight,
+        activation_bits=common.activation,
+        layers={name: asdict(rule) for name, rule in rules.items()},
+    )
+
+
+class _Search:
+    def __init__(
+        self,
+        recipe: Recipe,
+        multiple: int,
+        study: PrecisionStudy,
+        sensitivity: Sensitivity,
+        held_out: Tensor,
+        hr: Tensor | None,
+        target: Target,
+    ) -> None:
+        self.recipe, self.multiple, self.target = recipe, multiple, target
+        self.study, self.sensitivity = study, sensitivity
+        self.images = held_out.split(1)
+        self.hr = hr
+        self._figures: dict[frozenset[tuple[str, LayerBits]], float] = {}
+        self.whole = 4.0 * sum(study.sizes.values())
+        self.targets = self._outputs({})
+
+    def rank_correlation(self) -> float:
+        """Of what single changes are predicted to cost and do cost on held-out crops."""
+        few = self.images[: max(len(self.images) // 2, 1)]
+        items: list[tuple[float, dict[str, LayerBits]]] = [
+            (error, {name: LayerBits(bits, FLOAT_BITS)})
+            for name, by_bits in self.sensitivity.weights.items()
+            for bits, error in by_bits.items()
+        ]
+        items += [
+            (error, {name: LayerBits(FLOAT_BITS, bits)})
+            for name, by_bits in self.sensitivity.inputs.items()
+            for bits, error in by_bits.items()
+        ]
+        items.sort(key=lambda item: item[0])
+        spread = items[:: max(len(items) // _CHECKED, 1)]
+        measured = [mean(self.study.errors(bits, few)) for _, bits in spread]
+        return float(spearmanr([error for error, _ in spread], measured).statistic)
+
+    def choose(self) -> tuple[dict[str, LayerBits], dict[str, float]]:
+        if self.target.aim == "size":
+            return self._within_size()
+        if self.target.aim == "latency":
+            return self._within_latency()
+        return self._keeping_promise()
+
+    def _keeping_promise(self) -> tuple[dict[str, LayerBits], dict[str, float]]:
+        """Least bytes for a figure: what is predicted is corrected by what it turns out to be worth."""
+        options = self._options(with_float=True)
+        best = self._best()
+        spare = self._spare(self._figure(best))
+        asked = (predicted := _db(self.sensitivity.predicted(best))) - spare
+        kept: tuple[float, dict[str, LayerBits], float] | None = None
+        too_low, enough = predicted if spare < 0 else -math.inf, math.inf
+        for _ in range(_ROUNDS):
+            found = allocate(options, "cost", 10 ** (-asked / 10))
+            if found is None or self._is_mostly_float(found):
+                enough = asked
+            else:
+                bits = {name: option.bits for name, option in found.items()}
+                cost, figure = sum(o.cost for o in found.values()), self._figure(bits)
+                spare = self._spare(figure)
+                if spare >= 0 and (kept is None or cost < kept[0]):
+                    kept = cost, bits, figure
+                if 0 <= spare < _CLOSE:
+                    break
+                too_low, enough = (too_low, asked) if spare >= 0 else (asked, enough)
+                asked -= spare if spare < 0 else _CAUTION * spare
+            if not too_low < asked < enough:
+                asked = (too_low + enough) / 2
+            if not math.isfinite(asked) or enough - too_low < _CLOSE:
+                break
+        if kept is None:
+            closest = max(self._figures.values(), key=self._spare)
+            raise InputError(
+                f"--target {self.target}: no bits reach it on held-out crops with half of the layers "
+                f"quantized, the closest is {self.target.aim}={closest:.3g}"
+            )
+        _, bits, figure = kept
+        return bits, {self.target.aim: figure}
+
+    def _is_mostly_float(self, found: Mapping[str, Option]) -> bool:
+        in_float = [found[name].bits.weight == FLOAT_BITS for name in self.study.sizes]
+        return 2 * sum(in_float) > len(in_float)
+
+    def _spare(self, figure: float) -> float:
+        """How far the error may rise, in dB, until the target is just met."""
+        if self.target.aim == "fidelity":
+            return figure - self.target.value
+        return 10 * math.log10(self.target.value / max(figure, _LEAST_DROP))
+
+    def _figure(self, bits: Mapping[str, LayerBits]) -> float:
+        """What the target speaks of, as test sets are scored: mean over the worse half of the crops."""
+        key = frozenset(bits.items())
+        if key not in self._figures:
+            self._figures[key] = self._measured(bits)
+        return self._figures[key]
+
+    def _measured(self, bits: Mapping[str, LayerBits]) -> float:
+        outputs = self._outputs(bits)
+        if self.target.aim != "drop":
+            return _worse_half(map(self._psnr, outputs, self.targets), least=True)
+        assert self.hr is not None
+        in_float, ours = (list(map(self._psnr, x, self.hr)) for x in (self.targets, outputs))
+        drops = (before - after for before, after in zip(in_float, ours, strict=True))
+        return _worse_half(drops, least=False)
+
+    def _outputs(self, bits: Mapping[str, LayerBits]) -> list[Tensor]:
+        self.study.assemble(bits)
+        with torch.no_grad():
+            return [self.study.model(image)[0] for image in self.images]
+
+    def _psnr(self, output: Tensor, target: Tensor) -> float:
+        scored = basicsr_host.evaluate_pair(output, target, self.recipe.scale)
+        return min(scored["psnr"], _EQUAL)
+
+    def _within_size(self) -> tuple[dict[str, LayerBits], dict[str, float]]:
+        """Least error for the bytes of an IR."""
+        best = self._best()
+        compared = self._compared(best)
+        fixed = compared["bin_bytes"] - self._bytes(best)
+        room = self.target.value * compared["float_bin_bytes"] - fixed
+        found = allocate(self._options(with_float=False), "error", room)
+        if found is None:
+            least = self._bytes({n: LayerBits(min(self.study.widths), INPUT_BITS) for n in best})
+            smallest = (fixed + least) / compared["float_bin_bytes"]
+            raise InputError(
+                f"--target {self.target}: 2-bit weights everywhere come to size={smallest:.3f}"
+            )
+        bits = {name: option.bits for name, option in found.items()}
+        size = (fixed + self._bytes(bits)) / compared["float_bin_bytes"]
+        return bits, {"size": size}
+
+    def _within_latency(self) -> tuple[dict[str, LayerBits], dict[str, float]]:
+        """8 bits: all bits take the same time."""
+        best = self._best()
+        ratio = self._compared(best)["latency_ratio"]
+        if ratio > self.target.value:
+            raise InputError(
+                f"--target {self.target}: on this CPU the network takes latency={ratio:.2f} of the float "
+                "one's with any bits"
+            )
+        return best, {"latency": ratio}
+
+    def _compared(self, bits: Mapping[str, LayerBits]) -> dict[str, float]:
+        """An IR with these bits beside the float network's."""
+        self.study.assemble(bits)
+        image = example_image(tile_size(self.recipe, self.multiple))
+        with TemporaryDirectory() as folder, warnings.catch_warnings():
+            warnings.simplefilter("ignore", torch.jit.TracerWarning)
+            path = Path(folder) / "model.xml"
+            sizes = openvino_host.save(
+                openvino_host.convert(self.study.model, image, static=True), path
+            )
+            return {**sizes, **compared_to_float(self.study.model, path, image)}
+
+    def _best(self) -> dict[str, LayerBits]:
+        return self.study.uniform(max(self.study.widths), INPUT_BITS)
+
+    def _bytes(self, bits: Mapping[str, LayerBits]) -> float:
+        return sum(size * bits[name].weight / 8 for name, size in self.study.sizes.items())
+
+    def _options(self, *, with_float: bool) -> dict[str, list[Option]]:
+        options: dict[str, list[Option]] = {}
+        in_float = LayerBits(FLOAT_BITS, FLOAT_BITS)
+        for name, size in self.study.sizes.items():
+            of_input = self.sensitivity.inputs[name][INPUT_BITS]
+            options[name] = [
+                Option(LayerBits(width, INPUT_BITS), error + of_input, size * width / 8)
+                for width, error in self.sensitivity.weights[name].items()
+            ]
+            if with_float:
+                options[name].append(Option(in_float, 0.0, self.whole * _FLOAT_PENALTY))
+        for name in self.study.products:
+            error = self.sensitivity.inputs[name][INPUT_BITS]
+            options[name] = [Option(LayerBits(INPUT_BITS, INPUT_BITS), error, 0.0)]
+            if with_float:
+                options[name].append(Option(in_float, 0.0, self.whole * _FLOAT_PENALTY))
+        return options
+
+
+def _rule(bits: LayerBits) -> LayerRule:
+    if bits.weight == FLOAT_BITS:
+        return LayerRule("float", "float")
+    return LayerRule(bits.weight, bits.activation)
+
+
+def _worse_half(figures: Iterable[float], *, least: bool) -> float:
+    ordered = sorted(figures, reverse=not least)
+    return mean(ordered[: max(len(ordered) // 2, 1)])
+
+
+def _db(error: float) -> float:
+    return -10 * math.log10(max(error, 1e-12))

@@ -1,0 +1,56 @@
+"""What a run is to reach, as a user says it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from condiquant_plugin.errors import InputError
+
+Aim = Literal["fidelity", "drop", "size", "latency"]
+_MEANINGS = {
+    "fidelity": "PSNR to the float network's output in dB, at least",
+    "drop": "dB of PSNR against HR below the float network, at most",
+    "size": "bytes of the IR's .bin over the float network's, at most",
+    "latency": "of the float network's on this CPU, at most",
+}
+
+
+@dataclass(frozen=True)
+class Target:
+    """A promise about the quantized network."""
+
+    aim: Aim
+    value: float
+
+    @classmethod
+    def parse(cls, text: str) -> Target:
+        """From ``aim=value``.
+
+        Raises:
+            InputError: anything else.
+        """
+        aim, _, value = text.partition("=")
+        if aim not in get_args(Aim):
+            known = "; ".join(f"{name}=VALUE ({what})" for name, what in _MEANINGS.items())
+            raise InputError(f"--target {text!r} is not known: use {known}")
+        try:
+            number = float(value)
+        except ValueError:
+            number = float("nan")
+        if not 0 < number < float("inf"):
+            raise InputError(f"--target {text!r}: {value or 'nothing'} is no number above 0")
+        return cls(aim, number)  # type: ignore[arg-type]
+
+    def __str__(self) -> str:
+        return f"{self.aim}={self.value:g}"
+
+    @property
+    def label(self) -> str:
+        """For names of folders."""
+        return f"{self.aim}{self.value:g}"
+
+    @property
+    def meaning(self) -> str:
+        """What the value is."""
+        return _MEANINGS[self.aim]
