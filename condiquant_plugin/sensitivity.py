@@ -140,11 +140,6 @@ class PrecisionStudy:
         operands = (q for q in self._quantizers.values() if q.kind == "operand")
         return list(dict.fromkeys(_owner(quantizer) for quantizer in operands))
 
-    @property
-    def sizes(self) -> dict[str, int]:
-        """Entries of each layer's weight."""
-        return {name: weight.numel() for name, weight in self._trained.items()}
-
     def uniform(self, weight_bits: int, activation_bits: int) -> dict[str, LayerBits]:
         """The same bits for all layers and products."""
         bits = LayerBits(weight_bits, activation_bits)

@@ -17,6 +17,9 @@ from condiquant_plugin.errors import InputError
 from condiquant_plugin.files import replacing
 from condiquant_plugin.uniform.fake_quantizer import fake_quantizers
 
+_SLOWER = 3.0
+"""Rates that only do harm at the first validations are divided by it."""
+
 
 @dataclass(frozen=True)
 class DistillationResult:
@@ -26,6 +29,8 @@ class DistillationResult:
     best_loss: float
     best_iteration: int
     iterations: int
+    rates_factor: float = 1.0
+    """What the configured rates were multiplied with before anything got better."""
 
 
 def distill(
@@ -42,6 +47,8 @@ def distill(
     seed: int = 0,
 ) -> DistillationResult:
     """Train ``student`` in place; it ends with the parameters that did best on ``held_out``.
+
+    Until a validation is better than the start, each one that is not begins again at a third of the rates.
 
     Args:
         student: network with fake quantizers.
@@ -81,6 +88,7 @@ class _Run:
         self.settings = asdict(config) | {"seed": seed}
         self.crops, self.held_out, self.checkpoint = crops, held_out, checkpoint
         self.groups = parameter_groups(student, config, trainable_weights)
+        self.rates = [group["lr"] for group in self.groups]
         self.parameters = [p for group in self.groups for p in group["params"]]
         self.optimizer = torch.optim.Adam(self.groups, betas=(0.9, 0.99))
         self.scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(
@@ -121,6 +129,8 @@ class _Run:
                 continue
             if (held_out_loss := self.validate()) < best:
                 best, best_iteration, best_parameters = held_out_loss, done, self.snapshot()
+            elif best_iteration == 0:
+                self.start_again(best_parameters)
             if self.checkpoint is not None:
                 self.save(
                     self.checkpoint,
@@ -130,10 +140,10 @@ class _Run:
                     best_iteration=best_iteration,
                     best_parameters=best_parameters,
                 )
-        with torch.no_grad():
-            for parameter, value in zip(self.parameters, best_parameters, strict=True):
-                parameter.copy_(value)
-        return DistillationResult(initial, best, best_iteration, self.config.iterations)
+        self.restore(best_parameters)
+        return DistillationResult(
+            initial, best, best_iteration, self.config.iterations, self.rates_factor
+        )
 
     def step(self) -> float:
         index = torch.randint(len(self.crops), (self.config.batch_size,), generator=self.generator)
@@ -147,6 +157,25 @@ class _Run:
     def validate(self) -> float:
         difference = _outputs(self.student, self.held_out) - self.held_out_targets
         return float(difference.abs().mean())
+
+    @property
+    def rates_factor(self) -> float:
+        """Of the rates now to the configured ones, the schedule aside."""
+        return float(self.scheduler.base_lrs[0] / self.rates[0])
+
+    def start_again(self, parameters: Sequence[Tensor]) -> None:
+        """From ``parameters``, at lower rates: how low they must be goes by how little error there is."""
+        self.restore(parameters)
+        self.optimizer.state.clear()
+        for group in self.optimizer.param_groups:
+            group["lr"] /= _SLOWER
+            group["initial_lr"] /= _SLOWER
+        self.scheduler.base_lrs = [rate / _SLOWER for rate in self.scheduler.base_lrs]
+
+    @torch.no_grad()
+    def restore(self, parameters: Sequence[Tensor]) -> None:
+        for parameter, value in zip(self.parameters, parameters, strict=True):
+            parameter.copy_(value)
 
     def snapshot(self) -> list[Tensor]:
         return [p.detach().clone() for p in self.parameters]
@@ -168,9 +197,7 @@ class _Run:
             raise InputError(
                 f"{path} was made with other distillation settings: run without --resume to start anew"
             )
-        with torch.no_grad():
-            for parameter, value in zip(self.parameters, state["parameters"], strict=True):
-                parameter.copy_(value)
+        self.restore(state["parameters"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         self.generator.set_state(state["generator"])

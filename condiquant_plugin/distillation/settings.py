@@ -24,7 +24,7 @@ class DistillationConfig:
     weights_rate: float = 5e-4
     feature_weight: float = 0.0
     """Factor of the per-block feature loss; 0 leaves it out and saves the teacher's forward pass."""
-    validate_every: int = 100
+    validate_every: int = 40
     autocast: bool = False
     """Run both networks in bfloat16 where torch's autocast does; losses and validation stay in float32."""
 

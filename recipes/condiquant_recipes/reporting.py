@@ -51,7 +51,7 @@ def _promise(metrics: Mapping[str, Any]) -> str:
         return ""
     ((aim, value),) = found["held_out"].items()
     return (
-        f"{found['target']}: {aim} {value:.3g} on held-out crops before weights are chosen, layers "
+        f"{found['target']}: {aim} {value:.3g} on held-out crops, layers "
         f"ranked by predicted error with correlation {found['rank_correlation']:.2f}; "
     )
 

@@ -23,7 +23,8 @@ from condiquant_plugin.uniform.marking import Marker, Role
 LEVELS_OF_TRANSFORMS = {128, 256}
 """What the low-precision transforms take for bytes, and take apart."""
 _FEW_TABLES = 6
-_PACKED = {2: ov.Type.u2, 3: ov.Type.u3, 4: ov.Type.u4}
+_ROW_TABLE_BITS = 4
+_PACKED = {2: ov.Type.u2, 3: ov.Type.u3, 4: ov.Type.u4, 6: ov.Type.u6}
 
 
 @dataclass(frozen=True)
@@ -184,7 +185,7 @@ def weight(
 ) -> ov.Output:
     """Packed codes, looked up in a table of lattice integers, times a scale.
 
-    Codes take 2, 3, 4 or 8 bits each. Folds to a constant when compiled: to int8 for an int8
+    Codes take 2, 3, 4, 6 or 8 bits each. Folds to a constant when compiled: to int8 for an int8
     kernel, else to float, which nothing takes for a compressed weight whose input it may round.
 
     Args:
@@ -206,17 +207,43 @@ def weight(
     return result.output(0)
 
 
+def stored_bytes(values: torch.Tensor, snapped: grid.SnappedGrid) -> int:
+    """What a weight takes in a .bin, as :func:`weight` packs it: codes, tables, scales.
+
+    Args:
+        values: the float weight.
+        snapped: its levels, tensors that broadcast against it.
+    """
+    lower, step, zero = (t.detach().cpu() for t in (snapped.lower, snapped.step, snapped.zero))
+    arrays = lower.numpy(), step.numpy(), zero.int().numpy()
+    quantizer = Quantizer("", *arrays, snapped.bits, "weight", snapped.refinement)
+    pending = [weight(values.detach().cpu().numpy(), quantizer, int8=True).get_node()]
+    constants: dict[str, int] = {}
+    while pending:
+        node = pending.pop()
+        if node.get_type_name() == "Constant":
+            constants[node.get_friendly_name()] = node.get_byte_size()
+        pending += [value.get_node() for value in node.input_values()]
+    return sum(constants.values())
+
+
 def _look_up(
     codes: NDArray[np.int32], zero: NDArray[np.int32], quantizer: Quantizer, entry: type
 ) -> ov.Node:
     """Lattice integers from packed codes: a table for every distinct position of zero.
 
-    Where most rows have their own, a table for every row takes fewer operators.
+    Where most rows have their own, a table for every row takes fewer operators; of 6 bits all rows share
+    one, at places of their own, as 64 entries may be more than a row has.
     """
     zeros, table_of_row = np.unique(zero, return_inverse=True)
     levels = np.arange(2**quantizer.bits) * quantizer.refinement
     packed = ops.constant(codes, dtype=_PACKED.get(quantizer.bits, ov.Type.u8))
     index = ops.convert(packed, np.int32)
+    if len(zeros) > 1 and quantizer.bits > _ROW_TABLE_BITS:
+        index = ops.multiply(index, ops.constant(np.int32(quantizer.refinement)))
+        index = ops.add(index, ops.constant((zeros[-1] - zero).astype(np.int32)))
+        table: NDArray = np.arange(levels[-1] + zeros[-1] - zeros[0] + 1) - zeros[-1]
+        return ops.gather(ops.constant(table.astype(entry)), index, ops.constant(np.int64(0)))
     if len(zeros) > _FEW_TABLES and zero.size == codes.shape[0] == zero.shape[0]:
         rows: NDArray = (levels - zero.reshape(-1, 1)).astype(entry)
         return ops.gather(ops.constant(rows), index, ops.constant(np.int64(1)), batch_dims=1)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import mean
@@ -24,6 +24,7 @@ from torch import Tensor
 import condiquant_basicsr as basicsr_host
 import condiquant_nncf as nncf_host
 import condiquant_openvino as openvino_host
+from condiquant_openvino.writing.quantizer_graphs import stored_bytes
 from condiquant_plugin.errors import InputError
 from condiquant_plugin.layerwise.precision import FLOAT_BITS, LayerBits, LayerRule, usual
 from condiquant_plugin.sensitivity import PrecisionStudy, Sensitivity
@@ -37,10 +38,12 @@ from condiquant_recipes.source import Source, held_out_hr
 
 INPUT_BITS = 8
 _STUDIED = 32
-"""Crops that bounds and moments are taken from."""
-_PROBED = 32
+"""Crops that moments and sensitivities are taken from, and bounds from half of them."""
 _ROUNDS = 10
-"""Allocations that are measured, at most."""
+"""Allocations that are measured as first rounded, at most."""
+_CALIBRATIONS = 3
+_ENOUGH = 0.5
+"""Of the error, in dB: bits that calibration leaves less to spare are kept."""
 _CHECKED = 24
 """Single changes whose measured error the prediction is ranked against."""
 _CLOSE = 0.05
@@ -64,7 +67,7 @@ class Precision:
     predicted_db: float
     """PSNR of all entries to the float output, by the sensitivities."""
     held_out: dict[str, float]
-    """What the target speaks of, measured on held-out crops as first rounded, before any training."""
+    """What the target speaks of, measured on held-out crops before any training."""
     rank_correlation: float
     """Of predicted and measured errors, layer by layer (Spearman)."""
     sensitivity: dict[str, dict[str, dict[int, float]]] = field(default_factory=dict)
@@ -90,16 +93,7 @@ def targeted(
     asked = {"target": str(target), "recipe_sha256": recipe.digest()}
     if known is None or any(known.get(key) != value for key, value in asked.items()):
         hr = held_out_hr(recipe, data) if target.aim == "drop" else None
-        found = find_precision(
-            recipe,
-            source.network,
-            source.multiple,
-            source.crops,
-            source.held_out,
-            hr,
-            target,
-            progress,
-        )
+        found = find_precision(recipe, source, hr, target, progress)
         # As JSON has it, so that a resumed run goes on from the same record.
         known = json.loads(json.dumps({**asdict(found), **asked}))
     bits = {name: LayerBits(*pair) for name, pair in known["bits"].items()}
@@ -107,22 +101,12 @@ def targeted(
 
 
 def find_precision(
-    recipe: Recipe,
-    network: torch.nn.Module,
-    multiple: int,
-    crops: Tensor,
-    held_out: Tensor,
-    hr: Tensor | None,
-    target: Target,
-    progress: Progress,
+    recipe: Recipe, source: Source, hr: Tensor | None, target: Target, progress: Progress
 ) -> Precision:
     """The cheapest bits that keep a target's promise, or with ``size`` the most faithful ones.
 
     Args:
-        multiple: of the network's input sizes.
-        crops: to calibrate on, ``(count, 3, height, width)``.
-        held_out: to judge on.
-        hr: what ``held_out`` was made from, for ``drop``.
+        hr: what the held-out crops of ``source`` were made from, for ``drop``.
 
     Raises:
         InputError: no bits reach the target; names the closest. Rules for single layers beside a target.
@@ -132,10 +116,10 @@ def find_precision(
     config = settings.quantization(recipe)
     with progress.status(f"measuring what each layer's bits cost, for {target}"):
         study = nncf_host.study_precision(
-            network, crops[:_STUDIED], config, bounds_crops=min(16, _STUDIED)
+            source.network, source.crops[:_STUDIED], config, bounds_crops=_STUDIED // 2
         )
-        found = study.sensitivity(crops[:_PROBED].split(1), seed=recipe.seed)
-        search = _Search(recipe, multiple, study, found, held_out, hr, target)
+        found = study.sensitivity(source.crops[:_STUDIED].split(1), seed=recipe.seed)
+        search = _Search(recipe, source, study, found, hr, target)
         correlation = search.rank_correlation()
     with progress.status("choosing bits"):
         bits, reached = search.choose()
@@ -165,19 +149,21 @@ class _Search:
     def __init__(
         self,
         recipe: Recipe,
-        multiple: int,
+        source: Source,
         study: PrecisionStudy,
         sensitivity: Sensitivity,
-        held_out: Tensor,
         hr: Tensor | None,
         target: Target,
     ) -> None:
-        self.recipe, self.multiple, self.target = recipe, multiple, target
+        self.recipe, self.target = recipe, target
+        self.network, self.multiple, self.crops = source.network, source.multiple, source.crops
         self.study, self.sensitivity = study, sensitivity
-        self.images = held_out.split(1)
-        self.hr = hr
+        self.held_out, self.hr = source.held_out, hr
+        self.images = self.held_out.split(1)
+        self._reached: list[float] = []
         self._figures: dict[frozenset[tuple[str, LayerBits]], float] = {}
-        self.whole = 4.0 * sum(study.sizes.values())
+        self.bytes = {name: self._stored(name) for name in study.layers}
+        self.whole = float(sum(by_width[FLOAT_BITS] for by_width in self.bytes.values()))
         self.targets = self._outputs({})
 
     def rank_correlation(self) -> float:
@@ -206,12 +192,40 @@ class _Search:
         return self._keeping_promise()
 
     def _keeping_promise(self) -> tuple[dict[str, LayerBits], dict[str, float]]:
-        """Least bytes for a figure: what is predicted is corrected by what it turns out to be worth."""
-        options = self._options(with_float=True)
-        best = self._best()
-        spare = self._spare(self._figure(best))
-        asked = (predicted := _db(self.sensitivity.predicted(best))) - spare
+        """Least bytes for a figure of the calibrated network.
+
+        What calibration makes of bits is closer to the float network than what they are first rounded to,
+        by an amount that changes little from one choice to the next.
+        """
         kept: tuple[float, dict[str, LayerBits], float] | None = None
+        gained = 0.0
+        for _ in range(_CALIBRATIONS):
+            bits = self._cheapest(gained) or self._best()
+            figure = self._calibrated(bits)
+            spare, cost = self._spare(figure), self._cost(bits)
+            if spare >= 0 and (kept is None or cost < kept[0]):
+                kept = cost, bits, figure
+            if 0 <= spare < _ENOUGH:
+                break
+            gained += spare * (_CAUTION if spare > 0 else 1 / _CAUTION)
+        if kept is None:
+            closest = max(self._reached, key=self._spare)
+            raise InputError(
+                f"--target {self.target}: no bits reach it on held-out crops with half of the layers "
+                f"quantized, the closest is {self.target.aim}={closest:.3g}"
+            )
+        _, bits, figure = kept
+        return bits, {self.target.aim: figure}
+
+    def _cheapest(self, gained: float) -> dict[str, LayerBits] | None:
+        """Least bytes for a figure as first rounded, where calibration is worth ``gained`` dB of error.
+
+        What is predicted is corrected by what it turns out to be.
+        """
+        options, best = self._options(with_float=True), self._best()
+        spare = self._spare(self._figure(best)) + gained
+        asked = (predicted := _db(self.sensitivity.predicted(best))) - spare
+        kept: dict[str, LayerBits] | None = None
         too_low, enough = predicted if spare < 0 else -math.inf, math.inf
         for _ in range(_ROUNDS):
             found = allocate(options, "cost", 10 ** (-asked / 10))
@@ -219,10 +233,9 @@ class _Search:
                 enough = asked
             else:
                 bits = {name: option.bits for name, option in found.items()}
-                cost, figure = sum(o.cost for o in found.values()), self._figure(bits)
-                spare = self._spare(figure)
-                if spare >= 0 and (kept is None or cost < kept[0]):
-                    kept = cost, bits, figure
+                spare = self._spare(self._figure(bits)) + gained
+                if spare >= 0 and (kept is None or self._cost(bits) < self._cost(kept)):
+                    kept = bits
                 if 0 <= spare < _CLOSE:
                     break
                 too_low, enough = (too_low, asked) if spare >= 0 else (asked, enough)
@@ -231,17 +244,24 @@ class _Search:
                 asked = (too_low + enough) / 2
             if not math.isfinite(asked) or enough - too_low < _CLOSE:
                 break
-        if kept is None:
-            closest = max(self._figures.values(), key=self._spare)
-            raise InputError(
-                f"--target {self.target}: no bits reach it on held-out crops with half of the layers "
-                f"quantized, the closest is {self.target.aim}={closest:.3g}"
-            )
-        _, bits, figure = kept
-        return bits, {self.target.aim: figure}
+        return kept
+
+    def _calibrated(self, bits: Mapping[str, LayerBits]) -> float:
+        """What the target speaks of, of a network calibrated with these bits."""
+        result = nncf_host.quantize_network(
+            self.network,
+            self.crops[:_STUDIED],
+            settings.quantization(with_bits(self.recipe, bits)),
+            bounds_crops=_STUDIED // 2,
+            held_out=self.held_out,
+        )
+        with torch.no_grad():
+            figure = self._of_outputs([result.model(image)[0] for image in self.images])
+        self._reached.append(figure)
+        return figure
 
     def _is_mostly_float(self, found: Mapping[str, Option]) -> bool:
-        in_float = [found[name].bits.weight == FLOAT_BITS for name in self.study.sizes]
+        in_float = [found[name].bits.weight == FLOAT_BITS for name in self.study.layers]
         return 2 * sum(in_float) > len(in_float)
 
     def _spare(self, figure: float) -> float:
@@ -251,14 +271,13 @@ class _Search:
         return 10 * math.log10(self.target.value / max(figure, _LEAST_DROP))
 
     def _figure(self, bits: Mapping[str, LayerBits]) -> float:
-        """What the target speaks of, as test sets are scored: mean over the worse half of the crops."""
+        """What the target speaks of, as first rounded; scored as test sets are, the worse half's mean."""
         key = frozenset(bits.items())
         if key not in self._figures:
-            self._figures[key] = self._measured(bits)
+            self._figures[key] = self._of_outputs(self._outputs(bits))
         return self._figures[key]
 
-    def _measured(self, bits: Mapping[str, LayerBits]) -> float:
-        outputs = self._outputs(bits)
+    def _of_outputs(self, outputs: Sequence[Tensor]) -> float:
         if self.target.aim != "drop":
             return _worse_half(map(self._psnr, outputs, self.targets), least=True)
         assert self.hr is not None
@@ -318,16 +337,31 @@ class _Search:
     def _best(self) -> dict[str, LayerBits]:
         return self.study.uniform(max(self.study.widths), INPUT_BITS)
 
+    def _cost(self, bits: Mapping[str, LayerBits]) -> float:
+        """In bytes, with the penalty of float layers."""
+        in_float = sum(own.weight == FLOAT_BITS for own in bits.values())
+        return self._bytes(bits) + in_float * self.whole * _FLOAT_PENALTY
+
     def _bytes(self, bits: Mapping[str, LayerBits]) -> float:
-        return sum(size * bits[name].weight / 8 for name, size in self.study.sizes.items())
+        return sum(by_width[bits[name].weight] for name, by_width in self.bytes.items())
+
+    def _stored(self, name: str) -> dict[int, int]:
+        """Bytes of a layer's weight in an IR, by width."""
+        layer, found = self.study.layers[name], dict[int, int]()
+        for width in self.study.widths:
+            self.study.assemble({name: LayerBits(width, INPUT_BITS)})
+            found[width] = stored_bytes(
+                layer.weight, layer.weight_quantizer.levels_of(layer.weight)
+            )
+        return found | {FLOAT_BITS: layer.weight.numel() * 4}
 
     def _options(self, *, with_float: bool) -> dict[str, list[Option]]:
         options: dict[str, list[Option]] = {}
         in_float = LayerBits(FLOAT_BITS, FLOAT_BITS)
-        for name, size in self.study.sizes.items():
+        for name, stored in self.bytes.items():
             of_input = self.sensitivity.inputs[name][INPUT_BITS]
             options[name] = [
-                Option(LayerBits(width, INPUT_BITS), error + of_input, size * width / 8)
+                Option(LayerBits(width, INPUT_BITS), error + of_input, stored[width])
                 for width, error in self.sensitivity.weights[name].items()
             ]
             if with_float:

@@ -11,7 +11,7 @@ from condiquant_openvino.running.upscaling import compile_ir
 from condiquant_plugin import FakeQuantizer, InputError, fake_quantizers
 from networks import build
 
-BYTES_PER_WEIGHT = {2: 1 / 4, 3: 3 / 8, 4: 1 / 2, 5: 1, 8: 1}
+BYTES_PER_WEIGHT = {2: 1 / 4, 3: 3 / 8, 4: 1 / 2, 6: 3 / 4, 5: 1, 8: 1}
 
 
 def constants(model):
@@ -24,7 +24,7 @@ def constants(model):
     return found
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 5, 7, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 7, 8])
 def test_ir_equals_simulation(convolution_net, bits):
     model = convolution_net(bits)
     ir = convert(model, torch.rand(1, 3, 16, 16))
@@ -42,7 +42,7 @@ def test_ir_equals_simulation(convolution_net, bits):
     }
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("bits", [2, 3, 4, 6])
 def test_products_run_in_int8(convolution_net, bits):
     ir = convert(convolution_net(bits), torch.rand(1, 3, 16, 16))
     runs_as = [layer.runs_as for layer in layer_executions(ir, compile_ir(ir))]
@@ -50,7 +50,7 @@ def test_products_run_in_int8(convolution_net, bits):
     assert len(runs_as) == 8
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 5, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
 @pytest.mark.parametrize("row_blocks", [1, 3, 96])
 def test_weights_are_stored_packed(quantized, tmp_path, bits, row_blocks):
     layer, x = nn.Linear(128, 96, bias=False), torch.rand(1, 10, 128)

@@ -16,6 +16,7 @@ from condiquant_openvino.writing.quantizer_graphs import (
     decode,
     elementwise,
     encode,
+    stored_bytes,
     weight,
     without_last_swap,
 )
@@ -75,7 +76,7 @@ def test_bytes_are_signed_where_zero_is_above_the_lowest_level(bits):
 
 @pytest.mark.parametrize("int8", [False, True])
 @pytest.mark.parametrize("rows", ["tensor", "few positions of zero", "many positions of zero"])
-@pytest.mark.parametrize("bits", [2, 4, 5, 8])
+@pytest.mark.parametrize("bits", [2, 4, 5, 6, 8])
 def test_stored_weights_are_the_values_of_the_grid(bits, rows, int8):
     values = np.random.default_rng(0).normal(size=(24, 6)).astype(np.float32)
     lower = {
@@ -90,6 +91,20 @@ def test_stored_weights_are_the_values_of_the_grid(bits, rows, int8):
         expected = expected_of(values, quantizer).reshape(found.shape)
         assert found.shape == (shape or values.shape)
         np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 6, 8])
+@pytest.mark.parametrize("blocks", [1, 24])
+def test_stored_bytes_are_those_of_the_file(bits, blocks, tmp_path):
+    values = torch.randn(24, 40)
+    lower = torch.linspace(-1.9, -0.1, blocks).view(-1, 1) if blocks > 1 else torch.tensor(-1.0)
+    snapped = grid.snap(lower, lower + 2, bits, "weight")
+    model = ov.Model(
+        [weight(values.numpy(), quantizer_of(bits, "weight", lower, lower + 2), int8=True)], []
+    )
+    ov.save_model(model, tmp_path / "model.xml", compress_to_fp16=False)
+    written = (tmp_path / "model.bin").stat().st_size
+    assert written == pytest.approx(stored_bytes(values, snapped), abs=64)  # constants are aligned
 
 
 @pytest.mark.parametrize("transposed", [False, True])

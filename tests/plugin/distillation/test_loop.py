@@ -1,6 +1,7 @@
 import copy
 import dataclasses
 import itertools
+import math
 import pickle
 
 import pytest
@@ -281,3 +282,42 @@ def test_a_network_keeps_which_of_its_parameters_are_trained():
     assert [p is not frozen for p in student.parameters()] == [
         p.requires_grad for p in student.parameters()
     ]
+
+
+HARSH = dataclasses.replace(
+    CONFIG, iterations=60, validate_every=5, bounds_rate=0.5, weights_rate=0.3
+)
+"""Rates at which nothing gets better."""
+
+
+def test_rates_that_only_do_harm_are_lowered():
+    student, teacher, crops, held_out, weights = networks()
+    result = distill(student, teacher, crops, held_out, HARSH, trainable_weights=weights)
+    assert result.best_loss < result.initial_loss
+    assert 0 < result.rates_factor < 1
+    lowered = round(math.log(1 / result.rates_factor, 3))
+    assert result.rates_factor == pytest.approx(3.0**-lowered)
+    student, teacher, crops, held_out, weights = networks()
+    mild = distill(student, teacher, crops, held_out, CONFIG, trainable_weights=weights)
+    assert mild.rates_factor == 1
+
+
+def test_lowered_rates_outlive_an_interruption(tmp_path):
+    def train(checkpoint, stop=None):
+        def progress(iteration, _):
+            if iteration == stop:
+                raise KeyboardInterrupt
+
+        student, teacher, crops, held_out, weights = networks()
+        result = distill(
+            student, teacher, crops, held_out, HARSH, trainable_weights=weights,
+            checkpoint=tmp_path / checkpoint, progress=progress,
+        )  # fmt: skip
+        return result, parameters(student)
+
+    expected, trained = train("whole.pt")
+    with pytest.raises(KeyboardInterrupt):
+        train("stopped.pt", stop=17)
+    found, again = train("stopped.pt")
+    assert found == expected
+    assert all(map(torch.equal, again, trained))

@@ -1,0 +1,113 @@
+"""What layers' bits are predicted to cost, and the network assembled from several widths."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import spearmanr
+from torch import nn
+
+import condiquant_nncf as host
+from condiquant_plugin import InputError, fake_quantizers
+from condiquant_plugin.layerwise.precision import FLOAT_BITS, LayerBits, layer_bits, product_bits
+from condiquant_plugin.sensitivity import WIDTHS
+from networks import build
+
+SCOPES = {"edsr": "all", "swinir": "transformer"}
+
+
+def study(name, network=None, count=8, **settings):
+    config = host.QuantizationConfig(scope=SCOPES.get(name, "all"), **settings)
+    crops = torch.rand(count, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    network = build(name) if network is None else network
+    return host.study_precision(network, crops, config, bounds_crops=4), network, crops
+
+
+@pytest.mark.parametrize("name", SCOPES)
+def test_predictions_rank_what_single_layers_cost(name):
+    made, _, crops = study(name)
+    found = made.sensitivity(crops.repeat(4, 1, 1, 1).split(1))
+    assert found.weights.keys() == made.layers.keys()
+    assert found.inputs.keys() == {*made.layers, *made.products}
+    pairs = []
+    for kind, parts in (("weight", found.weights), ("input", found.inputs)):
+        for layer in list(parts)[::2]:
+            for bits in (2, 4, 8):
+                pair = (bits, FLOAT_BITS) if kind == "weight" else (FLOAT_BITS, bits)
+                errors = made.errors({layer: LayerBits(*pair)}, crops.split(1))
+                pairs.append((parts[layer][bits], np.mean(errors)))
+    predicted, measured = np.array(pairs).T
+    assert spearmanr(predicted, measured).statistic > 0.95
+    ratio = np.log(predicted.sum() / measured.sum())
+    assert abs(ratio) < np.log(2)
+
+
+def test_an_assembled_network_has_the_bits_that_it_is_given():
+    made, network, crops = study("swinir")
+    with torch.no_grad():
+        expected = network(crops[:1])
+        made.assemble({})
+        assert torch.equal(made.model(crops[:1]), expected)
+        qkv, proj = (n for n in list(made.layers)[:2])
+        product = made.products[0]
+        made.assemble({qkv: LayerBits(3, 8), product: LayerBits(8, 4)})
+        enabled = {q.name: q.bits for q in fake_quantizers(made.model).values() if q.enabled}
+        assert enabled == {
+            f"{qkv}.weight": 3, f"{qkv}.input": 8, f"{product}.input0": 4, f"{product}.input1": 4,
+        }  # fmt: skip
+        assert not torch.equal(made.model(crops[:1]), expected)
+        made.assemble(made.uniform(4, 6))
+        assert set(layer_bits(made.model).values()) == {(4, 6)}
+        assert set(product_bits(made.model).values()) == {6}
+        made.assemble({})
+        assert torch.equal(made.model(crops[:1]), expected)
+    assert proj in made.layers
+
+
+def test_more_bits_are_closer_to_the_float_network():
+    made, _, crops = study("edsr")
+    errors = [np.mean(made.errors(made.uniform(b, 8), crops.split(1))) for b in (2, 4, 6)]
+    assert errors == sorted(errors, reverse=True)
+    assert all(later < earlier / 4 for earlier, later in itertools.pairwise(errors))
+    found = made.sensitivity(crops.split(1))
+    predicted = [found.predicted(made.uniform(b, 8)) for b in (2, 4, 6)]
+    assert predicted == sorted(predicted, reverse=True)
+    assert found.predicted({}) == 0
+
+
+def test_what_else_reads_a_layers_input_adds_nothing():
+    class Residual(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = nn.Conv2d(3, 4, 3, padding=1)
+            self.layer = nn.Conv2d(4, 4, 3, padding=1)
+            self.last = nn.Conv2d(4, 3, 3, padding=1)
+            nn.init.zeros_(self.layer.weight)
+
+        def forward(self, x):
+            x = self.first(x)
+            return self.last(x + self.layer(x))
+
+    made, _, crops = study("residual", Residual())
+    found = made.sensitivity(crops.split(1))
+    assert set(found.inputs["layer"].values()) == {0.0}
+    assert set(found.inputs["layer"]) == set(WIDTHS)
+
+
+def test_studies_are_repeatable_and_leave_the_network_alone():
+    network = build("edsr")
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    found = []
+    for _ in range(2):
+        made, _, crops = study("edsr", network)
+        found.append(made.sensitivity(crops.split(1)))
+        needing = [n for n, p in made.model.named_parameters() if p.requires_grad]
+        assert needing == [n for n, p in made.model.named_parameters() if p.requires_grad]
+    assert found[0] == found[1]
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+
+
+def test_rotations_are_refused():
+    with pytest.raises(InputError, match="rotate=True and a search for bits"):
+        study("swinir", rotate=True)
