@@ -6,9 +6,12 @@ import pytest
 
 from condiquant_plugin import InputError
 from condiquant_recipes.precision.front import run_front
+from condiquant_recipes.precision.search import targeted
 from condiquant_recipes.precision.target import Target
+from condiquant_recipes.progress import Progress
 from condiquant_recipes.recipe import load_recipe
 from condiquant_recipes.run import run
+from condiquant_recipes.source import load_source
 
 
 def small(make_job, name="edsr", **keys):
@@ -28,38 +31,41 @@ def test_targets_that_cannot_be_read(text):
         Target.parse(text)
 
 
-def test_a_target_is_kept_with_the_cheapest_bits(make_job):
-    job = small(make_job)
+def found_for(job, text):
+    """Recipe and record of a search alone."""
     recipe = load_recipe(job.write())
-    results = {
-        aim: run(recipe, job.data, job.out / aim, target=Target.parse(aim))
-        for aim in ("fidelity=30", "fidelity=40", "size=0.22")
-    }
-    sizes = {aim: metrics["ir"]["bin_bytes"] for aim, metrics in results.items()}
-    assert sizes["fidelity=30"] < sizes["fidelity=40"]
-    assert results["fidelity=30"]["precision"]["held_out"]["fidelity"] >= 30
-    assert results["fidelity=40"]["precision"]["held_out"]["fidelity"] >= 40
-    assert results["fidelity=40"]["quantized"]["Tiny"]["psnr"] > 37  # two crops know little of it
-    of_size = results["size=0.22"]
-    ratio = of_size["ir"]["bin_bytes"] / of_size["ir"]["float_bin_bytes"]
-    assert 0.18 < ratio <= 0.22
-    assert of_size["precision"]["held_out"]["size"] == pytest.approx(ratio, abs=0.01)
-    bits = {row["name"]: (row["bits"], row["activation_bits"]) for row in of_size["layers"]}
-    assert bits == {n: tuple(b) for n, b in of_size["precision"]["bits"].items() if n in bits}
-    # The same again is a finished run; another target is not it.
-    again = run(
-        recipe, job.data, job.out / "size=0.22", resume=True, target=Target.parse("size=0.22")
-    )
-    assert again["precision"] == of_size["precision"]
-    with pytest.raises(InputError, match="holds another run"):
-        run(recipe, job.data, job.out / "size=0.22", target=Target.parse("fidelity=30"))
+    source = load_source(recipe, job.data, [])
+    return targeted(recipe, source, job.data, Target.parse(text), None, Progress())
+
+
+def test_a_higher_target_takes_more_bits(make_job):
+    job = small(make_job)
+    bits = {}
+    for aim in ("fidelity=30", "fidelity=38"):
+        recipe, record = found_for(job, aim)
+        assert record["held_out"]["fidelity"] >= float(aim.split("=")[1])
+        assert recipe.bits.activation == 8
+        bits[aim] = sum(weight for weight, _ in record["bits"].values())
+    assert bits["fidelity=30"] < bits["fidelity=38"]
 
 
 def test_a_drop_is_judged_on_photographs(make_job):
+    _, record = found_for(small(make_job), "drop=0.5")
+    assert record["held_out"]["drop"] <= 0.5
+
+
+def test_a_run_keeps_its_target_and_goes_on_from_it(make_job):
     job = small(make_job)
-    recipe = load_recipe(job.write())
-    metrics = run(recipe, job.data, job.out, target=Target.parse("drop=0.5"))
-    assert metrics["precision"]["held_out"]["drop"] <= 0.5
+    recipe, target = load_recipe(job.write()), Target.parse("fidelity=30")
+    metrics = run(recipe, job.data, job.out, target=target)
+    assert metrics["precision"]["held_out"]["fidelity"] >= 30
+    assert metrics["quantized"]["Tiny"]["psnr"] > 28
+    bits = {row["name"]: (row["bits"], row["activation_bits"]) for row in metrics["layers"]}
+    assert bits == {n: tuple(b) for n, b in metrics["precision"]["bits"].items() if n in bits}
+    again = run(recipe, job.data, job.out, resume=True, target=target)
+    assert again["precision"] == metrics["precision"]
+    with pytest.raises(InputError, match="holds another run"):
+        run(recipe, job.data, job.out, target=Target.parse("size=0.22"))
 
 
 @pytest.mark.parametrize(
@@ -93,6 +99,8 @@ def test_a_front_is_an_ir_for_each_size(make_job):
     assert [point.name for point in points][::2] == ["w2a8", "w8a8"]
     for point in points:
         assert (job.out / point.name / "model.xml").exists()
+    asked = float(points[1].name.removeprefix("size"))
+    assert 0.9 * asked < points[1].size_ratio <= 1.001 * asked
     written = json.loads((job.out / "front.json").read_text())
     assert [entry["name"] for entry in written] == [point.name for point in points]
     assert (job.out / "front.svg").read_text().startswith("<?xml")
