@@ -94,7 +94,7 @@ def run(
         if target is not None:
             raise InputError("--front goes through all sizes: leave out --target")
         out = out or Path("out") / f"{loaded.name}_front"
-        points = _hosts("precision.front").run_front(loaded, folder, out, front, **arguments)
+        points = _hosts("front").run_front(loaded, folder, out, front, **arguments)
         Console().print(_hosts("reporting").front_table(points))
         print(f"figures: {out / 'front.json'}\nplot:    {out / 'front.svg'}")
         return
@@ -196,8 +196,14 @@ def inspect(
     ],
     as_json: JsonOption = False,
     layers: LayersOption = False,
+    sensitivity: Annotated[
+        bool, typer.Option("--sensitivity", help="Of a run with a target: what bits cost.")
+    ] = False,
 ) -> None:
     """What is in an IR, a recipe's network, or a checkpoint: layers, shapes, condition numbers."""
+    if sensitivity:
+        Console().print(inspection.sensitivity_table(file))
+        return
     described = inspection.describe(ir_path(file), layers=layers)
     if as_json:
         print(json.dumps(described, indent=1, default=str))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,7 @@ from typing import Any
 from rich.table import Table
 
 from condiquant_plugin.errors import InputError
+from condiquant_plugin.layerwise.precision import FLOAT_BITS
 from condiquant_recipes.hosts import load
 
 
@@ -52,6 +55,37 @@ def tables(described: dict[str, Any]) -> Iterator[Table]:
             kappa = "" if row["condition"] is None else f"{row['condition']:.1f}"
             layers.add_row(row["name"], shape, kappa, row["nncf_node"])
         yield layers
+
+
+def sensitivity_table(folder: Path) -> Table:
+    """What the bits of each layer cost by prediction, and which a target's search chose.
+
+    Args:
+        folder: of a run with a target.
+
+    Raises:
+        InputError: it holds none.
+    """
+    try:
+        record = json.loads((folder / "metrics.json").read_text())["precision"]
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(
+            f"{folder} holds no run with a target: give the folder of `condiquant run … --target`"
+        ) from error
+    parts = record["sensitivity"]
+    widths = sorted({int(w) for part in parts.values() for by in part.values() for w in by})
+    heads = [f"{kind}{width}" for kind in "wa" for width in widths]
+    table = Table("layer", "bits", *heads, title="PSNR to the float output with this alone, dB")
+    table.columns[0].overflow = "fold"
+    for name, (weight, activation) in record["bits"].items():
+        cells = [
+            f"{-10 * math.log10(max(by[str(width)], 1e-12)):.0f}" if by else ""
+            for by in (parts["weights"].get(name), parts["inputs"].get(name))
+            for width in widths
+        ]
+        bits = f"w{weight}a{activation}" if name in parts["weights"] else f"a{activation}"
+        table.add_row(name, bits.replace(str(FLOAT_BITS), "float"), *cells)
+    return table
 
 
 def property_table(values: Mapping[str, Any]) -> Table:

@@ -17,7 +17,7 @@ from condiquant_plugin.files import replacing
 from condiquant_plugin.layerwise.precision import LayerBits
 
 if TYPE_CHECKING:
-    from condiquant_recipes.precision.front import Point
+    from condiquant_recipes.front import Point
 
 
 def run_table(metrics: Mapping[str, Any]) -> Table:

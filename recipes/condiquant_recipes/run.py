@@ -24,11 +24,12 @@ from condiquant_plugin.methods.gptq.rounding import RoundingReport
 from condiquant_recipes import settings
 from condiquant_recipes.exporting import check_convertible, export, saying
 from condiquant_recipes.precision import search
+from condiquant_recipes.precision.picture import draw_sensitivity
 from condiquant_recipes.precision.target import Target
 from condiquant_recipes.progress import Progress
 from condiquant_recipes.recipe import Recipe
 from condiquant_recipes.source import Source, load_source
-from condiquant_recipes.workspace import Workspace, save_parameters, write_metrics
+from condiquant_recipes.workspace import SENSITIVITY, Workspace, save_parameters, write_metrics
 
 _EQUAL = 100.0
 """PSNR of equal images, instead of infinity."""
@@ -57,6 +58,8 @@ def run(
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Run a recipe; writes ``metrics.json``, ``model.xml``/``.bin``, ``quantized.safetensors``.
+
+    With a target ``sensitivity.svg``, too.
 
     Args:
         data: folder that holds the calibration folders and the test sets.
@@ -130,6 +133,7 @@ def run(
     }
     if found is not None:
         metrics["precision"] = found
+        draw_sensitivity(found, out / SENSITIVITY)
     write_metrics(out / "metrics.json", metrics)
     return metrics
 

@@ -21,7 +21,8 @@ from condiquant_plugin.files import replacing, write_atomic
 from condiquant_recipes.recipe import Recipe, load_recipe
 
 _RECIPE, _STAGES, _NETWORK = "recipe.yml", "stages", "quantized.safetensors"
-_RESULTS = (_NETWORK, "model.xml", "model.bin", "metrics.json")
+METRICS, SENSITIVITY = "metrics.json", "sensitivity.svg"
+_RESULTS = (_NETWORK, "model.xml", "model.bin", METRICS, SENSITIVITY)
 
 
 _DISTILLED = f"{_STAGES}/distilled.json"

@@ -1,11 +1,14 @@
 """Runs whose bits a target decides."""
 
 import json
+import sys
 
 import pytest
 
 from condiquant_plugin import InputError
-from condiquant_recipes.precision.front import run_front
+from condiquant_recipes import cli
+from condiquant_recipes.front import run_front
+from condiquant_recipes.inspection import sensitivity_table
 from condiquant_recipes.precision.search import targeted
 from condiquant_recipes.precision.target import Target
 from condiquant_recipes.progress import Progress
@@ -54,7 +57,7 @@ def test_a_drop_is_judged_on_photographs(make_job):
     assert record["held_out"]["drop"] <= 0.5
 
 
-def test_a_run_keeps_its_target_and_goes_on_from_it(make_job):
+def test_a_run_keeps_its_target_and_goes_on_from_it(make_job, capsys, monkeypatch):
     job = small(make_job)
     recipe, target = load_recipe(job.write()), Target.parse("fidelity=30")
     metrics = run(recipe, job.data, job.out, target=target)
@@ -62,6 +65,19 @@ def test_a_run_keeps_its_target_and_goes_on_from_it(make_job):
     assert metrics["quantized"]["Tiny"]["psnr"] > 28
     bits = {row["name"]: (row["bits"], row["activation_bits"]) for row in metrics["layers"]}
     assert bits == {n: tuple(b) for n, b in metrics["precision"]["bits"].items() if n in bits}
+    picture = (job.out / "sensitivity.svg").read_text()
+    monkeypatch.setattr(sys, "argv", ["condiquant", "inspect", str(job.out), "--sensitivity"])
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit) as exit_info:
+        cli.main()
+    assert not exit_info.value.code
+    listed = capsys.readouterr().out
+    for name, (weight, activation) in metrics["precision"]["bits"].items():
+        assert name in picture
+        (row,) = (line for line in listed.splitlines() if f" {name} " in line)
+        assert f"w{weight}a{activation}" in row
+    with pytest.raises(InputError, match="holds no run with a target"):
+        sensitivity_table(job.data)
     again = run(recipe, job.data, job.out, resume=True, target=target)
     assert again["precision"] == metrics["precision"]
     with pytest.raises(InputError, match="holds another run"):

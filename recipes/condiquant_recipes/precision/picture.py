@@ -1,0 +1,52 @@
+"""What layers' bits cost, as a heat map."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+
+from condiquant_plugin.files import replacing
+
+_ROW = 0.16
+"""Inches of a layer."""
+_PARTS = {"weights": "weight", "inputs": "input"}
+
+
+def draw_sensitivity(record: Mapping[str, Any], path: Path) -> None:
+    """PSNR of the network's output with one tensor at so many bits, a cross at those that were chosen.
+
+    Args:
+        record: of a search, as ``metrics.json`` has it.
+        path: an SVG file.
+    """
+    from matplotlib.figure import Figure
+
+    bits = record["bits"]
+    names = list(bits)
+    with mpl.rc_context({"svg.hashsalt": "sensitivity", "svg.fonttype": "none", "font.size": 7}):
+        figure = Figure((7, 1.5 + _ROW * len(names)), layout="constrained")
+        for axes, (part, label) in zip(figure.subplots(1, 2), _PARTS.items(), strict=True):
+            table = record["sensitivity"][part]
+            widths = sorted({int(width) for by_width in table.values() for width in by_width})
+            cells = [[decibels(table.get(n, {}).get(str(w))) for w in widths] for n in names]
+            image = axes.imshow(np.array(cells), aspect="auto", cmap="viridis")
+            for row, name in enumerate(names):
+                chosen = bits[name][0 if part == "weights" else 1]
+                if name in table and chosen in widths:
+                    axes.plot(widths.index(chosen), row, "rx", markersize=4)
+            axes.set_xticks(range(len(widths)), [str(width) for width in widths])
+            axes.set_yticks(range(len(names)), names if part == "weights" else [])
+            axes.set(xlabel=f"bits of the {label}")
+        figure.colorbar(image, label="PSNR to the float output, dB")
+        with replacing(path) as temporary:
+            figure.savefig(temporary, format="svg", metadata={"Date": None})
+
+
+def decibels(error: float | None) -> float:
+    """PSNR of a mean squared error; NaN where there is none."""
+    return math.nan if error is None else -10 * math.log10(max(error, 1e-12))
