@@ -243,3 +243,22 @@ def test_commands_refuse_what_is_no_ir(make_job, capsys, monkeypatch, command):
 def test_keys_of_the_core_are_refused_by_their_full_names(failing_run, setting, message):
     found = failing_run(lambda job: None, "--set", f"condiquant.distillation.{setting}")
     assert message in found
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--target", "speed=3"], "--target 'speed=3' is not known: use fidelity=VALUE"),
+        (["--target", "size=x"], "x is no number above 0"),
+        (["--front", "1"], "--front 1: give at least 2 points"),
+        (["--front", "3", "--target", "size=0.3"], "leave out --target"),
+        (["--preset", "int9"], "int8"),
+        (["--set", "condiquant.layers={'*.none': {weight_bits: 8}}"], "'*.none'"),
+        (
+            ["--set", "condiquant.layers={'*': {weight_bits: 8, bits: 2}}"],
+            "condiquant.layers.*.bits",
+        ),
+    ],
+)
+def test_bits_that_cannot_be(failing_run, arguments, named):
+    assert named in failing_run(lambda job: None, *arguments)

@@ -8,6 +8,8 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import openvino as ov
+from nncf import QuantizationPreset
 
 import condiquant_nncf as nncf_host
 from condiquant_openvino.running.upscaling import compile_ir
@@ -23,6 +25,8 @@ from condiquant_recipes.run import distill_network
 
 _LOW_BITS = (4, 3, 2)
 _FLOAT = LayerBits(FLOAT_BITS, FLOAT_BITS)
+_INT8, _SMALL = LayerBits(8, 8), LayerBits(4, 8)
+"""Of ``condiquant run --preset``."""
 _ROUNDING = 1e-4
 
 
@@ -34,7 +38,7 @@ def condiquant_id(recipe: Recipe) -> str:
 def all_contenders(recipe: Recipe) -> list[Contender]:
     """Every method, in the order of the table."""
     widths = sorted({recipe.bits, *(LayerBits(b, b) for b in _LOW_BITS)}, reverse=True)
-    return [
+    found = [
         Contender("float", "float", "float", _FLOAT, _float_graph),
         Contender(
             "float-simplified",
@@ -44,6 +48,13 @@ def all_contenders(recipe: Recipe) -> list[Contender]:
             _float_simplified,
         ),
         *comparison_nncf.int8_contenders(),
+        Contender(
+            "nncf-int8-our-graph",
+            "NNCF int8, our graph",
+            "nncf-int8",
+            _INT8,
+            comparison_nncf.int8({"preset": QuantizationPreset.PERFORMANCE}, _simplified),
+        ),
         *comparison_nncf.weight_contenders(),
         *_low_bit("nncf-minmax", "NNCF MinMax", "nncf-low-bit", widths, comparison_nncf.minmax),
         *_low_bit(
@@ -76,6 +87,18 @@ def all_contenders(recipe: Recipe) -> list[Contender]:
         ),
         *_low_bit("condiquant", "CondiQuant", "condiquant", widths, _fake_quantized),
     ]
+    ids = {contender.id for contender in found}
+    presets = [
+        *_low_bit(
+            "condiquant-no-dqc",
+            "CondiQuant, no DQC",
+            "condiquant",
+            [_INT8],
+            partial(_fake_quantized, distillation={"iterations": 0}),
+        ),
+        *_low_bit("condiquant", "CondiQuant", "condiquant", [_SMALL], _fake_quantized),
+    ]
+    return [*found, *(contender for contender in presets if contender.id not in ids)]
 
 
 def choose(methods: Iterable[Contender], ids: Iterable[str]) -> list[Contender]:
@@ -114,12 +137,17 @@ def _float_graph(job: Job) -> Calibrated:
     return Calibrated(job.float_ir.clone())
 
 
-def _float_simplified(job: Job) -> Calibrated:
-    """What our exporter does to the float graph, and nothing else."""
+def _simplified(job: Job) -> ov.Model:
     model = job.float_ir.clone()
     simplify(model)
     compact(model)
     model.validate_nodes_and_infer_types()
+    return model
+
+
+def _float_simplified(job: Job) -> Calibrated:
+    """What our exporter does to the float graph, and nothing else."""
+    model = _simplified(job)
     image = job.source.crops[:1].numpy()
     expected, result = (compile_ir(ir)(image)[0] for ir in (job.float_ir, model))
     difference = float(np.abs(result - expected).max() / np.ptp(expected))

@@ -30,10 +30,10 @@ from condiquant_recipes.comparison.job import Calibrated, Contender, Job
 
 
 def _copy_and_ignored(
-    job: Job, *, split_attention: bool = False
+    job: Job, *, split_attention: bool = False, graph: ov.Model | None = None
 ) -> tuple[ov.Model, nncf.IgnoredScope | None]:
     """A copy of the float IR, and the recipe's ``ignored_scope``, which names nodes of torch, for it."""
-    model = prepare(job.float_ir, split_attention=split_attention)
+    model = prepare(job.float_ir if graph is None else graph, split_attention=split_attention)
     section = settings.quantization(job.recipe)
     if section.ignored_scope is None:
         return model, None
@@ -75,7 +75,7 @@ def int8_contenders() -> list[Contender]:
     ]
     methods = [
         Contender(
-            f"nncf-int8-{n}", f"NNCF int8 {label}", "nncf-int8", LayerBits(8, 8), _quantize(options)
+            f"nncf-int8-{n}", f"NNCF int8 {label}", "nncf-int8", LayerBits(8, 8), int8(options)
         )
         for n, label, options in rows
     ]
@@ -89,9 +89,13 @@ def int8_contenders() -> list[Contender]:
     return [*methods, controlled]
 
 
-def _quantize(options: dict[str, Any]) -> Callable[[Job], Calibrated]:
+def int8(
+    options: dict[str, Any], graph: Callable[[Job], ov.Model] = lambda job: job.float_ir
+) -> Callable[[Job], Calibrated]:
+    """NNCF's post-training quantization with some options, of a graph of the float network."""
+
     def calibrate(job: Job) -> Calibrated:
-        model, ignored = _copy_and_ignored(job)
+        model, ignored = _copy_and_ignored(job, graph=graph(job))
         quantized = nncf.quantize(
             model,
             job.dataset(),

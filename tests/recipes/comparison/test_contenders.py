@@ -131,7 +131,10 @@ def test_an_ir_that_cannot_be_measured_leaves_the_others_alone(tmp_path):
         measure_latency([rows[0], rows[2]], folders, image)
 
 
-@pytest.mark.parametrize("method", ["nncf-int8-mixed-full-bias", "nncf-int8-accuracy-control"])
+@pytest.mark.parametrize(
+    "method",
+    ["nncf-int8-mixed-full-bias", "nncf-int8-accuracy-control", "nncf-int8-our-graph"],
+)
 def test_int8_on_a_convolutional_network(calibrate, method):
     job, calibrated = calibrate("compact", method)
     assert levels(calibrated.model) <= {255, 256}
