@@ -11,7 +11,7 @@ BUDGETS: dict[Budget, dict[str, Any]] = {
         "datasets": {"calibration": {"count": 32, "held_out": 8}},
         "condiquant": {
             "bounds": {"crops": 16},
-            "distillation": {"iterations": 40, "validate_every": 20},
+            "distillation": {"iterations": 40, "validate_every": 10},
         },
     },
     "standard": {},  # the defaults themselves
@@ -19,7 +19,7 @@ BUDGETS: dict[Budget, dict[str, Any]] = {
         "datasets": {"calibration": {"count": 512, "held_out": 16}},
         "condiquant": {
             "bounds": {"crops": 64},
-            "distillation": {"iterations": 2800, "validate_every": 200},
+            "distillation": {"iterations": 2800, "validate_every": 100},
         },
     },
 }

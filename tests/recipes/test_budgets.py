@@ -32,7 +32,7 @@ def test_given_keys_go_before_the_budget(tmp_path):
     found = recipe(tmp_path, text, "datasets.calibration.count=5")
     quick = recipe(tmp_path, ", budget: quick")
     assert cost(found) == (5, quick.condiquant.bounds.crops, 7)
-    assert found.condiquant.distillation.validate_every == 20
+    assert found.condiquant.distillation.validate_every == 10
     assert found.condiquant.weight_bits == 3
     assert recipe(tmp_path, "", "budget=quick") == quick
 
