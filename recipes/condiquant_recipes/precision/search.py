@@ -42,6 +42,8 @@ _STUDIED = 32
 _ROUNDS = 10
 """Allocations that are measured as first rounded, at most."""
 _CALIBRATIONS = 3
+_SPENT = 0.9
+"""Of what a calibration leaves to spare, the part that the next one does without."""
 _ENOUGH = 0.5
 """Of the error, in dB: bits that calibration leaves less to spare are kept."""
 _CHECKED = 24
@@ -207,7 +209,7 @@ class _Search:
                 kept = cost, bits, figure
             if 0 <= spare < _ENOUGH:
                 break
-            gained += spare * (_CAUTION if spare > 0 else 1 / _CAUTION)
+            gained += spare * (_SPENT if spare > 0 else 1 / _SPENT)
         if kept is None:
             closest = max(self._reached, key=self._spare)
             raise InputError(
