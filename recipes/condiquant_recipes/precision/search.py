@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import mean
@@ -99,7 +99,7 @@ def targeted(
         # As JSON has it, so that a resumed run goes on from the same record.
         known = json.loads(json.dumps({**asdict(found), **asked}))
     bits = {name: LayerBits(*pair) for name, pair in known["bits"].items()}
-    return with_bits(recipe, bits), dict(known)
+    return with_bits(recipe, bits, bits.keys() - known["sensitivity"]["weights"]), dict(known)
 
 
 def find_precision(
@@ -135,15 +135,20 @@ def find_precision(
     )
 
 
-def with_bits(recipe: Recipe, bits: Mapping[str, LayerBits]) -> Recipe:
-    """The recipe with the bits that most layers have, and a rule for every other layer or product."""
-    common = usual({n: b for n, b in bits.items() if b.weight != FLOAT_BITS})
-    rules = {n: _rule(own) for n, own in bits.items() if own != common}
+def with_bits(recipe: Recipe, bits: Mapping[str, LayerBits], products: Collection[str]) -> Recipe:
+    """The recipe with the bits that most layers have, and a rule for every other layer or product.
+
+    Args:
+        products: which of the names in ``bits`` are products of activations, which have no weight.
+    """
+    common = usual({n: b for n, b in bits.items() if n not in products and b.weight != FLOAT_BITS})
+    rules = {
+        name: asdict(_rule(own))
+        for name, own in bits.items()
+        if own != common and not (name in products and own.activation == common.activation)
+    }
     return with_condiquant(
-        recipe,
-        weight_bits=common.weight,
-        activation_bits=common.activation,
-        layers={name: asdict(rule) for name, rule in rules.items()},
+        recipe, weight_bits=common.weight, activation_bits=common.activation, layers=rules
     )
 
 
@@ -253,7 +258,7 @@ class _Search:
         result = nncf_host.quantize_network(
             self.network,
             self.crops[:_STUDIED],
-            settings.quantization(with_bits(self.recipe, bits)),
+            settings.quantization(with_bits(self.recipe, bits, self.study.products)),
             bounds_crops=_STUDIED // 2,
             held_out=self.held_out,
         )

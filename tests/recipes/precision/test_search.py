@@ -6,10 +6,11 @@ import sys
 import pytest
 
 from condiquant_plugin import InputError
+from condiquant_plugin.layerwise.precision import LayerBits, LayerRule
 from condiquant_recipes import cli
 from condiquant_recipes.front import run_front
 from condiquant_recipes.inspection import sensitivity_table
-from condiquant_recipes.precision.search import targeted
+from condiquant_recipes.precision.search import targeted, with_bits
 from condiquant_recipes.precision.target import Target
 from condiquant_recipes.progress import Progress
 from condiquant_recipes.recipe import load_recipe
@@ -122,3 +123,16 @@ def test_a_front_is_an_ir_for_each_size(make_job):
     assert (job.out / "front.svg").read_text().startswith("<?xml")
     with pytest.raises(InputError, match="at least 2 points"):
         run_front(recipe, job.data, job.out, 1)
+
+
+def test_rules_name_only_what_differs(make_job):
+    recipe = load_recipe(make_job("swinir").write())
+    bits = {
+        "a.qkv": LayerBits(6, 8), "a/matmul/0": LayerBits(8, 8), "a/matmul/1": LayerBits(32, 32),
+        "a.proj": LayerBits(6, 8), "a.fc1": LayerBits(3, 8), "a.fc2": LayerBits(32, 32),
+        "b/matmul/0": LayerBits(8, 8), "b/matmul/1": LayerBits(8, 8),
+    }  # fmt: skip
+    changed = with_bits(recipe, bits, {name for name in bits if "/" in name}).condiquant
+    assert (changed.weight_bits, changed.activation_bits) == (6, 8)
+    in_float = LayerRule("float", "float")
+    assert changed.layers == {"a/matmul/1": in_float, "a.fc1": LayerRule(3, 8), "a.fc2": in_float}
