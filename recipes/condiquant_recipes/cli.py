@@ -17,7 +17,7 @@ except ImportError:
 
 from condiquant_plugin.errors import DistributedError, InputError, MissingExtraError
 from condiquant_plugin.files import check_writable
-from condiquant_recipes import cli_training, hosts, inspection
+from condiquant_recipes import cli_quantize, cli_training, hosts, inspection
 from condiquant_recipes.cli_options import (
     DataOption,
     DeviceOption,
@@ -184,6 +184,7 @@ def export(
     print(f"IR: {file}")
 
 
+app.command()(cli_quantize.quantize)
 app.command()(cli_training.train)
 app.command("test")(cli_training.evaluate)
 
@@ -375,7 +376,12 @@ def main() -> None:
 
 
 def _interrupted() -> int:
-    options = {"run": "--resume", "compare": "--resume", "train": "--auto_resume"}
+    options = {
+        "run": "--resume",
+        "quantize": "--resume",
+        "compare": "--resume",
+        "train": "--auto_resume",
+    }
     option = options.get("".join(sys.argv[1:2]))
     return _fail("interrupted" + (f": add {option} to go on" if option else ""), 1)
 

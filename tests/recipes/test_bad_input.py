@@ -1,27 +1,11 @@
 """Every bad input ends in one line that says what to do, exit code 2, and leaves nothing half-written."""
 
-import sys
-
 import pytest
 import torch
 
+from command_line import fails
 from condiquant_basicsr import build_network, write_image
-from condiquant_recipes import cli
 from networks import build
-
-
-def fails(capsys, monkeypatch, *arguments) -> str:
-    """The error line of ``condiquant ARGUMENTS``, which must exit with code 2."""
-    monkeypatch.setattr(sys, "argv", ["condiquant", *map(str, arguments)])
-    with pytest.raises(SystemExit) as exit_info:
-        cli.main()
-    captured = capsys.readouterr()
-    lines = captured.err.splitlines()
-    errors = [i for i, line in enumerate(lines) if line.startswith("condiquant: error: ")]
-    assert exit_info.value.code == 2, captured.err
-    assert errors == [len(lines) - 1]
-    assert "Traceback" not in captured.err
-    return lines[-1]
 
 
 @pytest.fixture
