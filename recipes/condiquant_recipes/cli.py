@@ -162,6 +162,9 @@ def export(
     isa: Annotated[
         str | None, typer.Option(help="Fast with vnni or avx2, right on both; auto: as this CPU.")
     ] = None,
+    also_float: Annotated[
+        bool, typer.Option("--float", help="Write the network before quantization, too: float.xml.")
+    ] = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -171,7 +174,9 @@ def export(
     changes = {key: value for key, value in given.items() if value is not None}
     target = out or folder
     check_writable(target)
-    figures = _hosts("ir").export_again(folder, target, changes, progress(quiet), iteration, ema)
+    figures = _hosts("ir").export_again(
+        folder, target, changes, progress(quiet), iteration, ema, also_float=also_float
+    )
     file = str(target / "model.xml")
     if as_json:
         print(json.dumps({"file": file, **figures}, indent=1))

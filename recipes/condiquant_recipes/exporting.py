@@ -218,7 +218,7 @@ def _convert(
                 ir = openvino_host.convert(model, traced, isa=_isa(recipe))
             except InputError:  # static it may convert
                 continue
-            if not all(_takes(ir, each, recipe.scale) for each in images):
+            if not all(takes(ir, each, recipe.scale) for each in images):
                 continue
             try:
                 return ir, images, _checked(model, ir, images)
@@ -261,7 +261,7 @@ def _figures(parity: openvino_host.Parity) -> dict[str, Any]:
     }
 
 
-def _takes(ir: ov.Model, image: Tensor, scale: int) -> bool:
+def takes(ir: ov.Model, image: Tensor, scale: int) -> bool:
     """Whether the shapes in an IR work out for the size of an image."""
     trial = ir.clone()
     try:

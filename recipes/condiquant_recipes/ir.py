@@ -13,6 +13,7 @@ import condiquant_basicsr as basicsr_host
 from condiquant_plugin import fake_quantizers
 from condiquant_plugin.errors import InputError
 from condiquant_recipes.exporting import example_image, export, tile_size
+from condiquant_recipes.float_export import export_float
 from condiquant_recipes.progress import Progress
 from condiquant_recipes.recipe import Recipe, with_export
 from condiquant_recipes.run import rebuild
@@ -49,6 +50,8 @@ def export_again(
     progress: Progress,
     iteration: int | None = None,
     ema: bool | None = None,
+    *,
+    also_float: bool = False,
 ) -> dict[str, Any]:
     """Export a finished run, or an experiment of BasicSR, with some keys of ``export`` changed.
 
@@ -59,6 +62,7 @@ def export_again(
         changes: of the recipe's ``export`` section.
         iteration, ema: which network of an experiment; see
             :func:`condiquant_recipes.training.experiment.trained_network`.
+        also_float: write the network before quantization, too, as ``float.xml``.
 
     Returns:
         As :func:`condiquant_recipes.exporting.export`.
@@ -91,6 +95,8 @@ def export_again(
                 ),
             )
     figures = export(model, recipe, multiple, target, progress, moved)
+    if also_float:
+        export_float(load_network(recipe), recipe, target / "float.xml", progress)
     return figures | {"notes": notes + figures["notes"]}
 
 

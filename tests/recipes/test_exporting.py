@@ -11,6 +11,8 @@ from condiquant_openvino import Upscaler, read_ir, read_metadata
 from condiquant_openvino.running.instruction_sets import sums_saturate
 from condiquant_plugin import fake_quantizers
 from condiquant_recipes import cli
+from condiquant_recipes.float_export import export_float
+from condiquant_recipes.progress import Progress
 from condiquant_recipes.recipe import load_recipe, with_export
 from condiquant_recipes.run import rebuild
 from condiquant_recipes.source import load_network
@@ -250,3 +252,28 @@ def test_a_network_for_one_size_asked_for_any(fixed_size, condiquant):
     code, _, err = condiquant("export", job.out, "--static", "-q")  # calibration is not lost
     assert code == 0, err
     assert (job.out / "model.xml").exists()
+
+
+def test_the_float_network_beside_an_ir(finished_job, condiquant):
+    job = finished_job(tile=24)
+    target = job.folder / "with_float"
+    code, _, err = condiquant("export", job.out, "--out", target, "--float", "-q")
+    assert code == 0, err
+    assert (target / "model.xml").exists()
+    image = torch.rand(3, 20, 30)
+    with torch.no_grad():
+        expected = load_network(load_recipe(job.out / "recipe.yml"))(image[None])[0]
+    found = Upscaler(target / "float.xml")(image)
+    torch.testing.assert_close(torch.as_tensor(found), expected, rtol=0, atol=1e-4)
+    metadata = read_metadata(target / "float.xml")
+    assert metadata["static"] is False
+    assert metadata["scale"] == 2
+    assert not list(job.out.glob("float.*"))
+
+
+def test_the_float_network_for_one_size_is_static(fixed_size, tmp_path):
+    recipe = load_recipe(fixed_size.write())
+    network = load_network(recipe)
+    export_float(network, recipe, tmp_path / "float.xml", Progress())
+    assert read_metadata(tmp_path / "float.xml")["static"] is True
+    assert list(read_ir(tmp_path / "float.xml").input().get_shape()) == [1, 3, 32, 32]
