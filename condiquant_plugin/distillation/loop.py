@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -17,8 +18,8 @@ from condiquant_plugin.errors import InputError
 from condiquant_plugin.files import replacing
 from condiquant_plugin.uniform.fake_quantizer import fake_quantizers
 
-_SLOWER = 3.0
-"""Rates that only do harm at the first validations are divided by it."""
+_SLOWER_BOUNDS, _SLOWER_WEIGHTS = 10.0, 3.0
+"""Rates that only do harm at the first validations are divided by them."""
 
 
 @dataclass(frozen=True)
@@ -29,8 +30,8 @@ class DistillationResult:
     best_loss: float
     best_iteration: int
     iterations: int
-    rates_factor: float = 1.0
-    """What the configured rates were multiplied with before anything got better."""
+    restarts: int = 0
+    """How often it began again at lower rates before anything got better."""
 
 
 def distill(
@@ -48,7 +49,7 @@ def distill(
 ) -> DistillationResult:
     """Train ``student`` in place; it ends with the parameters that did best on ``held_out``.
 
-    Until a validation is better than the start, each one that is not begins again at a third of the rates.
+    Until a validation is better than the start, each one that is not begins again at lower rates.
 
     Args:
         student: network with fake quantizers.
@@ -89,6 +90,9 @@ class _Run:
         self.crops, self.held_out, self.checkpoint = crops, held_out, checkpoint
         self.groups = parameter_groups(student, config, trainable_weights)
         self.rates = [group["lr"] for group in self.groups]
+        bounds = len(fake_quantizers(student))
+        others = len(self.groups) - bounds
+        self.slower = [_SLOWER_BOUNDS] * bounds + [_SLOWER_WEIGHTS] * others
         self.parameters = [p for group in self.groups for p in group["params"]]
         self.optimizer = torch.optim.Adam(self.groups, betas=(0.9, 0.99))
         self.scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(
@@ -142,7 +146,7 @@ class _Run:
                 )
         self.restore(best_parameters)
         return DistillationResult(
-            initial, best, best_iteration, self.config.iterations, self.rates_factor
+            initial, best, best_iteration, self.config.iterations, self.restarts
         )
 
     def step(self) -> float:
@@ -159,18 +163,20 @@ class _Run:
         return float(difference.abs().mean())
 
     @property
-    def rates_factor(self) -> float:
-        """Of the rates now to the configured ones, the schedule aside."""
-        return float(self.scheduler.base_lrs[0] / self.rates[0])
+    def restarts(self) -> int:
+        """As the rates tell, which a resumed training finds lowered."""
+        lowered = self.rates[0] / self.scheduler.base_lrs[0]
+        return round(math.log(lowered, self.slower[0]))
 
     def start_again(self, parameters: Sequence[Tensor]) -> None:
         """From ``parameters``, at lower rates: how low they must be goes by how little error there is."""
         self.restore(parameters)
         self.optimizer.state.clear()
-        for group in self.optimizer.param_groups:
-            group["lr"] /= _SLOWER
-            group["initial_lr"] /= _SLOWER
-        self.scheduler.base_lrs = [rate / _SLOWER for rate in self.scheduler.base_lrs]
+        for group, divisor in zip(self.optimizer.param_groups, self.slower, strict=True):
+            group["lr"] /= divisor
+            group["initial_lr"] /= divisor
+        rates = zip(self.scheduler.base_lrs, self.slower, strict=True)
+        self.scheduler.base_lrs = [rate / divisor for rate, divisor in rates]
 
     @torch.no_grad()
     def restore(self, parameters: Sequence[Tensor]) -> None:
