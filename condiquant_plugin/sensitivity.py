@@ -80,6 +80,7 @@ class PrecisionStudy:
         config: how weights are rounded.
         bounds_images: how many of the images bounds are searched on.
         widths: bits to calibrate at.
+        fixed: bits of further layers that have quantizers, by name.
 
     Raises:
         InputError: NaN or Inf anywhere; ``rotate``.
@@ -94,12 +95,14 @@ class PrecisionStudy:
         *,
         bounds_images: int,
         widths: Sequence[int] = WIDTHS,
+        fixed: Mapping[str, LayerBits] | None = None,
     ) -> None:
         if config.rotate:
             raise InputError("rotate=True and a search for bits: leave one of them out")
         self.model, self.layers = model, {layer.name: layer for layer in layers}
         self.images = list(images)
         self.widths = tuple(widths)
+        self.fixed = dict(fixed or {})
         self._quantizers = {q.name: q for q in fake_quantizers(model).values()}
         self._trained = {name: x.weight.detach().clone() for name, x in self.layers.items()}
         self._rounded: dict[int, _Rounded] = {}
@@ -116,7 +119,8 @@ class PrecisionStudy:
         """Bounds and rounding at one width, each layer on the inputs that the float network gives it."""
         self._restore()
         for quantizer in self._quantizers.values():
-            _set_bits(quantizer, bits)
+            own = self.fixed.get(_owner(quantizer))
+            _set_bits(quantizer, bits if own is None else _width(own, quantizer.kind))
         search_bounds(self.model, images)
         problems = [
             layer.problem(moments[layer.name].as_quantized())
@@ -147,14 +151,16 @@ class PrecisionStudy:
 
     @torch.no_grad()
     def assemble(self, bits: Mapping[str, LayerBits]) -> None:
-        """Give each layer and product its bits; those that are left out stay float."""
+        """Give each layer and product its bits; those that are left out, ``fixed`` ones too, stay float."""
         self._restore()
         for quantizer in self._quantizers.values():
-            width = _width(bits.get(_owner(quantizer)), quantizer.kind)
+            owner = _owner(quantizer)
+            width = _width(bits.get(owner), quantizer.kind)
             quantizer.enabled = width != FLOAT_BITS
             if quantizer.enabled:
                 _set_bits(quantizer, width)
-                quantizer.set_bounds(*self._rounded[width].bounds[quantizer.name])
+                calibrated = self._rounded[self.widths[0] if owner in self.fixed else width]
+                quantizer.set_bounds(*calibrated.bounds[quantizer.name])
         for name, layer in self.layers.items():
             if (width := _width(bits.get(name), "weight")) != FLOAT_BITS:
                 layer.weight.copy_(self._rounded[width].weights[name])
@@ -230,7 +236,7 @@ class PrecisionStudy:
         grids = {
             name: [self._grid_at(quantizer, bits) for bits in self.widths]
             for name, quantizer in self._quantizers.items()
-            if quantizer.kind != "weight"
+            if quantizer.kind != "weight" and _owner(quantizer) not in self.fixed
         }
 
         def add(key: tuple[str, str], name: str, x: Tensor, gradient: Tensor) -> None:

@@ -128,8 +128,9 @@ def study_precision(
     images = image_batch(crops, takes=partial(_takes, network)).split(1)
     _check_runs(plain_float_copy(network), images[0])
     backend = get_algo_backend(prepare(network, images[0]))
-    layers = [layer for layer in config.find_layers(backend) if layer.in_scope]
+    layers = config.find_layers(backend)
     check_weights(backend, layers)
+    outside = [layer.name for layer in layers if not layer.in_scope]
     model = backend.insert_quantizers(list(create_quantizers(backend, layers, config))).model
     return PrecisionStudy(
         model,
@@ -138,6 +139,7 @@ def study_precision(
         config,
         bounds_images=bounds_crops,
         widths=widths,
+        fixed={name: config.bits(name, in_scope=False) for name in outside},
     )
 
 

@@ -65,6 +65,20 @@ def test_an_assembled_network_has_the_bits_that_it_is_given():
     assert proj in made.layers
 
 
+def test_layers_outside_the_scope_have_their_own_bits():
+    made, network, crops = study("edsr", other_bits=6)
+    assert set(made.fixed.values()) == {LayerBits(6, 6)}
+    assert made.fixed.keys() == {"conv_first", "conv_last"}
+    assert not made.fixed.keys() & made.sensitivity(crops.split(1)).inputs.keys()
+    with torch.no_grad():
+        made.assemble({**made.uniform(3, 8), **made.fixed})
+        bits = layer_bits(made.model)
+        assert bits["conv_first"] == bits["conv_last"] == (6, 6)
+        assert bits["conv_after_body"] == (3, 8)
+        made.assemble({})
+        assert torch.equal(made.model(crops[:1]), network(crops[:1]))
+
+
 def test_more_bits_are_closer_to_the_float_network():
     made, _, crops = study("edsr")
     errors = [np.mean(made.errors(made.uniform(b, 8), crops.split(1))) for b in (2, 4, 6)]

@@ -293,7 +293,7 @@ class _Search:
         return _worse_half(drops, least=False)
 
     def _outputs(self, bits: Mapping[str, LayerBits]) -> list[Tensor]:
-        self.study.assemble(bits)
+        self.study.assemble({**bits, **self.study.fixed} if bits else {})
         with torch.no_grad():
             return [self.study.model(image)[0] for image in self.images]
 
@@ -331,7 +331,7 @@ class _Search:
 
     def _compared(self, bits: Mapping[str, LayerBits]) -> dict[str, float]:
         """An IR with these bits beside the float network's."""
-        self.study.assemble(bits)
+        self.study.assemble({**bits, **self.study.fixed})
         image = example_image(tile_size(self.recipe, self.multiple))
         with TemporaryDirectory() as folder, warnings.catch_warnings():
             warnings.simplefilter("ignore", torch.jit.TracerWarning)

@@ -107,7 +107,7 @@ def test_rules_and_a_target_exclude_one_another(make_job):
 
 
 def test_a_front_is_an_ir_for_each_size(make_job):
-    job = small(make_job)
+    job = small(make_job, other_bits=8)
     recipe = load_recipe(job.write())
     points = run_front(recipe, job.data, job.out, 3)
     sizes = [point.bin_bytes for point in points]
