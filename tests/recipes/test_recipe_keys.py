@@ -101,8 +101,11 @@ def test_the_method_itself_refuses_them(change):
 
 
 def test_recipes_from_before_a_key_are_the_same_recipe(recipe):
-    """The digest of an earlier version, from which finished runs go on; its default was 800 iterations."""
-    recipe = with_overrides(recipe, ["condiquant.distillation.iterations=800"])
+    """The digest of an earlier version, from which finished runs go on, with its defaults."""
+    before = {"iterations": 800, "validate_every": 100}
+    recipe = with_overrides(
+        recipe, [f"condiquant.distillation.{key}={value}" for key, value in before.items()]
+    )
     assert recipe.digest() == "b715fe2405b644db446abb8992e0e4ac7178f6ed40a3046ee73778d8a582c707"
     changed = with_overrides(recipe, ["condiquant.distillation.autocast=true"])
     assert changed.digest() != recipe.digest()
