@@ -9,7 +9,7 @@ network for each image (Hutchinson's estimator). Errors of different tensors are
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -158,9 +158,7 @@ class PrecisionStudy:
             width = _width(bits.get(owner), quantizer.kind)
             quantizer.enabled = width != FLOAT_BITS
             if quantizer.enabled:
-                _set_bits(quantizer, width)
-                calibrated = self._rounded[self.widths[0] if owner in self.fixed else width]
-                quantizer.set_bounds(*calibrated.bounds[quantizer.name])
+                self._put(quantizer, width, self.widths[0] if owner in self.fixed else width)
         for name, layer in self.layers.items():
             if (width := _width(bits.get(name), "weight")) != FLOAT_BITS:
                 layer.weight.copy_(self._rounded[width].weights[name])
@@ -179,15 +177,12 @@ class PrecisionStudy:
             for output, target in zip(outputs, targets, strict=True)
         ]
 
-    def sensitivity(
-        self, images: Sequence[Any], *, seed: int = 0, progress: Callable[[], object] = lambda: None
-    ) -> Sensitivity:
+    def sensitivity(self, images: Sequence[Any], *, seed: int = 0) -> Sensitivity:
         """What every tensor costs at every width.
 
         Args:
             images: one backward pass each; the estimate's relative spread is ``sqrt(2 / len(images))``.
             seed: of the random signs.
-            progress: called after each image.
         """
         generator = torch.Generator().manual_seed(seed)
         squares: dict[tuple[str, str], list[Tensor]] = defaultdict(list)
@@ -211,7 +206,6 @@ class PrecisionStudy:
                     )
             for key, value in moved.items():
                 squares[key].append(value.square() / output.numel())
-            progress()
         found: dict[str, dict[str, dict[int, float]]] = {"weight": {}, "input": {}}
         for (name, part), values in squares.items():
             means = torch.stack(values).mean(0).tolist()
@@ -223,10 +217,8 @@ class PrecisionStudy:
         changes = []
         quantizer = layer.weight_quantizer
         for bits in self.widths:
-            rounded = self._rounded[bits]
-            _set_bits(quantizer, bits)
-            quantizer.set_bounds(*rounded.bounds[quantizer.name])
-            weight = rounded.weights[layer.name]
+            self._put(quantizer, bits, bits)
+            weight = self._rounded[bits].weights[layer.name]
             changes.append(quantizer.levels_of(weight).quantize(weight) - self._trained[layer.name])
         return changes
 
@@ -264,9 +256,13 @@ class PrecisionStudy:
                 parameter.requires_grad_(needed)
 
     def _grid_at(self, quantizer: FakeQuantizer, bits: int) -> grid.SnappedGrid:
-        _set_bits(quantizer, bits)
-        quantizer.set_bounds(*self._rounded[bits].bounds[quantizer.name])
+        self._put(quantizer, bits, bits)
         return quantizer.snapped()
+
+    def _put(self, quantizer: FakeQuantizer, bits: int, calibration: int) -> None:
+        """Give a quantizer bits, and the bounds that it got in the calibration at a width."""
+        _set_bits(quantizer, bits)
+        quantizer.set_bounds(*self._rounded[calibration].bounds[quantizer.name])
 
     @torch.no_grad()
     def _restore(self) -> None:

@@ -20,7 +20,7 @@ from condiquant_basicsr.data.datasets import (
     test_pairs,
 )
 from condiquant_basicsr.data.images import matlab_downscale, read_image, write_image
-from condiquant_basicsr.data.metrics import evaluate, evaluate_pair
+from condiquant_basicsr.data.metrics import evaluate, evaluate_pair, psnr
 from condiquant_basicsr.data.training_data import check_dataset, training_crops, validation_pairs
 from condiquant_basicsr.models.condiquant import CondiQuantModel
 from condiquant_basicsr.models.quantized_base import QuantizedModel
@@ -66,6 +66,7 @@ __all__ = [
     "matlab_downscale",
     "network_scale",
     "pad_multiple",
+    "psnr",
     "read_checkpoint",
     "read_image",
     "resolve",

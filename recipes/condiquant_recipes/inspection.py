@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from rich.table import Table
 from condiquant_plugin.errors import InputError
 from condiquant_plugin.layerwise.precision import FLOAT_BITS
 from condiquant_recipes.hosts import load
+from condiquant_recipes.precision.target import decibels
 
 
 def describe(file: Path, *, layers: bool = False) -> dict[str, Any]:
@@ -79,7 +79,7 @@ def sensitivity_table(folder: Path) -> Table:
     table.columns[0].overflow = "fold"
     for name, (weight, activation) in record["bits"].items():
         cells = [
-            f"{-10 * math.log10(max(by[str(width)], 1e-12)):.0f}" if by else ""
+            f"{decibels(by[str(width)]):.0f}" if by else ""
             for by in (parts["weights"].get(name), parts["inputs"].get(name))
             for width in widths
         ]

@@ -31,8 +31,6 @@ from condiquant_recipes.recipe import Recipe
 from condiquant_recipes.source import Source, load_source
 from condiquant_recipes.workspace import SENSITIVITY, Workspace, save_parameters, write_metrics
 
-_EQUAL = 100.0
-"""PSNR of equal images, instead of infinity."""
 _PRECISION = "precision"
 """The stage that finds bits for a target."""
 
@@ -142,11 +140,8 @@ def run(
 def _fidelity(model: nn.Module, source: Source, scale: int) -> float:
     """PSNR to the float output on the held-out crops, as test sets are scored, in dB."""
     outputs = [[net(x)[0] for x in source.held_out.split(1)] for net in (model, source.network)]
-    scores = (
-        basicsr_host.evaluate_pair(ours, theirs, scale)
-        for ours, theirs in zip(*outputs, strict=True)
-    )
-    return mean(min(score["psnr"], _EQUAL) for score in scores)
+    pairs = zip(*outputs, strict=True)
+    return mean(basicsr_host.psnr(ours, theirs, scale) for ours, theirs in pairs)
 
 
 def _layer_rows(

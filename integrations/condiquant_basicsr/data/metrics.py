@@ -7,21 +7,34 @@ from typing import Any
 
 import numpy as np
 from basicsr.metrics import calculate_psnr, calculate_ssim
+from numpy.typing import NDArray
 from torch import Tensor
 
 from condiquant_basicsr.data.datasets import TestImage
 from condiquant_basicsr.data.images import to_uint8
 from condiquant_plugin.errors import InputError
 
+_EQUAL = 100.0
+
+
+def psnr(sr: Tensor, hr: Tensor, crop_border: int) -> float:
+    """As :func:`evaluate_pair`, alone, and 100 dB for equal images."""
+    found = calculate_psnr(*_bgr(sr, hr), crop_border=crop_border, test_y_channel=True)
+    return min(float(found), _EQUAL)
+
 
 def evaluate_pair(sr: Tensor, hr: Tensor, crop_border: int) -> dict[str, float]:
     """``{"psnr": dB, "ssim": ...}`` of two images ``(3, H, W)`` in 0 to 1, rounded to 8 bits."""
-    bgr = [np.ascontiguousarray(to_uint8(image)[:, :, ::-1]) for image in (sr, hr)]
+    bgr = _bgr(sr, hr)
     options = {"crop_border": crop_border, "test_y_channel": True}
     return {
         "psnr": float(calculate_psnr(*bgr, **options)),
         "ssim": float(calculate_ssim(*bgr, **options)),
     }
+
+
+def _bgr(*images: Tensor) -> list[NDArray[np.uint8]]:
+    return [np.ascontiguousarray(to_uint8(image)[:, :, ::-1]) for image in images]
 
 
 def evaluate(

@@ -44,16 +44,13 @@ def allocate(
     errors = np.array([option.error for _, option in items])
     costs = np.array([option.cost for _, option in items])
     wanted, limited = (costs, errors) if lowest == "cost" else (errors, costs)
-    if limited.max(initial=0) <= 0:
-        scale = 1.0
-    else:
-        scale = float(limited.max())
+    scale = float(limited.max(initial=0)) or 1.0
     places = {name: row for row, name in enumerate(options)}
     one_each = np.zeros((len(places), len(items)))
     for column, (name, _) in enumerate(items):
         one_each[places[name], column] = 1
     result = milp(
-        wanted / max(float(wanted.max(initial=0)), np.finfo(float).tiny),
+        wanted / (float(wanted.max(initial=0)) or 1.0),
         integrality=np.ones(len(items)),
         bounds=Bounds(0, 1),
         constraints=[

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import matplotlib as mpl
 import numpy as np
 
 from condiquant_plugin.files import replacing
+from condiquant_recipes.precision.target import decibels
 
 _ROW = 0.16
 """Inches of a layer."""
@@ -33,8 +33,11 @@ def draw_sensitivity(record: Mapping[str, Any], path: Path) -> None:
         for axes, (part, label) in zip(figure.subplots(1, 2), _PARTS.items(), strict=True):
             table = record["sensitivity"][part]
             widths = sorted({int(width) for by_width in table.values() for width in by_width})
-            cells = [[decibels(table.get(n, {}).get(str(w))) for w in widths] for n in names]
-            image = axes.imshow(np.array(cells), aspect="auto", cmap="viridis")
+            cells = np.full((len(names), len(widths)), np.nan)  # products have no weight
+            for row, name in enumerate(names):
+                for width, error in table.get(name, {}).items():
+                    cells[row, widths.index(int(width))] = decibels(error)
+            image = axes.imshow(cells, aspect="auto", cmap="viridis")
             for row, name in enumerate(names):
                 chosen = bits[name][0 if part == "weights" else 1]
                 if name in table and chosen in widths:
@@ -45,8 +48,3 @@ def draw_sensitivity(record: Mapping[str, Any], path: Path) -> None:
         figure.colorbar(image, label="PSNR to the float output, dB")
         with replacing(path) as temporary:
             figure.savefig(temporary, format="svg", metadata={"Date": None})
-
-
-def decibels(error: float | None) -> float:
-    """PSNR of a mean squared error; NaN where there is none."""
-    return math.nan if error is None else -10 * math.log10(max(error, 1e-12))

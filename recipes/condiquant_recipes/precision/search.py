@@ -31,7 +31,7 @@ from condiquant_plugin.sensitivity import PrecisionStudy, Sensitivity
 from condiquant_recipes import settings
 from condiquant_recipes.exporting import compared_to_float, example_image, tile_size
 from condiquant_recipes.precision.allocation import Option, allocate
-from condiquant_recipes.precision.target import Target
+from condiquant_recipes.precision.target import Target, decibels
 from condiquant_recipes.progress import Progress
 from condiquant_recipes.recipe import Recipe, with_condiquant
 from condiquant_recipes.source import Source, held_out_hr
@@ -53,8 +53,6 @@ _CLOSE = 0.05
 _CAUTION = 0.7
 """Of what there is to spare, the part that the next allocation uses up."""
 _LEAST_DROP = 1e-4
-_EQUAL = 100.0
-"""PSNR of equal images, instead of infinity."""
 _FLOAT_PENALTY = 4.0
 """Of a float layer, in bytes of the whole float network: few of them, whatever their size."""
 
@@ -128,7 +126,7 @@ def find_precision(
     return Precision(
         str(target),
         bits,
-        _db(found.predicted(bits)),
+        decibels(found.predicted(bits)),
         reached,
         correlation,
         {"weights": found.weights, "inputs": found.inputs},
@@ -231,7 +229,7 @@ class _Search:
         """
         options, best = self._options(with_float=True), self._best()
         spare = self._spare(self._figure(best)) + gained
-        asked = (predicted := _db(self.sensitivity.predicted(best))) - spare
+        asked = (predicted := decibels(self.sensitivity.predicted(best))) - spare
         kept: dict[str, LayerBits] | None = None
         too_low, enough = predicted if spare < 0 else -math.inf, math.inf
         for _ in range(_ROUNDS):
@@ -298,8 +296,7 @@ class _Search:
             return [self.study.model(image)[0] for image in self.images]
 
     def _psnr(self, output: Tensor, target: Tensor) -> float:
-        scored = basicsr_host.evaluate_pair(output, target, self.recipe.scale)
-        return min(scored["psnr"], _EQUAL)
+        return basicsr_host.psnr(output, target, self.recipe.scale)
 
     def _within_size(self) -> tuple[dict[str, LayerBits], dict[str, float]]:
         """Least error for the bytes of an IR."""
@@ -390,7 +387,3 @@ def _rule(bits: LayerBits) -> LayerRule:
 def _worse_half(figures: Iterable[float], *, least: bool) -> float:
     ordered = sorted(figures, reverse=not least)
     return mean(ordered[: max(len(ordered) // 2, 1)])
-
-
-def _db(error: float) -> float:
-    return -10 * math.log10(max(error, 1e-12))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -54,3 +55,8 @@ class Target:
     def meaning(self) -> str:
         """What the value is."""
         return _MEANINGS[self.aim]
+
+
+def decibels(error: float) -> float:
+    """PSNR of a mean squared error of images from 0 to 1, at most 120 dB."""
+    return -10 * math.log10(max(error, 1e-12))

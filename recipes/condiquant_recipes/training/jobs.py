@@ -19,7 +19,8 @@ from condiquant_plugin import __version__
 from condiquant_plugin.errors import InputError
 from condiquant_recipes import settings
 from condiquant_recipes.exporting import check_convertible, check_overflow
-from condiquant_recipes.recipe import QUANTIZATION_KEYS, Recipe, explain, recorded
+from condiquant_recipes.recipe import QUANTIZATION_KEYS, Recipe, recorded
+from condiquant_recipes.recipe_errors import explain
 from condiquant_recipes.run import rebuild
 from condiquant_recipes.training.options import (
     MODEL_TYPE,
