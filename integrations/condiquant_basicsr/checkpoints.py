@@ -114,7 +114,7 @@ def read_checkpoint(path: Path) -> Mapping[str, Any]:
     """
     try:
         if path.suffix.lower() == ".bin" and not holds_pytorch(path):
-            return ncnn.read_compact(path.with_suffix(".param"), path)
+            return ncnn.read_network(path.with_suffix(".param"), path)
         if (foreign := foreign_kind(path)) is not None:
             kind, remedy = foreign
             raise InputError(f"{path}: not a readable checkpoint but {kind}: {remedy}")

