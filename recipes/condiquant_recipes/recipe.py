@@ -10,7 +10,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, get_type_hints
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    create_model,
+    field_validator,
+    model_validator,
+)
 
 from condiquant_plugin import __version__
 from condiquant_plugin.configuration import QuantizationConfig
@@ -206,9 +214,15 @@ class Recipe(_Section):
     """How long a run may take: what :data:`.budgets.BUDGETS` sets goes for keys that are not given."""
     seed: int = 0
     network_g: dict[str, Any] | None = None
-    """BasicSR's section; left out: spandrel recognises the checkpoint."""
+    """BasicSR's section; left out: spandrel recognises the checkpoint. The type may be ``FILE.py:Class``, a
+    network of your own: the code in the file is run."""
+    img_range: float = Field(1.0, gt=0)
+    """What white is to the network, such as 255; images stay in 0 to 1 outside it. Not for networks that
+    have an ``img_range`` of their own."""
+    mean: list[float] | None = None
+    """Of each channel, in units of 0 to 1: subtracted in front of the network, added behind it."""
     pad_multiple: int | None = Field(None, ge=1)
-    """Multiple that the network's input sizes must have; left out: found from its windows."""
+    """Multiple that the network's input sizes must have; left out: of its windows, or measured."""
     path: PathSection
     datasets: DatasetsSection = DatasetsSection()
     condiquant: CondiQuantSection = CondiQuantSection()
@@ -218,6 +232,13 @@ class Recipe(_Section):
     @classmethod
     def _within_budget(cls, values: Any) -> Any:
         return budgets.filled(values)
+
+    @field_validator("mean")
+    @classmethod
+    def _one_of_each_channel(cls, mean: list[float] | None) -> list[float] | None:
+        if mean is not None and len(mean) not in (1, 3):
+            raise ValueError(f"mean={mean}: give three values, of red, green and blue, or one")
+        return mean
 
     @property
     def bits(self) -> LayerBits:
@@ -237,6 +258,9 @@ class Recipe(_Section):
         # As recipes from before there was such a key.
         if not self.condiquant.distillation.autocast:
             del values["condiquant"]["distillation"]["autocast"]
+        for key in ("img_range", "mean"):
+            if values[key] == Recipe.model_fields[key].default:
+                del values[key]
         plain = QuantizationConfig()
         for key in ("equalize", "rotate", "layers"):
             if values["condiquant"][key] == getattr(plain, key):
@@ -256,8 +280,9 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """
     content = read_yaml(path)
     for override in overrides:
-        _apply(content, override)
+        apply_override(content, override)
     _read_layers(content, path.parent)
+    _locate_network(content, path.parent)
     try:
         return Recipe.model_validate(content)
     except ValidationError as error:
@@ -294,7 +319,7 @@ def with_overrides(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
         if (budget := override.removeprefix("budget=")) != override:
             values = budgets.changed(values, budget)
     for override in overrides:
-        _apply(values, override)
+        apply_override(values, override)
     _read_layers(values)
     return _validated(values)
 
@@ -346,7 +371,17 @@ def _read_layers(content: dict[str, Any], beside: Path = Path()) -> None:
         section["layers"] = read_yaml(Path(file) if Path(file).is_file() else beside / file)
 
 
-def _apply(content: dict[str, Any], override: str) -> None:
+def _locate_network(content: dict[str, Any], beside: Path) -> None:
+    """The file of ``network_g.type: FILE.py:Class`` may lie beside a recipe."""
+    section = content.get("network_g")
+    if isinstance(section, dict) and isinstance(kind := section.get("type"), str):
+        file, separator, name = kind.rpartition(".py:")
+        if separator and not Path(f"{file}.py").is_file() and (beside / f"{file}.py").is_file():
+            section["type"] = f"{beside / file}.py:{name}"
+
+
+def apply_override(content: dict[str, Any], override: str) -> None:
+    """Put ``key.sub=value`` into sections; InputError if it is not of that form."""
     key, separator, text = override.partition("=")
     if not separator or not key:
         raise InputError(f"--set {override!r} is not of the form key.sub=value")

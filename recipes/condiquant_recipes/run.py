@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -22,13 +23,15 @@ from condiquant_plugin.layerwise.problem import LayerReport
 from condiquant_plugin.methods.condiquant.reconditioning import ReconditioningReport
 from condiquant_plugin.methods.gptq.rounding import RoundingReport
 from condiquant_recipes import settings
+from condiquant_recipes.expected_time import expected_time
 from condiquant_recipes.exporting import check_convertible, export, saying
+from condiquant_recipes.plausibility import range_warning
 from condiquant_recipes.precision import search
 from condiquant_recipes.precision.picture import draw_sensitivity
 from condiquant_recipes.precision.target import Target
 from condiquant_recipes.progress import Progress
 from condiquant_recipes.recipe import Recipe
-from condiquant_recipes.source import Source, load_source
+from condiquant_recipes.source import Source, load_source, own_code
 from condiquant_recipes.workspace import SENSITIVITY, Workspace, save_parameters, write_metrics
 
 _PRECISION = "precision"
@@ -76,13 +79,29 @@ def run(
     progress = progress or Progress()
     torch.manual_seed(recipe.seed)
     names = list(sets or recipe.datasets.test)
+    if (code := own_code(recipe)) is not None:
+        progress.note(f"running the code of {code}")
     source = load_source(recipe, data, names)
+    warning = range_warning(source.network, recipe, source.held_out)
+    if warning is not None:
+        progress.note(warning)
+    if target is None:
+        expected = expected_time(source.network, recipe, source.held_out)
+        iterations = recipe.condiquant.distillation.iterations
+        more = f", and what {', '.join(names)} take" if names else ""
+        progress.note(f"this is expected to take {expected.text(iterations)}{more}")
     found: dict[str, Any] | None = None
     if target is not None:
         known = Workspace(out).finished(_PRECISION) if resume else None
         recipe, found = search.targeted(recipe, source, data, target, known, progress)
     workspace = Workspace.create(
-        out, recipe, source.network, data, resume=resume, overwrite=overwrite
+        out,
+        recipe,
+        source.network,
+        data,
+        resume=resume,
+        overwrite=overwrite,
+        also={} if code is None else {"code": sha256(code.read_bytes()).hexdigest()},
     )
     if found is not None:
         workspace.finish(_PRECISION, found)
@@ -129,6 +148,8 @@ def run(
         "seconds": seconds,
         "ir": ir,
     }
+    if warning is not None:
+        metrics["warning"] = warning
     if found is not None:
         metrics["precision"] = found
         draw_sensitivity(found, out / SENSITIVITY)

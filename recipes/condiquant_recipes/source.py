@@ -58,7 +58,7 @@ def load_source(recipe: Recipe, data: Path, sets: Sequence[str]) -> Source:
             remedy = f"use datasets.train.gt_size={right * recipe.scale}"
         raise InputError(
             f"datasets.calibration.crop={calibration.crop} is not a multiple of {multiple}, "
-            f"which {type(network).__name__} needs: {remedy}"
+            f"which {type(basicsr_host.bare(network)).__name__} needs: {remedy}"
         )
     key, factor = ("datasets.calibration.crop", 1)
     if training is not None:
@@ -98,7 +98,7 @@ def _test_set(recipe: Recipe, data: Path, name: str) -> Sequence[basicsr_host.Te
 
 
 def load_network(recipe: Recipe) -> nn.Module:
-    """The float network, frozen."""
+    """The float network, frozen, for images in 0 to 1."""
     network, _ = basicsr_host.load_network(
         recipe.network_g,
         recipe.path.pretrain_network_g,
@@ -107,6 +107,13 @@ def load_network(recipe: Recipe) -> nn.Module:
         recipe.scale,
         basicsr_host.input_channels(recipe.network_g),
     )
+    network = basicsr_host.in_range(network, recipe.img_range, recipe.mean)
     for parameter in network.parameters():
         parameter.requires_grad_(False)
     return network
+
+
+def own_code(recipe: Recipe) -> Path | None:
+    """The user's file whose code makes the network, if one does."""
+    kind = (recipe.network_g or {}).get("type")
+    return basicsr_host.code_file(str(kind)) if basicsr_host.is_own(kind) else None
