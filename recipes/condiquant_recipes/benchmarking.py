@@ -19,6 +19,9 @@ from condiquant_plugin.errors import InputError
 from condiquant_plugin.files import write_atomic
 from condiquant_recipes.inspection import execution_table, plain_line
 
+_UNLIMITED = 10_000
+"""Characters."""
+
 
 def benchmark(
     files: Sequence[Path],
@@ -98,7 +101,8 @@ def show(report: dict[str, Any], console: Console, *, layers: bool = False) -> N
     """
     models = report["models"]
     table = _table(report, list(models))
-    if console.measure(table).minimum > console.width:
+    unlimited = console.options.update(width=_UNLIMITED)
+    if console.measure(table, options=unlimited).minimum > console.width:
         for number, name in enumerate(models, start=1):
             plain_line(console, f"{number}: {name}")
         table = _table(report, [str(number) for number, _ in enumerate(models, start=1)])

@@ -130,7 +130,7 @@ def sensitivity_table(folder: Path) -> Table:
 def property_table(values: Mapping[str, Any]) -> Table:
     """A row for each value, those of dictionaries by dotted names."""
     table = Table("property", "value")
-    table.columns[0].overflow = table.columns[1].overflow = "fold"
+    table.columns[0].no_wrap, table.columns[1].overflow = True, "fold"
     for key, value in _flat(values):
         table.add_row(key, value)
     return table

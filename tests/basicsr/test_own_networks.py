@@ -109,7 +109,7 @@ def test_weights_are_loaded_into_it(net, tmp_path):
 @pytest.mark.parametrize(
     ("name", "arguments", "named"),
     [
-        ("EDSR", {"featurs": 4}, "has no argument 'featurs': did you mean features?; it takes features, scale"),
+        ("EDSR", {"featurs": 4}, "no argument 'featurs': did you mean features?; it takes features, scale"),
         ("EDSR", {}, "missing 1 required positional argument: 'features'); it takes features, scale"),
         ("Wide", {"feature": 4}, "has no argument 'feature'"),
         ("Edsr", {}, "net.py has no class Edsr: use EDSR or Wide or"),

@@ -14,13 +14,17 @@ import yaml
 from condiquant_basicsr import build_network, load_network
 from condiquant_basicsr.value_range import in_range
 from condiquant_openvino import Upscaler, read_metadata
+from condiquant_plugin.errors import InputError
 from condiquant_recipes import cli, plausibility
 from condiquant_recipes.checkpoint import recipe_for
 from condiquant_recipes.expected_time import within
+from condiquant_recipes.float_export import export_float_of
 from condiquant_recipes.progress import Progress
 from condiquant_recipes.recipe import load_recipe, with_overrides
 from condiquant_recipes.recipe_files import find_recipe
 from condiquant_recipes.source import load_network as load_network_of
+from condiquant_recipes.source import load_source
+from networks import build
 
 PAGE = (Path(__file__).parents[2] / "docs" / "quantize.md").read_text()
 QUICK = ["datasets.calibration.count=4", "datasets.calibration.held_out=2", "export.tile=24"]
@@ -105,37 +109,42 @@ def test_what_cannot_be(own, condiquant, arguments, named):
     assert not (own / "out").exists()
 
 
-def test_a_range_is_in_the_ir_and_crops_stay_in_0_to_1(own, condiquant):
-    """Weights of a network for 0 to 255: biases are what tells them apart."""
-    (own / "net255.py").write_text(
-        block("python", "class SmallNet").replace(
-            "self.head(image)", "self.head(image / 255) * 255"
-        )
+def test_a_range_is_in_the_ir_and_crops_stay_in_0_to_1(own):
+    section = {"type": "small_net.py:SmallNet", "scale": 2, "features": 16}
+    keys = [
+        "network_g.scale=2",
+        "network_g.features=16",
+        "img_range=255",
+        "mean=[0.4]",
+        "export.tile=24",
+    ]
+    recipe = recipe_for(
+        own / "small_net.pth", own / "photographs", "all", keys, "small_net.py:SmallNet"
     )
-    given = ["--network", "net255.py:SmallNet", "--set", "network_g.scale=2"]
-    given += ["--set", "network_g.features=16", "--set", "img_range=255", "--set", "mean=[0.4]"]
-    condiquant(
-        "quantize", "small_net.pth", "--images", "photographs", *given, *QUICK, "-q", "-o", "o"
-    )
-    plain = load_recipe(own / "o" / "recipe.yml")
-    assert (plain.img_range, plain.mean) == (255, [0.4])
-    network = load_network_of(plain)
-    bare = load_network_of(with_overrides(plain, ["img_range=1", "mean=null"]))
-    image = torch.rand(3, 20, 24)
+    bare, _ = load_network(section, "small_net.pth")
+    image = torch.rand(1, 3, 20, 24)
     with torch.no_grad():
-        expected = bare((image[None] - 0.4) * 255)[0] / 255 + 0.4
-        torch.testing.assert_close(network(image[None])[0], expected)
-    found = torch.as_tensor(Upscaler(own / "o" / "model.xml")(image.numpy()))
-    assert (found - expected).abs().mean() < 0.02
-    assert "mean=[1.0, 2.0]: give three" in condiquant(
-        "run", "small_net.yml", "--data", ".", "--set", "mean=[1.0,2.0]", code=2
-    )
+        expected = bare((image - 0.4) * 255) / 255 + 0.4
+        torch.testing.assert_close(load_network_of(recipe)(image), expected)
+    export_float_of(recipe, own, Progress())
+    found = torch.as_tensor(Upscaler(own / "float.xml")(image[0].numpy()))
+    torch.testing.assert_close(found[None], expected, atol=1e-4, rtol=0)
+    crops = load_source(with_overrides(recipe, ["datasets.calibration.count=4"]), Path(), []).crops
+    assert 0.5 < crops.max() <= 1
+    with pytest.raises(InputError, match=r"mean=\[1\.0, 2\.0\]: give three values"):
+        with_overrides(recipe, ["mean=[1.0, 2.0]"])
 
 
 @pytest.fixture(scope="module")
 def realesrgan():
     recipe = find_recipe("realesrgan/x4.yml")
     return recipe, load_network_of(recipe)
+
+
+def test_weights_of_nothing_are_seen(photographs, own):
+    recipe = load_recipe(own / "small_net.yml")
+    found = plausibility.range_warning(build("edsr"), recipe, photographs)
+    assert "enlargement: check that the weights are this network's, and the range" in found
 
 
 class ForOtherValues(torch.nn.Module):
@@ -156,7 +165,6 @@ class ForOtherValues(torch.nn.Module):
         (255, 255.0, None),
         (255, 1.0, r"is 9\.\d dB from .*, and 33\.\d dB .*--set img_range=255$"),
         (1, 255.0, r"is 16\.\d dB from .*, and 33\.\d dB .*--set img_range=1$"),
-        (-1, 1.0, "enlargement: check that the weights are this network's, and the range"),
     ],
 )
 def test_a_wrong_range_is_seen_on_photographs(realesrgan, photographs, white, img_range, advice):
