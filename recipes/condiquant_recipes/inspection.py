@@ -54,9 +54,9 @@ def show(described: dict[str, Any], console: Console) -> None:
         console.print(execution_table(described["layer_executions"]))
     if "layers" in described:
         layers = Table("layer", "weight", "condition number")
-        layers.columns[0].overflow = "fold"
+        layers.columns[0].no_wrap = True
         for row in described["layers"]:
-            shape = "x".join(map(str, row["shape"] or ())) or "product of activations"
+            shape = "x".join(map(str, row["shape"] or ())) or "product"
             kappa = "" if row["condition"] is None else f"{row['condition']:.1f}"
             layers.add_row(row["name"], shape, kappa)
         console.print(layers)

@@ -315,5 +315,13 @@ def _subject(rows: Sequence[Row], recipe: Recipe) -> Row | None:
 
 
 def _layers(row: Row) -> list[Row]:
-    keys = ("name", "bits", "condition_before", "condition_after", "output_error")
+    keys = (
+        "name",
+        "bits",
+        "condition_before",
+        "condition_after",
+        "output_error",
+        "quantized_output_error_before",
+        "quantized_output_error_after",
+    )
     return [{key: layer[key] for key in keys} for layer in row["layers"]]
