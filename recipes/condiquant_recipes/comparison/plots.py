@@ -36,7 +36,7 @@ _ANGLES = (150, 120, 180, 90, 60, 30, 0, 330, 300, 270, 240, 210)
 _POINTS = 72
 """In an inch."""
 _BEFORE, _AFTER = STYLES["nncf-int8"][1], STYLES["condiquant"][1]
-_SETTINGS = {
+_SETTINGS: Any = {
     "font.size": 9,
     "svg.fonttype": "none",
     "svg.hashsalt": "compare",

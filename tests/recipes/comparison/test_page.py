@@ -250,6 +250,7 @@ def test_labels_are_few_and_stay_apart_and_outliers_leave_the_axis(log):
     assert plot.below == [(0, 8.0), (1, 14.0)]
     (axes,) = plot.figure.axes
     assert axes.get_ylim()[0] > 30
+    plot.figure.canvas.draw()
     renderer = plot.figure.canvas.get_renderer()
     inside = axes.get_window_extent(renderer)
     boxes = [Text.get_window_extent(text, renderer) for text in axes.texts]
