@@ -14,7 +14,8 @@ import condiquant_nncf as nncf_host
 from condiquant_plugin.errors import InputError
 from condiquant_plugin.layerwise.scope import Scope
 from condiquant_recipes.exporting import example_image
-from condiquant_recipes.recipe import CalibrationSection, Recipe, apply_override, with_overrides
+from condiquant_recipes.recipe import CalibrationSection, Recipe, with_overrides
+from condiquant_recipes.sections import apply_override
 
 
 def recipe_for(

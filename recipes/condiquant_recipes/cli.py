@@ -102,7 +102,7 @@ def run(
     metrics = _hosts("run").run(loaded, folder, out, target=aim, **arguments)
     for part in _hosts("reporting").run_report(metrics):
         console().print(part)
-    for note in metrics["ir"]["notes"]:
+    for note in [*metrics["warnings"], *metrics["ir"]["notes"]]:
         print(f"note: {note}")
     print(f"metrics: {out / 'metrics.json'}\nIR:      {out / 'model.xml'}")
 

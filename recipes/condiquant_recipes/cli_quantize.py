@@ -112,7 +112,7 @@ def quantize(
         load("float_export").export_float_of(found, out, shown)
     ir = metrics["ir"]
     share = ir["bin_bytes"] / ir["float_bin_bytes"]
-    for note in ir["notes"]:
+    for note in [*metrics["warnings"], *ir["notes"]]:
         print(f"note: {note}")
     console().print(
         f"{out / 'model.xml'}: {1 / ir['latency_ratio']:.1f} times as fast as the float network, "

@@ -35,6 +35,7 @@ from condiquant_plugin.uniform.sampling import BOUNDS_CROPS
 from condiquant_recipes import budgets
 from condiquant_recipes.budgets import STANDARD, Budget
 from condiquant_recipes.recipe_errors import explain
+from condiquant_recipes.sections import apply_override, locate_network, read_layers, read_yaml
 
 
 class _Section(BaseModel):
@@ -281,31 +282,12 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     content = read_yaml(path)
     for override in overrides:
         apply_override(content, override)
-    _read_layers(content, path.parent)
-    _locate_network(content, path.parent)
+    read_layers(content, path.parent)
+    locate_network(content, path.parent)
     try:
         return Recipe.model_validate(content)
     except ValidationError as error:
         raise InputError(f"{path}: {explain(error, Recipe)}") from error
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """The sections of a YAML file.
-
-    Raises:
-        InputError: unreadable file, or anything else in it.
-    """
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read {path}: {_one_line(error)}") from error
-    except yaml.YAMLError as error:
-        raise InputError(f"{path} is not valid YAML: {_one_line(error)}") from error
-    if not isinstance(content, dict):
-        raise InputError(
-            f"{path} holds no sections: expected keys with values, such as name and scale"
-        )
-    return content
 
 
 def with_overrides(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
@@ -320,7 +302,7 @@ def with_overrides(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
             values = budgets.changed(values, budget)
     for override in overrides:
         apply_override(values, override)
-    _read_layers(values)
+    read_layers(values)
     return _validated(values)
 
 
@@ -362,40 +344,3 @@ def _validated(values: dict[str, Any]) -> Recipe:
         return Recipe.model_validate(values)
     except ValidationError as error:
         raise InputError(explain(error, Recipe)) from error
-
-
-def _read_layers(content: dict[str, Any], beside: Path = Path()) -> None:
-    """Rules of single layers from the file that ``condiquant.layers`` names, here or beside a recipe."""
-    section = content.get("condiquant")
-    if isinstance(section, dict) and isinstance(file := section.get("layers"), str):
-        section["layers"] = read_yaml(Path(file) if Path(file).is_file() else beside / file)
-
-
-def _locate_network(content: dict[str, Any], beside: Path) -> None:
-    """The file of ``network_g.type: FILE.py:Class`` may lie beside a recipe."""
-    section = content.get("network_g")
-    if isinstance(section, dict) and isinstance(kind := section.get("type"), str):
-        file, separator, name = kind.rpartition(".py:")
-        if separator and not Path(f"{file}.py").is_file() and (beside / f"{file}.py").is_file():
-            section["type"] = f"{beside / file}.py:{name}"
-
-
-def apply_override(content: dict[str, Any], override: str) -> None:
-    """Put ``key.sub=value`` into sections; InputError if it is not of that form."""
-    key, separator, text = override.partition("=")
-    if not separator or not key:
-        raise InputError(f"--set {override!r} is not of the form key.sub=value")
-    *parents, last = key.split(".")
-    section = content
-    for parent in parents:
-        if not isinstance(section.get(parent), dict):
-            section[parent] = {}
-        section = section[parent]
-    try:
-        section[last] = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise InputError(f"--set {override!r}: the value is not valid YAML") from error
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from condiquant_plugin.errors import InputError
-from condiquant_recipes.recipe import Recipe, load_recipe, read_yaml, with_overrides
+from condiquant_recipes.recipe import Recipe, load_recipe, with_overrides
+from condiquant_recipes.sections import read_yaml
 from condiquant_recipes.training.options import is_training, recipe_from_options
 
 _INSTALLED = Path(__file__).parent / "recipes"

@@ -6,7 +6,6 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from hashlib import sha256
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -31,7 +30,7 @@ from condiquant_recipes.precision.picture import draw_sensitivity
 from condiquant_recipes.precision.target import Target
 from condiquant_recipes.progress import Progress
 from condiquant_recipes.recipe import Recipe
-from condiquant_recipes.source import Source, load_source, own_code
+from condiquant_recipes.source import Source, code_digest, load_source, note_own_code
 from condiquant_recipes.workspace import SENSITIVITY, Workspace, save_parameters, write_metrics
 
 _PRECISION = "precision"
@@ -79,17 +78,11 @@ def run(
     progress = progress or Progress()
     torch.manual_seed(recipe.seed)
     names = list(sets or recipe.datasets.test)
-    if (code := own_code(recipe)) is not None:
-        progress.note(f"running the code of {code}")
+    note_own_code(recipe, progress)
     source = load_source(recipe, data, names)
     warning = range_warning(source.network, recipe, source.held_out)
     if warning is not None:
         progress.note(warning)
-    if target is None:
-        expected = expected_time(source.network, recipe, source.held_out)
-        iterations = recipe.condiquant.distillation.iterations
-        more = f", and what {', '.join(names)} take" if names else ""
-        progress.note(f"this is expected to take {expected.text(iterations)}{more}")
     found: dict[str, Any] | None = None
     if target is not None:
         known = Workspace(out).finished(_PRECISION) if resume else None
@@ -101,13 +94,18 @@ def run(
         data,
         resume=resume,
         overwrite=overwrite,
-        also={} if code is None else {"code": sha256(code.read_bytes()).hexdigest()},
+        also=code_digest(recipe),
     )
     if found is not None:
         workspace.finish(_PRECISION, found)
     if workspace.reused:
         with progress.status(f"keeping the stages that {out} has of this run (not: --overwrite)"):
             pass
+    elif target is None:
+        expected = expected_time(source.network, recipe, source.held_out)
+        iterations = recipe.condiquant.distillation.iterations
+        more = f", and what {', '.join(names)} take" if names else ""
+        progress.note(f"this is expected to take {expected.text(iterations)}{more}")
 
     quantized = _calibrated(workspace, source, recipe, progress)
     calibration = quantized.calibration
@@ -135,6 +133,7 @@ def run(
         "activation_bits": usual.activation,
         "other_bits": precision.others(bits),
         "reference": recipe.datasets.reference,
+        "warnings": [] if warning is None else [warning],
         "float": float_scores,
         "quantized": scores,
         "fidelity": _fidelity(quantized.model, source, recipe.scale),
@@ -148,8 +147,6 @@ def run(
         "seconds": seconds,
         "ir": ir,
     }
-    if warning is not None:
-        metrics["warning"] = warning
     if found is not None:
         metrics["precision"] = found
         draw_sensitivity(found, out / SENSITIVITY)

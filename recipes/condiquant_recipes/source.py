@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from itertools import islice
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 import condiquant_basicsr as basicsr_host
 from condiquant_plugin.errors import InputError
 from condiquant_recipes.exporting import check_overflow
+from condiquant_recipes.progress import Progress
 from condiquant_recipes.recipe import Recipe
 
 
@@ -111,6 +113,18 @@ def load_network(recipe: Recipe) -> nn.Module:
     for parameter in network.parameters():
         parameter.requires_grad_(False)
     return network
+
+
+def note_own_code(recipe: Recipe, progress: Progress) -> None:
+    """Say so where the user's own code makes the network."""
+    if (file := own_code(recipe)) is not None:
+        progress.note(f"running the code of {file.resolve()}")
+
+
+def code_digest(recipe: Recipe) -> dict[str, str]:
+    """What a resumed run must share of the user's own code."""
+    file = own_code(recipe)
+    return {} if file is None else {"code": sha256(file.read_bytes()).hexdigest()}
 
 
 def own_code(recipe: Recipe) -> Path | None:
