@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from condiquant_plugin.errors import InputError
+from condiquant_plugin.layerwise.scope import Scope
 from condiquant_recipes.exporting import example_image
 from condiquant_recipes.progress import Progress
 from condiquant_recipes.recipe import Recipe, load_recipe, with_overrides
@@ -20,15 +21,15 @@ from condiquant_recipes.source import load_network
 from condiquant_recipes.workspace import RECIPE
 
 _TIMED = 3
-_CALIBRATION_CROP = 30.0
-"""What calibration does with a crop, in forward passes of the float network on it; as all of these,
-measured on SRVGGNetCompact and DAT-light (docs/quantize.md)."""
-_TRAINING_CROP = 7.0
-"""An iteration, for each crop in its batch: forward and backward passes through fake quantizers."""
-_VALIDATION_CROP = 2.0
-_EXPORT = 60.0
-"""Seconds of the export do not go by the crop: in forward passes on the tile it is traced with."""
-_EXPORT_SECONDS = 8.0
+# Forward passes on a crop, as measured on SRVGGNetCompact (all) and DAT-light (transformer).
+_BOUNDS, _MOMENTS = 3.0, 13.0
+"""Of calibration for each crop: what goes by the network, and what by the moments of layers' inputs, where
+these are as many as the outputs."""
+_TRAINING = 7.0
+"""Of an iteration for each crop in its batch: forward and backward passes through fake quantizers."""
+_VALIDATION = 2.0
+_EXPORT, _EXPORT_SECONDS = 60.0, 5.0
+"""Of the export, on the tile that it is traced with; and what does not go by the network."""
 _SPREAD = 1.8
 """Expected is from so many times less to so many times more: layers differ, and so do machines."""
 
@@ -78,13 +79,24 @@ def expected_time(network: nn.Module, recipe: Recipe, crops: Tensor) -> Expected
     calibration, training = recipe.datasets.calibration, recipe.condiquant.distillation
     crop = median(_passes(network, crops[:1]))
     tile_area = (recipe.export.tile / calibration.crop) ** 2
-    validation = _VALIDATION_CROP * calibration.held_out / training.validate_every
+    validation = _VALIDATION * calibration.held_out / training.validate_every
+    per_crop = _BOUNDS + _MOMENTS * _moments(network, recipe.condiquant.scope)
     return ExpectedTime(
-        _CALIBRATION_CROP * crop * (calibration.count + calibration.held_out)
+        per_crop * crop * (calibration.count + calibration.held_out)
         + _EXPORT * crop * tile_area
         + _EXPORT_SECONDS,
-        crop * (_TRAINING_CROP * training.batch_size + validation),
+        crop * (_TRAINING * training.batch_size + validation),
     )
+
+
+def _moments(network: nn.Module, scope: Scope) -> float:
+    """Multiplications in the second moments of the layers' inputs, by those in the layers."""
+    sizes = [(m.in_features, m.out_features) for m in network.modules() if isinstance(m, nn.Linear)]
+    if scope == "all":
+        convolutions = (m for m in network.modules() if isinstance(m, nn.Conv2d))
+        sizes += [(m.weight[0].numel(), m.out_channels) for m in convolutions]
+    layers = sum(inputs * outputs for inputs, outputs in sizes)
+    return sum(inputs**2 for inputs, _ in sizes) / layers if layers else 0.0
 
 
 def within(recipe: Recipe, minutes: float, out: Path | None, progress: Progress) -> Recipe:
