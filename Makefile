@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint docs clean
 
 demo: $(INSTALLED)
 	$(BIN)/condiquant demo
@@ -31,6 +31,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(PIP) --no-deps --no-build-isolation -c constraints.txt basicsr
 	$(PIP) --no-deps --no-build-isolation -e .
 	touch $@
+
+docs: $(INSTALLED)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean:
 	rm -rf $(VENV) out

@@ -26,13 +26,13 @@ from condiquant_basicsr.models.condiquant import CondiQuantModel
 from condiquant_basicsr.models.quantized_base import QuantizedModel
 from condiquant_basicsr.networks import (
     build_network,
-    check_crop_size,
     folded,
     input_channels,
-    network_scale,
-    pad_multiple,
     upscale,
 )
+from condiquant_basicsr.own_networks import code_file, is_own
+from condiquant_basicsr.sizes import check_crop_size, network_scale, pad_multiple
+from condiquant_basicsr.value_range import bare, in_range
 from condiquant_basicsr.weights import load_network, resolve
 from condiquant_plugin.moved import forward
 
@@ -52,15 +52,19 @@ __all__ = [
     "Pair",
     "QuantizedModel",
     "TestImage",
+    "bare",
     "build_network",
     "calibration_crops",
     "calibration_pairs",
     "check_crop_size",
     "check_dataset",
+    "code_file",
     "evaluate",
     "evaluate_pair",
     "folded",
+    "in_range",
     "input_channels",
+    "is_own",
     "load_network",
     "load_state_dict",
     "matlab_downscale",

@@ -15,8 +15,9 @@ from torch import nn
 
 from condiquant_basicsr.checkpoints import read_checkpoint
 from condiquant_basicsr.data.training_data import one_line
-from condiquant_basicsr.networks import check_crop_size, input_channels, pad_multiple
+from condiquant_basicsr.networks import input_channels
 from condiquant_basicsr.quantizer import ENTRY
+from condiquant_basicsr.sizes import check_crop_size, pad_multiple
 from condiquant_basicsr.weights import load_network, resolve
 from condiquant_plugin.errors import InputError
 

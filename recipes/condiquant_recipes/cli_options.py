@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,6 +16,9 @@ from condiquant_plugin.errors import InputError
 if TYPE_CHECKING:
     from condiquant_recipes.progress import Progress
     from condiquant_recipes.recipe import Recipe
+
+_PIPE = 10_000
+"""Characters; tables take only what they need."""
 
 RecipeArgument = Annotated[
     Path, typer.Argument(metavar="RECIPE", help="A recipe or a BasicSR training YAML.")
@@ -39,6 +44,12 @@ DeviceOption = Annotated[str, typer.Option(help="OpenVINO device.")]
 LayersOption = Annotated[
     bool, typer.Option("--layers", help="Of an IR: also what each layer runs as, and why not int8.")
 ]
+
+
+def console() -> Console:
+    """Of standard output, as wide as what is printed where that is no terminal: a pipe cuts no names."""
+    wide = None if sys.stdout.isatty() or os.environ.get("COLUMNS") else _PIPE
+    return Console(width=wide)
 
 
 def progress(quiet: bool) -> Progress:

@@ -7,10 +7,15 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from condiquant_plugin.errors import InputError
-from condiquant_recipes.cli_options import OverwriteOption, QuietOption, SetOption, progress
+from condiquant_recipes.cli_options import (
+    OverwriteOption,
+    QuietOption,
+    SetOption,
+    console,
+    progress,
+)
 from condiquant_recipes.hosts import load
 from condiquant_recipes.presets import PRESETS, Preset
 
@@ -45,7 +50,22 @@ def quantize(
     iterations: Annotated[
         int | None, typer.Option(min=0, help="Of training against the float network.")
     ] = None,
+    minutes: Annotated[
+        float | None,
+        typer.Option(min=0, help="Train for as long as the whole is expected to end within them."),
+    ] = None,
+    network: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE.py:Class",
+            help="A network that is not recognised. Runs the code in the file. Arguments of the class: "
+            "--set network_g.NAME=VALUE.",
+        ),
+    ] = None,
     scope: Annotated[ScopeChoice, typer.Option(help="Which layers.")] = ScopeChoice.auto,
+    also_float: Annotated[
+        bool, typer.Option("--float", help="Write the network before quantization, too: float.xml.")
+    ] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Keep finished stages.")] = False,
     overwrite: OverwriteOption = False,
     overrides: SetOption = None,
@@ -54,6 +74,13 @@ def quantize(
     """From a checkpoint and photographs to an OpenVINO IR of few bits."""
     if bits is not None and (weight_bits is not None or activation_bits is not None):
         raise InputError("--bits is for weights and inputs: leave out the other two, or --bits")
+    if minutes is not None and iterations is not None:
+        raise InputError("--minutes sets the iterations: leave out --iterations, or --minutes")
+    if minutes is not None and target is not None:
+        raise InputError("--minutes knows nothing of the search for a target: give --iterations")
+    shown = progress(quiet)
+    if network is not None:
+        shown.note(f"running the code of {Path(network.rpartition(':')[0]).resolve()}")
     given = {
         "condiquant.weight_bits": weight_bits or bits,
         "condiquant.activation_bits": activation_bits or bits,
@@ -65,10 +92,13 @@ def quantize(
         images,
         None if scope is ScopeChoice.auto else scope.value,
         [*PRESETS[preset], *chosen, *(overrides or [])],
+        network,
     )
     aim = None if target is None else load("precision.target").Target.parse(target)
     label = found.label if aim is None else aim.label
     out = out or Path("out") / f"{found.name}_{label}"
+    if minutes is not None:
+        found = load("expected_time").within(found, minutes, None if overwrite else out, shown)
     metrics = load("run").run(
         found,
         Path(),
@@ -76,13 +106,15 @@ def quantize(
         target=aim,
         resume=resume,
         overwrite=overwrite,
-        progress=progress(quiet),
+        progress=shown,
     )
+    if also_float:
+        load("float_export").export_float_of(found, out, shown)
     ir = metrics["ir"]
     share = ir["bin_bytes"] / ir["float_bin_bytes"]
-    for note in ir["notes"]:
+    for note in [*metrics["warnings"], *ir["notes"]]:
         print(f"note: {note}")
-    Console().print(
+    console().print(
         f"{out / 'model.xml'}: {1 / ir['latency_ratio']:.1f} times as fast as the float network, "
         f"{metrics['fidelity']:.1f} dB to its output on held-out crops, "
         f"{ir['bin_bytes'] / 1024:.0f} KiB of weights ({share:.2f} of float)",

@@ -19,6 +19,7 @@ from condiquant_plugin import __version__
 from condiquant_recipes.exporting import images_of_two_sizes, takes, tile_size
 from condiquant_recipes.progress import Progress
 from condiquant_recipes.recipe import Recipe
+from condiquant_recipes.source import load_network
 
 _TOLERANCE = 1e-3
 """Of the output's range, between torch and the IR."""
@@ -53,6 +54,11 @@ def export_float(network: nn.Module, recipe: Recipe, path: Path, progress: Progr
         }
         openvino_host.set_metadata(ir, metadata)
         openvino_host.save(ir, path)
+
+
+def export_float_of(recipe: Recipe, folder: Path, progress: Progress) -> None:
+    """Write ``float.xml`` beside what a run of the recipe wrote; errors as :func:`export_float`."""
+    export_float(load_network(recipe), recipe, folder / "float.xml", progress)
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
 from rich.table import Table
 
 from condiquant_plugin.errors import InputError
@@ -42,19 +43,57 @@ def _of_network(function: str, file: Path) -> dict[str, Any]:
     return described
 
 
-def tables(described: dict[str, Any]) -> Iterator[Table]:
-    """The description as tables."""
+def show(described: dict[str, Any], console: Console) -> None:
+    """Print the description: of an IR a summary first, then tables."""
     lists = {"layers", "layer_executions"}
-    yield property_table({k: v for k, v in described.items() if k not in lists})
+    if "metadata" in described:
+        for line in summary(described):
+            plain_line(console, line)
+    console.print(property_table({k: v for k, v in described.items() if k not in lists}))
     if "layer_executions" in described:
-        yield execution_table(described["layer_executions"])
+        console.print(execution_table(described["layer_executions"]))
     if "layers" in described:
-        layers = Table("layer", "weight", "condition number", "NNCF node (for ignored_scope)")
+        layers = Table("layer", "weight", "condition number")
+        layers.columns[0].no_wrap = True
         for row in described["layers"]:
-            shape = "x".join(map(str, row["shape"] or ())) or "product of activations"
+            shape = "x".join(map(str, row["shape"] or ())) or "product"
             kappa = "" if row["condition"] is None else f"{row['condition']:.1f}"
-            layers.add_row(row["name"], shape, kappa, row["nncf_node"])
-        yield layers
+            layers.add_row(row["name"], shape, kappa)
+        console.print(layers)
+        # Outside the table, or its columns would break what is to be copied.
+        console.print("NNCF's nodes of these layers, for ignored_scope:")
+        for row in described["layers"]:
+            plain_line(console, row["nncf_node"])
+
+
+def plain_line(console: Console, text: str) -> None:
+    """Print as it is: what does not fit is left to the terminal."""
+    console.print(text, soft_wrap=True, highlight=False, markup=False)
+
+
+def summary(described: Mapping[str, Any]) -> Iterator[str]:
+    """What a user wants to know of an IR, in a few lines."""
+    metadata = described["metadata"]
+    if "scale" in metadata:
+        made = f"{metadata.get('network', 'a network')}, enlarges {metadata['scale']} times"
+        if "weight_bits" in metadata:
+            made += (
+                f"; {metadata['weight_bits']}-bit weights and {metadata['activation_bits']}-bit inputs"
+                f" of the layers in scope ({metadata['scope']})"
+            )
+        yield made
+    else:
+        yield "not exported by condiquant: scale and bits are unknown"
+    (takes, *_), (gives, *_) = described["inputs"].values(), described["outputs"].values()
+    multiple = int(metadata.get("pad_multiple", 1))
+    sides = f", height and width multiples of {multiple}" if multiple > 1 else ""
+    yield f"takes {takes}{sides}, gives {gives}"
+    weights, graph = (described[f"{part}_bytes"] / 1024 for part in ("bin", "xml"))
+    executes = described["executes"]
+    yield (
+        f"{weights:.0f} KiB of weights, {graph:.0f} KiB of graph; of {sum(executes.values())} convolutions"
+        f" and matrix products {executes.get('int8', 0)} run as int8 on this CPU"
+    )
 
 
 def sensitivity_table(folder: Path) -> Table:
@@ -91,7 +130,7 @@ def sensitivity_table(folder: Path) -> Table:
 def property_table(values: Mapping[str, Any]) -> Table:
     """A row for each value, those of dictionaries by dotted names."""
     table = Table("property", "value")
-    table.columns[0].no_wrap = True
+    table.columns[0].no_wrap, table.columns[1].overflow = True, "fold"
     for key, value in _flat(values):
         table.add_row(key, value)
     return table

@@ -13,7 +13,7 @@ import condiquant_basicsr as basicsr_host
 from condiquant_plugin import fake_quantizers
 from condiquant_plugin.errors import InputError
 from condiquant_recipes.exporting import example_image, export, tile_size
-from condiquant_recipes.float_export import export_float
+from condiquant_recipes.float_export import export_float_of
 from condiquant_recipes.progress import Progress
 from condiquant_recipes.recipe import Recipe, with_export
 from condiquant_recipes.run import rebuild
@@ -96,7 +96,7 @@ def export_again(
             )
     figures = export(model, recipe, multiple, target, progress, moved)
     if also_float:
-        export_float(load_network(recipe), recipe, target / "float.xml", progress)
+        export_float_of(recipe, target, progress)
     return figures | {"notes": notes + figures["notes"]}
 
 

@@ -56,7 +56,7 @@ def _describe_network(
             row = {"name": layer.name, "shape": None, "condition": None}
         rows.append(row | {"nncf_node": layer.node.node_name})
     return {
-        "architecture": type(network).__name__,
+        "architecture": type(basicsr_host.bare(network)).__name__,
         "scale": scale,
         "parameters": sum(p.numel() for p in network.parameters()),
         "pad_multiple": multiple,

@@ -24,6 +24,13 @@ class Progress:
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console
+        self._said: set[str] = set()
+
+    def note(self, text: str) -> None:
+        """A line that the user should read before long work; once, also if it is given again."""
+        if self.console is not None and text not in self._said:
+            self.console.print(f"note: {text}", soft_wrap=True, highlight=False, markup=False)
+        self._said.add(text)
 
     @contextmanager
     def bar(self, description: str, total: int) -> Iterator[Advance]:

@@ -10,7 +10,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, get_type_hints
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    create_model,
+    field_validator,
+    model_validator,
+)
 
 from condiquant_plugin import __version__
 from condiquant_plugin.configuration import QuantizationConfig
@@ -27,6 +35,7 @@ from condiquant_plugin.uniform.sampling import BOUNDS_CROPS
 from condiquant_recipes import budgets
 from condiquant_recipes.budgets import STANDARD, Budget
 from condiquant_recipes.recipe_errors import explain
+from condiquant_recipes.sections import apply_override, locate_network, read_layers, read_yaml
 
 
 class _Section(BaseModel):
@@ -206,9 +215,15 @@ class Recipe(_Section):
     """How long a run may take: what :data:`.budgets.BUDGETS` sets goes for keys that are not given."""
     seed: int = 0
     network_g: dict[str, Any] | None = None
-    """BasicSR's section; left out: spandrel recognises the checkpoint."""
+    """BasicSR's section; left out: spandrel recognises the checkpoint. The type may be ``FILE.py:Class``, a
+    network of your own: the code in the file is run."""
+    img_range: float = Field(1.0, gt=0)
+    """What white is to the network, such as 255; images stay in 0 to 1 outside it. Not for networks that
+    have an ``img_range`` of their own."""
+    mean: list[float] | None = None
+    """Of each channel, in units of 0 to 1: subtracted in front of the network, added behind it."""
     pad_multiple: int | None = Field(None, ge=1)
-    """Multiple that the network's input sizes must have; left out: found from its windows."""
+    """Multiple that the network's input sizes must have; left out: of its windows, or measured."""
     path: PathSection
     datasets: DatasetsSection = DatasetsSection()
     condiquant: CondiQuantSection = CondiQuantSection()
@@ -218,6 +233,13 @@ class Recipe(_Section):
     @classmethod
     def _within_budget(cls, values: Any) -> Any:
         return budgets.filled(values)
+
+    @field_validator("mean")
+    @classmethod
+    def _one_of_each_channel(cls, mean: list[float] | None) -> list[float] | None:
+        if mean is not None and len(mean) not in (1, 3):
+            raise ValueError(f"mean={mean}: give three values, of red, green and blue, or one")
+        return mean
 
     @property
     def bits(self) -> LayerBits:
@@ -237,6 +259,9 @@ class Recipe(_Section):
         # As recipes from before there was such a key.
         if not self.condiquant.distillation.autocast:
             del values["condiquant"]["distillation"]["autocast"]
+        for key in ("img_range", "mean"):
+            if values[key] == Recipe.model_fields[key].default:
+                del values[key]
         plain = QuantizationConfig()
         for key in ("equalize", "rotate", "layers"):
             if values["condiquant"][key] == getattr(plain, key):
@@ -256,31 +281,13 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """
     content = read_yaml(path)
     for override in overrides:
-        _apply(content, override)
-    _read_layers(content, path.parent)
+        apply_override(content, override)
+    read_layers(content, path.parent)
+    locate_network(content, path.parent)
     try:
         return Recipe.model_validate(content)
     except ValidationError as error:
         raise InputError(f"{path}: {explain(error, Recipe)}") from error
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """The sections of a YAML file.
-
-    Raises:
-        InputError: unreadable file, or anything else in it.
-    """
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read {path}: {_one_line(error)}") from error
-    except yaml.YAMLError as error:
-        raise InputError(f"{path} is not valid YAML: {_one_line(error)}") from error
-    if not isinstance(content, dict):
-        raise InputError(
-            f"{path} holds no sections: expected keys with values, such as name and scale"
-        )
-    return content
 
 
 def with_overrides(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
@@ -294,8 +301,8 @@ def with_overrides(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
         if (budget := override.removeprefix("budget=")) != override:
             values = budgets.changed(values, budget)
     for override in overrides:
-        _apply(values, override)
-    _read_layers(values)
+        apply_override(values, override)
+    read_layers(values)
     return _validated(values)
 
 
@@ -337,30 +344,3 @@ def _validated(values: dict[str, Any]) -> Recipe:
         return Recipe.model_validate(values)
     except ValidationError as error:
         raise InputError(explain(error, Recipe)) from error
-
-
-def _read_layers(content: dict[str, Any], beside: Path = Path()) -> None:
-    """Rules of single layers from the file that ``condiquant.layers`` names, here or beside a recipe."""
-    section = content.get("condiquant")
-    if isinstance(section, dict) and isinstance(file := section.get("layers"), str):
-        section["layers"] = read_yaml(Path(file) if Path(file).is_file() else beside / file)
-
-
-def _apply(content: dict[str, Any], override: str) -> None:
-    key, separator, text = override.partition("=")
-    if not separator or not key:
-        raise InputError(f"--set {override!r} is not of the form key.sub=value")
-    *parents, last = key.split(".")
-    section = content
-    for parent in parents:
-        if not isinstance(section.get(parent), dict):
-            section[parent] = {}
-        section = section[parent]
-    try:
-        section[last] = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise InputError(f"--set {override!r}: the value is not valid YAML") from error
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from condiquant_plugin.errors import InputError
-from condiquant_recipes.recipe import Recipe, load_recipe, read_yaml, with_overrides
+from condiquant_recipes.recipe import Recipe, load_recipe, with_overrides
+from condiquant_recipes.sections import read_yaml
 from condiquant_recipes.training.options import is_training, recipe_from_options
 
 _INSTALLED = Path(__file__).parent / "recipes"
@@ -25,8 +26,12 @@ def recipe_path(name: str | Path) -> Path:
         return path
     if (_FOLDER / path).is_file():
         return _FOLDER / path
-    ready = sorted(str(file.relative_to(_FOLDER)) for file in _FOLDER.glob("*/*.yml"))
-    raise InputError(f"recipe {path} does not exist; ready ones: {', '.join(ready)}")
+    raise InputError(f"recipe {path} does not exist; ready ones: {', '.join(ready_recipes())}")
+
+
+def ready_recipes() -> list[str]:
+    """Names of the recipes that come with the package."""
+    return sorted(file.relative_to(_FOLDER).as_posix() for file in _FOLDER.glob("*/*.yml"))
 
 
 def find_recipe(name: str | Path, overrides: Sequence[str] = ()) -> Recipe:

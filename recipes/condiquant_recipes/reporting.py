@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from math import nan
 from pathlib import Path
 from statistics import median
@@ -23,40 +23,42 @@ _BRIGHTEST = 0.995
 """Quantile of errors that is drawn as the largest."""
 
 
-def run_table(metrics: Mapping[str, Any]) -> Table:
-    """Float and quantized scores of one run, one column per test set."""
+def run_report(metrics: Mapping[str, Any]) -> Iterator[Table]:
+    """Float and quantized scores of one run, one column per test set if any, and other figures."""
     bits = LayerBits(metrics["weight_bits"], metrics["activation_bits"]).label.upper()
     for other, count in metrics.get("other_bits", {}).items():
         bits += f", {count} layers {other.upper()}"
     if metrics["reference"] == "float":
         bits += " against the float output"
-    table = score_table({"float": metrics["float"], bits: metrics["quantized"]})
-    table.title = f"{metrics['model']} x{metrics['scale']}"
+    if metrics["float"]:
+        table = score_table({"float": metrics["float"], bits: metrics["quantized"]})
+        table.title = f"{metrics['model']} x{metrics['scale']}"
+        yield table
     before, after = condition_medians(metrics)
-    size = metrics["ir"]["bin_bytes"] + metrics["ir"]["xml_bytes"]
-    chosen = metrics["weights"]
+    ir, chosen = metrics["ir"], metrics["weights"]
     others = ", ".join(f"{n} {db:.2f} dB" for n, db in chosen["fidelity_db"].items())
-    table.caption = (
-        _promise(metrics)
-        + f"weights: {chosen['chosen']}"
-        + (f" (held-out crops: {others})" if others else "")
-        + "; "
-        f"condition number, median {before:.0f} -> {after:.0f}; "
-        f"IR {metrics['ir']['bin_bytes'] / 1024:.0f} KiB .bin, {size / 1024:.0f} KiB with .xml; "
-        f"IR against simulation: layers within {metrics['ir']['parity_layer_max']:.0e}, "
-        f"rounding ties {metrics['ir']['tie_rate']:.0e}, end to end {metrics['ir']['parity_mean_abs']:.0e}"
+    figures = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    if (found := metrics.get("precision")) is not None:
+        ((aim, value),) = found["held_out"].items()
+        ranked = (
+            f"layers ranked by predicted error with correlation {found['rank_correlation']:.2f}"
+        )
+        figures.add_row(found["target"], f"{aim} {value:.3g} on held-out crops; {ranked}")
+    figures.add_row("bits", bits)
+    figures.add_row("to the float output", f"{metrics['fidelity']:.2f} dB on held-out crops")
+    figures.add_row(
+        "weights", chosen["chosen"] + (f" (held-out crops: {others})" if others else "")
     )
-    return table
-
-
-def _promise(metrics: Mapping[str, Any]) -> str:
-    if (found := metrics.get("precision")) is None:
-        return ""
-    ((aim, value),) = found["held_out"].items()
-    return (
-        f"{found['target']}: {aim} {value:.3g} on held-out crops, layers "
-        f"ranked by predicted error with correlation {found['rank_correlation']:.2f}; "
+    figures.add_row("condition number", f"median {before:.0f} -> {after:.0f}")
+    kib = [ir[f"{part}_bytes"] / 1024 for part in ("bin", "xml")]
+    figures.add_row("IR", f"{kib[0]:.0f} KiB .bin, {sum(kib):.0f} KiB with .xml")
+    figures.add_row("latency", f"{ir['latency_ratio']:.2f} of the float network's on this CPU")
+    figures.add_row(
+        "IR against simulation",
+        f"layers within {ir['parity_layer_max']:.0e}, rounding ties {ir['tie_rate']:.0e}, "
+        f"end to end {ir['parity_mean_abs']:.0e}",
     )
+    yield figures
 
 
 def score_table(rows: Mapping[str, Mapping[str, Any]]) -> Table:

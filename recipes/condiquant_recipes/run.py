@@ -22,13 +22,15 @@ from condiquant_plugin.layerwise.problem import LayerReport
 from condiquant_plugin.methods.condiquant.reconditioning import ReconditioningReport
 from condiquant_plugin.methods.gptq.rounding import RoundingReport
 from condiquant_recipes import settings
+from condiquant_recipes.expected_time import expected_time
 from condiquant_recipes.exporting import check_convertible, export, saying
+from condiquant_recipes.plausibility import range_warning
 from condiquant_recipes.precision import search
 from condiquant_recipes.precision.picture import draw_sensitivity
 from condiquant_recipes.precision.target import Target
 from condiquant_recipes.progress import Progress
 from condiquant_recipes.recipe import Recipe
-from condiquant_recipes.source import Source, load_source
+from condiquant_recipes.source import Source, code_digest, load_source, note_own_code
 from condiquant_recipes.workspace import SENSITIVITY, Workspace, save_parameters, write_metrics
 
 _PRECISION = "precision"
@@ -76,19 +78,34 @@ def run(
     progress = progress or Progress()
     torch.manual_seed(recipe.seed)
     names = list(sets or recipe.datasets.test)
+    note_own_code(recipe, progress)
     source = load_source(recipe, data, names)
+    warning = range_warning(source.network, recipe, source.held_out)
+    if warning is not None:
+        progress.note(warning)
     found: dict[str, Any] | None = None
     if target is not None:
         known = Workspace(out).finished(_PRECISION) if resume else None
         recipe, found = search.targeted(recipe, source, data, target, known, progress)
     workspace = Workspace.create(
-        out, recipe, source.network, data, resume=resume, overwrite=overwrite
+        out,
+        recipe,
+        source.network,
+        data,
+        resume=resume,
+        overwrite=overwrite,
+        also=code_digest(recipe),
     )
     if found is not None:
         workspace.finish(_PRECISION, found)
     if workspace.reused:
         with progress.status(f"keeping the stages that {out} has of this run (not: --overwrite)"):
             pass
+    elif target is None:
+        expected = expected_time(source.network, recipe, source.held_out)
+        iterations = recipe.condiquant.distillation.iterations
+        more = f", and what {', '.join(names)} take" if names else ""
+        progress.note(f"this is expected to take {expected.text(iterations)}{more}")
 
     quantized = _calibrated(workspace, source, recipe, progress)
     calibration = quantized.calibration
@@ -116,6 +133,7 @@ def run(
         "activation_bits": usual.activation,
         "other_bits": precision.others(bits),
         "reference": recipe.datasets.reference,
+        "warnings": [] if warning is None else [warning],
         "float": float_scores,
         "quantized": scores,
         "fidelity": _fidelity(quantized.model, source, recipe.scale),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from itertools import islice
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 import condiquant_basicsr as basicsr_host
 from condiquant_plugin.errors import InputError
 from condiquant_recipes.exporting import check_overflow
+from condiquant_recipes.progress import Progress
 from condiquant_recipes.recipe import Recipe
 
 
@@ -58,7 +60,7 @@ def load_source(recipe: Recipe, data: Path, sets: Sequence[str]) -> Source:
             remedy = f"use datasets.train.gt_size={right * recipe.scale}"
         raise InputError(
             f"datasets.calibration.crop={calibration.crop} is not a multiple of {multiple}, "
-            f"which {type(network).__name__} needs: {remedy}"
+            f"which {type(basicsr_host.bare(network)).__name__} needs: {remedy}"
         )
     key, factor = ("datasets.calibration.crop", 1)
     if training is not None:
@@ -98,7 +100,7 @@ def _test_set(recipe: Recipe, data: Path, name: str) -> Sequence[basicsr_host.Te
 
 
 def load_network(recipe: Recipe) -> nn.Module:
-    """The float network, frozen."""
+    """The float network, frozen, for images in 0 to 1."""
     network, _ = basicsr_host.load_network(
         recipe.network_g,
         recipe.path.pretrain_network_g,
@@ -107,6 +109,25 @@ def load_network(recipe: Recipe) -> nn.Module:
         recipe.scale,
         basicsr_host.input_channels(recipe.network_g),
     )
+    network = basicsr_host.in_range(network, recipe.img_range, recipe.mean)
     for parameter in network.parameters():
         parameter.requires_grad_(False)
     return network
+
+
+def note_own_code(recipe: Recipe, progress: Progress) -> None:
+    """Say so where the user's own code makes the network."""
+    if (file := own_code(recipe)) is not None:
+        progress.note(f"running the code of {file.resolve()}")
+
+
+def code_digest(recipe: Recipe) -> dict[str, str]:
+    """What a resumed run must share of the user's own code."""
+    file = own_code(recipe)
+    return {} if file is None else {"code": sha256(file.read_bytes()).hexdigest()}
+
+
+def own_code(recipe: Recipe) -> Path | None:
+    """The user's file whose code makes the network, if one does."""
+    kind = (recipe.network_g or {}).get("type")
+    return basicsr_host.code_file(str(kind)) if basicsr_host.is_own(kind) else None

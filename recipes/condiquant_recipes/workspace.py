@@ -20,7 +20,7 @@ from condiquant_plugin.errors import InputError
 from condiquant_plugin.files import replacing, write_atomic
 from condiquant_recipes.recipe import Recipe, load_recipe
 
-_RECIPE, _STAGES, _NETWORK = "recipe.yml", "stages", "quantized.safetensors"
+RECIPE, _STAGES, _NETWORK = "recipe.yml", "stages", "quantized.safetensors"
 METRICS, SENSITIVITY = "metrics.json", "sensitivity.svg"
 _RESULTS = (_NETWORK, "model.xml", "model.bin", METRICS, SENSITIVITY)
 
@@ -147,7 +147,7 @@ class Workspace:
 
     @property
     def recipe_path(self) -> Path:
-        return self.folder / _RECIPE
+        return self.folder / RECIPE
 
     @property
     def network_path(self) -> Path:

@@ -97,6 +97,13 @@ def test_pad_multiple_follows_windows(swinir, dat_section):
     assert pad_multiple(swinir, override=64) == 64
 
 
+@pytest.mark.parametrize(("scale", "multiple"), [(1, 4), (2, 2), (4, 1)])
+def test_pad_multiple_of_unshuffled_pixels_is_measured(scale, multiple):
+    section = {"type": "RRDBNet", "num_in_ch": 3, "num_out_ch": 3, "scale": scale}
+    network = build_network(section | {"num_feat": 8, "num_block": 1, "num_grow_ch": 4})
+    assert pad_multiple(network) == multiple
+
+
 def test_upscale_pads_by_mirroring_and_crops(swinir):
     image = torch.rand(1, 3, 16, 24)
     with torch.no_grad():

@@ -1,5 +1,8 @@
 import hashlib
 import zipfile
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
 
 import pytest
 import torch
@@ -69,6 +72,46 @@ def test_wheel_file_is_fetched_checked_and_cached(index, monkeypatch):
 )
 def test_unknown_source_is_one_line(index, source, part):
     assert part in message_of(resolve, source)
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    """Serves a folder over HTTP on this machine; the cache is empty."""
+    monkeypatch.setenv("CONDIQUANT_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "served").mkdir()
+    (tmp_path / "served" / "net.pth").write_bytes(b"weights")
+    handler = partial(QuietHandler, directory=str(tmp_path / "served"))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
+        Thread(target=running.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{running.server_port}/net.pth"
+        running.shutdown()
+
+
+class QuietHandler(SimpleHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
+
+
+def test_a_url_is_fetched_once_and_checked(server, tmp_path, capfd):
+    sha256 = hashlib.sha256(b"weights").hexdigest()
+    assert "does not match" in message_of(resolve, server, "0" * 64)
+    assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+    path = resolve(f"{server}?download=1", sha256.upper())
+    assert path.name == "net.pth"
+    assert path.read_bytes() == b"weights"
+    (tmp_path / "served" / "net.pth").unlink()
+    assert resolve(f"{server}?download=1", sha256) == path
+    assert resolve(f"{server}?download=1") == path
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_url_with_nothing_behind_it_names_the_way_out(server, tmp_path):
+    missing = server.replace("net.pth", "none.pth")
+    for url in (missing, "http://127.0.0.1:9/net.pth"):
+        message = message_of(resolve, url)
+        assert message.startswith(f"cannot download {url} (")
+        assert message.endswith("give the file by --set path.pretrain_network_g=FILE")
+    assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
 
 
 def test_path_is_checked_against_sha256(checkpoint):

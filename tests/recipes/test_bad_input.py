@@ -189,6 +189,12 @@ def test_recipe_that_is_no_yaml(capsys, monkeypatch, tmp_path):
     assert "YAML" in fails(capsys, monkeypatch, "run", path, "--data", tmp_path)
 
 
+def test_a_checkpoint_given_to_run_names_the_command_for_it(make_job, capsys, monkeypatch):
+    job = make_job("edsr")
+    message = fails(capsys, monkeypatch, "run", job.folder / "net.pth", "--data", job.data)
+    assert "net.pth is no YAML file: give a recipe, or a checkpoint to `condiquant quant" in message
+
+
 def test_override_without_a_value(failing_run):
     assert "key.sub=value" in failing_run(lambda job: None, "--set", "condiquant.scope")
 

@@ -18,10 +18,11 @@ from torch import Tensor, distributed, nn
 from condiquant_basicsr.checkpoints import entry_named
 from condiquant_basicsr.data.training_data import training_crops
 from condiquant_basicsr.models.quantized_base import QuantizedModel, load_state
-from condiquant_basicsr.networks import build_network, folded, pad_multiple
+from condiquant_basicsr.networks import build_network, folded
 from condiquant_basicsr.pipeline import QUANTIZER, prepare
 from condiquant_basicsr.preflight import LOSS, float_network
 from condiquant_basicsr.quantizer import ENTRY, NetworkQuantizer, TrainableNetwork, read_quantized
+from condiquant_basicsr.sizes import pad_multiple
 from condiquant_plugin.distillation import DistillationLoss, parameter_groups
 from condiquant_plugin.errors import InputError
 from condiquant_plugin.layerwise.distributed import failing_together

@@ -19,8 +19,9 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.utils.data import DataLoader, Subset
 
 from condiquant_basicsr.checkpoints import load_state_dict, read_checkpoint, save_checkpoint
-from condiquant_basicsr.networks import build_network, pad_multiple, upscale
+from condiquant_basicsr.networks import build_network, upscale
 from condiquant_basicsr.preflight import LOSS
+from condiquant_basicsr.sizes import pad_multiple
 from condiquant_basicsr.weights import resolve
 from condiquant_plugin.errors import InputError
 

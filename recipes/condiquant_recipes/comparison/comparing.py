@@ -35,7 +35,7 @@ from condiquant_recipes.comparison.scoring import (
 from condiquant_recipes.exporting import example_image, export, images_of_two_sizes, tile_size
 from condiquant_recipes.progress import Progress
 from condiquant_recipes.recipe import Recipe, with_export
-from condiquant_recipes.source import Source, load_source
+from condiquant_recipes.source import Source, code_digest, load_source, note_own_code
 from condiquant_recipes.workspace import Workspace, remove, write_metrics
 
 _FLOAT, _REPORT, _PAGE = "float", "compare.json", "compare.html"
@@ -84,6 +84,7 @@ def compare(
         raise InputError(
             "there is no test set: name one in datasets.test or with --sets, or add datasets.val"
         )
+    note_own_code(recipe, progress)
     source = load_source(recipe, data, names)
     folders = {method.id: out / "methods" / method.id for method in all_contenders(recipe)}
     versions = {
@@ -100,7 +101,11 @@ def compare(
         data,
         resume=resume,
         overwrite=overwrite,
-        also={"export": recipe.export.model_dump(), "versions": versions},
+        also={
+            "export": recipe.export.model_dump(),
+            "versions": versions,
+            **code_digest(recipe),
+        },
         stale=(*folders.values(), *old),
         report=out / _REPORT,
     )
@@ -315,5 +320,13 @@ def _subject(rows: Sequence[Row], recipe: Recipe) -> Row | None:
 
 
 def _layers(row: Row) -> list[Row]:
-    keys = ("name", "bits", "condition_before", "condition_after", "output_error")
+    keys = (
+        "name",
+        "bits",
+        "condition_before",
+        "condition_after",
+        "output_error",
+        "quantized_output_error_before",
+        "quantized_output_error_after",
+    )
     return [{key: layer[key] for key in keys} for layer in row["layers"]]

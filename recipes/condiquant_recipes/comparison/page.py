@@ -13,7 +13,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from condiquant_plugin.files import write_atomic
-from condiquant_recipes.comparison.plots import condition_plot, scatter
+from condiquant_recipes.comparison.plots import layer_errors, scatter
 
 TEMPLATE = "page.html.j2"
 MISSING = "–"
@@ -102,7 +102,7 @@ def write_page(report: Mapping[str, Any], folder: Path) -> Path:
         scores=scores,
         costs=COSTS,
         plots=_plots(measured, report),
-        condition=condition_plot(report["layers"]),
+        layer_errors=layer_errors(report["layers"]),
         crops=[_embedded(crop, folder) for crop in report["crops"]],
         choices=choices,
         left=left,

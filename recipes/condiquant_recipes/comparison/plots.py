@@ -1,86 +1,68 @@
-"""Geometry of the plots of a comparison: pixels for the page's template, which draws them as SVG."""
+"""The plots of a comparison, as SVG."""
 
 from __future__ import annotations
 
+import io
 import math
+from base64 import b64encode
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import product
 from statistics import median, quantiles
 from typing import Any
 
-from matplotlib.ticker import LogLocator, MaxNLocator
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
+from matplotlib.transforms import Bbox
 
-MARKER_RADIUS, RING_RADIUS = 6.0, 8.0
-LABEL_SIZE = (8.0, 12.0)
 # Accuracies further below the best than this (dB) may leave the axis if they are outliers as well.
 ACCURACY_SPAN = 4.0
-
-
-@dataclass(frozen=True)
-class Axis:
-    """One axis: values from ``low`` to ``high`` onto pixels from ``start`` to ``end``."""
-
-    low: float
-    high: float
-    start: float
-    end: float
-    log: bool = False
-
-    def __call__(self, value: float) -> float:
-        low, high = (math.log10(v) if self.log else v for v in (self.low, self.high))
-        position = ((math.log10(value) if self.log else value) - low) / (high - low)
-        return round(self.start + position * (self.end - self.start), 1)
-
-    @property
-    def ticks(self) -> list[tuple[float, str]]:
-        """Pixel and label of each tick."""
-        for values in self._tick_candidates():
-            inside = [float(v) for v in values if self.low <= v <= self.high]
-            if len(inside) >= 3:
-                break
-        return [(self(v), f"{v:,.10g}") for v in inside]
-
-    def _tick_candidates(self) -> Iterable[Sequence[float]]:
-        if self.log:
-            for subs in ([1], [1, 2, 5], [1, 2, 3, 4, 6, 8]):
-                yield LogLocator(subs=subs, numticks=99).tick_values(self.low, self.high)
-        yield MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]).tick_values(self.low, self.high)
-
-
-@dataclass(frozen=True)
-class Point:
-    """A method in a plot. ``below``: under the axis, drawn on its lower edge."""
-
-    number: int
-    label: str
-    group: str
-    x: float
-    y: float
-    value: str
-    front: bool
-    below: bool
-    label_x: float = 0.0
-    label_y: float = 0.0
-
-    @property
-    def tag(self) -> str:
-        """The text beside the marker."""
-        return f"{self.number}↓" if self.below else f"{self.number}"
+MOST_LABELS, _LABEL_LENGTH = 6, 34
+STYLES = {
+    "float": ("o", "#4a4f57"),
+    "nncf-int8": ("s", "#0072b2"),
+    "nncf-weights": ("^", "#a8508a"),
+    "nncf-low-bit": ("v", "#a87000"),
+    "2dquant": ("P", "#00815e"),
+    "condiquant": ("D", "#d1490b"),
+}
+"""Marker and colour of each group of methods, those of the page's table."""
+_ANGLES = (150, 120, 180, 90, 60, 30, 0, 330, 300, 270, 240, 210)
+"""Above and to the left of a front there is nothing."""
+_POINTS = 72
+"""In an inch."""
+_BEFORE, _AFTER = STYLES["nncf-int8"][1], STYLES["condiquant"][1]
+_SETTINGS: Any = {
+    "font.size": 9,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "compare",
+    "text.parse_math": False,  # labels are anybody's
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+}
 
 
 @dataclass(frozen=True)
 class Plot:
-    """A scatter plot with its Pareto front; ``absent``: numbers of methods without a value."""
+    """A scatter plot with its Pareto front.
+
+    ``below``: number and accuracy of methods under the axis, drawn on its lower edge; ``absent``: numbers
+    of those without a value.
+    """
 
     title: str
-    x_label: str
-    y_label: str
-    x: Axis
-    y: Axis
-    points: list[Point]
-    front: str
+    figure: Figure
+    below: list[tuple[int, float]]
     absent: list[int]
+
+    @property
+    def uri(self) -> str:
+        """SVG as a data URI."""
+        return _uri(self.figure)
 
 
 def scatter(
@@ -92,42 +74,86 @@ def scatter(
     x_label: str,
     y_label: str,
     log: bool = False,
-    size: tuple[float, float] = (600, 420),
 ) -> Plot | None:
     """Accuracy (upwards) against a cost (to the right); None where no row has both values.
+
+    Labels are the front's, at most :data:`MOST_LABELS` of them.
 
     Args:
         rows: rows of the report with their ``number``.
         value: cost and accuracy of a row.
         front: key of the rows' Pareto flag.
         log: logarithmic cost.
-        size: width and height in pixels.
     """
-    values = {row["number"]: value(row) for row in rows}
-    shown = [row for row in rows if None not in values[row["number"]]]
+    found: dict[int, tuple[float, float]] = {}
+    for row in rows:
+        cost, accuracy = value(row)
+        if cost is not None and accuracy is not None:
+            found[row["number"]] = cost, accuracy
+    shown = [row for row in rows if row["number"] in found]
     if not shown:
         return None
-    costs, accuracies = zip(*(values[row["number"]] for row in shown), strict=True)
-    floor = _accuracy_floor(accuracies)
-    x = _axis(costs, 64, size[0] - 16, log=log)
-    y = _axis([a for a in accuracies if a >= floor], size[1] - 52, 14)
-    points = [
-        Point(
-            row["number"],
-            row["label"],
-            row["group"],
-            x(cost),
-            y(accuracy) if accuracy >= floor else y.start,
-            f"{accuracy:.2f}",
-            bool(row.get(front)),
-            accuracy < floor,
+    floor = _accuracy_floor([accuracy for _, accuracy in found.values()])
+    drawn = {number: (cost, max(accuracy, floor)) for number, (cost, accuracy) in found.items()}
+    with mpl.rc_context(_SETTINGS):
+        figure = Figure((7, 4.8), layout="constrained")
+        axes = figure.subplots()
+        axes.set(xlabel=x_label, ylabel=y_label, xscale="log" if log else "linear")
+        axes.grid(alpha=0.25)
+        axes.margins(0.08)
+        if log:
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.xaxis.set_major_formatter(ScalarFormatter())
+            axes.xaxis.set_minor_formatter(NullFormatter())
+        for row in shown:
+            marker, colour = STYLES[row["group"]]
+            ringed = {"markeredgecolor": "black"} if row.get(front) else {"alpha": 0.7}
+            axes.plot(*drawn[row["number"]], marker, color=colour, markersize=7, **ringed)
+        steps = sorted(
+            (row for row in shown if row.get(front)), key=lambda row: drawn[row["number"]]
         )
-        for row, cost, accuracy in zip(shown, costs, accuracies, strict=True)
+        points = [drawn[row["number"]] for row in steps]
+        if points:
+            axes.step(*zip(*points, strict=True), "--", where="post", color="black", lw=1, zorder=1)
+        labelled = _spread(steps, MOST_LABELS)
+        texts = [f"{row['number']} {row['label']}" for row in labelled]
+        _label(axes, [drawn[row["number"]] for row in labelled], texts, list(drawn.values()))
+    below = [(number, accuracy) for number, (_, accuracy) in found.items() if accuracy < floor]
+    absent = [row["number"] for row in rows if row["number"] not in found]
+    return Plot(title, figure, below, absent)
+
+
+def layer_errors(layers: Iterable[Mapping[str, Any]]) -> str | None:
+    """Relative error of each layer's output, with the weights as trained and after; as a data URI.
+
+    Returns:
+        None where no layer has both errors.
+    """
+    keys = ("quantized_output_error_before", "quantized_output_error_after")
+    found = [
+        (place, *(layer[key] for key in keys))
+        for place, layer in enumerate(layers, 1)
+        if all(_positive(layer.get(key)) for key in keys)
     ]
-    steps = sorted((p for p in points if p.front), key=lambda p: (p.x, -p.y))
-    path = "".join(f"H{p.x} V{p.y} " if i else f"M{p.x} {p.y} " for i, p in enumerate(steps))
-    absent = [number for number, pair in values.items() if None in pair]
-    return Plot(title, x_label, y_label, x, y, _place_labels(points, x, y), path.strip(), absent)
+    if not found:
+        return None
+    places, before, after = zip(*found, strict=True)
+    with mpl.rc_context(_SETTINGS):
+        figure = Figure((12, 3.4), layout="constrained")
+        axes = figure.subplots()
+        axes.vlines(places, before, after, color="#c8ccd2", lw=1.5)
+        for values, marker, colour, name in (
+            (before, "o", _BEFORE, "weights as trained"),
+            (after, "D", _AFTER, "CondiQuant"),
+        ):
+            middle = median(values)
+            label = f"{name}, median {middle:.2%}"
+            axes.plot(places, values, marker, color=colour, markersize=4, label=label)
+            axes.axhline(middle, ls="--", lw=1, color=colour)
+        axes.set(xlabel="layer, in network order", ylabel="relative output error", yscale="log")
+        axes.grid(alpha=0.25)
+        axes.legend(frameon=False, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1))
+    return _uri(figure)
 
 
 def _accuracy_floor(accuracies: Sequence[float]) -> float:
@@ -139,67 +165,64 @@ def _accuracy_floor(accuracies: Sequence[float]) -> float:
     return min(a for a in accuracies if a >= fence)
 
 
-def _axis(values: Iterable[float], start: float, end: float, *, log: bool = False) -> Axis:
-    low, high = min(values), max(values)
-    if log:
-        margin = (high / low) ** 0.06 if high > low else 1.5
-        return Axis(low / margin, high * margin, start, end, log=True)
-    margin = 0.06 * (high - low) or 0.05 * abs(high) or 1.0
-    return Axis(low - margin, high + margin, start, end)
+def _spread(items: Sequence[Any], count: int) -> list[Any]:
+    """So many of them, the first and the last included."""
+    if len(items) <= count:
+        return list(items)
+    return [items[round(place * (len(items) - 1) / (count - 1))] for place in range(count)]
 
 
-def _place_labels(points: Sequence[Point], x: Axis, y: Axis) -> list[Point]:
-    """Put each number at the nearest free place around its marker, the front's first."""
-    taken = [(p.x, p.y, *[RING_RADIUS if p.front else MARKER_RADIUS] * 2) for p in points]
-    placed = {}
-    for point in sorted(points, key=lambda p: (not p.front, p.number)):
-        half = (LABEL_SIZE[0] * len(point.tag) / 2, LABEL_SIZE[1] / 2)
-        for radius, angle in product(range(13, 130, 3), range(0, 360, 30)):
-            box = (
-                round(point.x + radius * math.cos(math.radians(angle)), 1),
-                round(point.y - radius * math.sin(math.radians(angle)), 1),
-                *half,
+def _label(
+    axes: Axes,
+    points: Sequence[tuple[float, float]],
+    texts: Sequence[str],
+    markers: Sequence[tuple[float, float]],
+) -> None:
+    """Put each text at the nearest place around its point that is free of markers and other texts."""
+    figure = axes.figure
+    assert isinstance(figure, Figure)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    figure.set_layout_engine("none")  # or texts would move the axes that they are placed in
+    renderer = canvas.get_renderer()
+    inside = axes.get_window_extent(renderer)
+    taken = [Bbox.from_bounds(x - 5, y - 5, 10, 10) for x, y in axes.transData.transform(markers)]
+    for point, text in zip(points, texts, strict=True):
+        short = text if len(text) <= _LABEL_LENGTH else f"{text[: _LABEL_LENGTH - 1]}…"
+        note = axes.annotate(
+            short,
+            point,
+            xytext=(0, 0),
+            textcoords="offset points",
+            fontsize=8,
+            va="center",
+            ha="center",
+            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5},
+            arrowprops={"arrowstyle": "-", "lw": 0.5, "color": "#5c6470", "shrinkB": 5},
+        )
+        plain = Text.get_window_extent(note, renderer)
+        half = plain.width / 2
+        for radius, angle in product(range(14, 200, 6), _ANGLES):
+            radians = math.radians(angle)
+            along, up = math.cos(radians), math.sin(radians)
+            shift = (along * (radius + half), up * radius)
+            x, y = axes.transData.transform(point)
+            box = Bbox.from_bounds(
+                x + shift[0] - half, y + shift[1] - plain.height / 2, plain.width, plain.height
             )
-            inside = x.start < box[0] - half[0] and box[0] + half[0] < x.end
-            inside = inside and y.end < box[1] - half[1] and box[1] + half[1] < y.start
-            if inside and not any(_overlap(box, other) for other in taken):
+            contained = inside.contains(*box.p0) and inside.contains(*box.p1)
+            if contained and not any(box.overlaps(other) for other in taken):
                 break
+        note.set_position((shift[0] * _POINTS / figure.dpi, shift[1] * _POINTS / figure.dpi))
         taken.append(box)
-        placed[point.number] = replace(point, label_x=box[0], label_y=box[1])
-    return [placed[p.number] for p in points]
-
-
-def _overlap(one: tuple[float, ...], other: tuple[float, ...]) -> bool:
-    return abs(one[0] - other[0]) < one[2] + other[2] and abs(one[1] - other[1]) < one[3] + other[3]
-
-
-@dataclass(frozen=True)
-class ConditionPlot:
-    """Condition number of each layer before and after, in network order."""
-
-    x: Axis
-    y: Axis
-    layers: list[tuple[str, float, float, float]]
-    medians: tuple[float, float]
-
-
-def condition_plot(
-    layers: Iterable[Mapping[str, Any]], size: tuple[float, float] = (1200, 320)
-) -> ConditionPlot | None:
-    """Layers as name, x, y before, y after; None where no layer has condition numbers."""
-    found = [
-        (index, layer["name"], layer["condition_before"], layer["condition_after"])
-        for index, layer in enumerate(layers, 1)
-        if all(_positive(layer.get(f"condition_{when}")) for when in ("before", "after"))
-    ]
-    if not found:
-        return None
-    before, after = ([layer[column] for layer in found] for column in (2, 3))
-    y = _axis(before + after, size[1] - 44, 12, log=True)
-    x = Axis(0, max(index for index, *_ in found) + 1, 64, size[0] - 12)
-    marks = [(name, x(index), y(old), y(new)) for index, name, old, new in found]
-    return ConditionPlot(x, y, marks, (median(before), median(after)))
 
 
 def _positive(value: float | None) -> bool:
     return value is not None and 0 < value < math.inf
+
+
+def _uri(figure: Figure) -> str:
+    buffer = io.BytesIO()
+    with mpl.rc_context(_SETTINGS):
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    return "data:image/svg+xml;base64," + b64encode(buffer.getvalue()).decode()

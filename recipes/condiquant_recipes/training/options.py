@@ -17,8 +17,8 @@ from condiquant_recipes.recipe import (
     CondiQuantSection,
     Recipe,
     explain,
-    read_yaml,
 )
+from condiquant_recipes.sections import read_yaml
 
 MODEL_TYPE = "CondiQuantModel"
 _SMALLEST_CROP = 8

@@ -1,16 +1,19 @@
 """The page of a comparison: complete, self-contained, safe with any text."""
 
 import re
+from base64 import b64decode
 from copy import deepcopy
 from html.parser import HTMLParser
 from math import inf
+from xml.etree import ElementTree
 
 import pytest
 import torch
+from matplotlib.text import Text
 
 from condiquant_basicsr import write_image
-from condiquant_recipes.comparison.page import write_page
-from condiquant_recipes.comparison.plots import scatter
+from condiquant_recipes.comparison.page import GROUPS, write_page
+from condiquant_recipes.comparison.plots import MOST_LABELS, STYLES, layer_errors, scatter
 
 VOID = {"meta", "link", "img", "input", "br", "wbr"}
 
@@ -79,9 +82,10 @@ def report(tmp_path):
         "command": 'condiquant compare "x"', "rows": rows,
         "layers": [
             {"name": "a&b", "condition_before": 900.0, "condition_after": 40.0,
-             "output_error": 0.1, "bits": 4},
+             "output_error": 0.1, "bits": 4, "quantized_output_error_before": 0.2,
+             "quantized_output_error_after": 0.05},
             {"name": "c", "condition_before": None, "condition_after": inf,
-             "output_error": None, "bits": None},
+             "output_error": None, "bits": None, "quantized_output_error_before": None},
         ],
         "crops": [{
             "set": "Set5", "image": "cat", "x": 3, "y": 5, "width": 12, "height": 8,
@@ -96,12 +100,24 @@ def page_of(report, folder) -> tuple[str, Page]:
     return source, Page(source)
 
 
+def images(page, attribute):
+    return [e for e in page.all("img") if attribute in e]
+
+
+def svg_of(uri) -> str:
+    svg = b64decode(uri.removeprefix("data:image/svg+xml;base64,")).decode()
+    ElementTree.fromstring(svg)
+    return svg
+
+
 def test_one_self_contained_file(report, tmp_path):
     before = set(tmp_path.iterdir())
     source, page = page_of(report, tmp_path)
     assert set(tmp_path.iterdir()) - before == {tmp_path / "compare.html"}
     assert not re.search(r"https?://|url\(|@import", source)
-    assert [e["src"][:22] for e in page.all("img")] == ["data:image/png;base64,"] * 3
+    crops, plots = images(page, "data-id"), images(page, "class")[:3]
+    assert [e["src"][:22] for e in crops] == ["data:image/png;base64,"] * 3
+    assert [e["src"][:26] for e in plots] == ["data:image/svg+xml;base64,"] * 3
     assert all(e["href"].startswith(("#", "data:")) for e in page.elements if "href" in e)
     assert source == write_page(deepcopy(report), tmp_path).read_text()
 
@@ -155,9 +171,9 @@ def test_untrusted_text_is_escaped(report, tmp_path):
 
 def test_crops_show_the_chosen_pair(report, tmp_path):
     _, page = page_of(report, tmp_path)
-    shown = {e["data-id"]: (e.get("class") or "").strip() for e in page.all("img")}
+    shown = {e["data-id"]: (e.get("class") or "").strip() for e in images(page, "data-id")}
     assert shown == {"reference": "", "nncf": "left", "ours": "right"}
-    assert {e["data-id"]: e["data-psnr"] for e in page.all("img")} == {
+    assert {e["data-id"]: e["data-psnr"] for e in images(page, "data-id")} == {
         "reference": "", "nncf": "27.12 dB", "ours": "28.50 dB",
     }  # fmt: skip
     chosen = [e["value"] for e in page.all("option") if "selected" in e]
@@ -165,11 +181,16 @@ def test_crops_show_the_chosen_pair(report, tmp_path):
 
 
 def test_plots_mark_the_front_and_name_what_is_missing(report, tmp_path):
-    source, page = page_of(report, tmp_path)
-    assert len(page.all("circle", **{"class": "ring"})) == 3
+    _, page = page_of(report, tmp_path)
+    size, latency, layers = (svg_of(e["src"]) for e in page.all("img", **{"class": "drawn"}))
+    for label in ("1 float label", "4 ours label"):
+        assert label in size
+    assert "nncf label" not in size
+    assert "1 float label" not in latency
+    assert "weights as trained, median 20.00%" in layers
+    assert "CondiQuant, median 5.00%" in layers
     captions = [" ".join(e["text"].split()) for e in page.all("figcaption")]
     assert captions == ["PSNR against size.", "PSNR against latency. Without a value: 3."]
-    assert "900 before and 40 after" in source
 
 
 def test_fidelity_is_plotted_where_float_is_the_reference(report, tmp_path):
@@ -186,6 +207,7 @@ def test_nothing_but_failures(report, tmp_path):
     report["rows"], report["layers"], report["crops"] = report["rows"][1:2], [], []
     _, page = page_of(report, tmp_path)
     assert not page.all("figure")
+    assert not page.all("img")
     assert [e["data-id"] for e in page.all("tr") if "data-id" in e] == ["broken"]
 
 
@@ -198,18 +220,54 @@ def test_failure_leaves_the_page_as_it_was(report, tmp_path):
     assert (tmp_path / "compare.html").read_bytes() == before
 
 
-def test_labels_stay_apart_and_outliers_leave_the_axis():
+def test_every_group_has_a_style():
+    assert STYLES.keys() == GROUPS.keys()
+
+
+def test_labels_are_anybodys_text(report, tmp_path):
+    report["rows"][3]["label"] = "$x$ <b> & \\frac"
+    _, page = page_of(report, tmp_path)
+    svg = svg_of(page.all("img", **{"class": "drawn"})[0]["src"])
+    assert "4 $x$ &lt;b&gt; &amp; \\frac" in svg
+
+
+@pytest.mark.parametrize("log", [True, False])
+def test_labels_are_few_and_stay_apart_and_outliers_leave_the_axis(log):
     values = [8.0, 14.0, 31.0, *(32 + i / 100 for i in range(20))]
     rows = [
-        {"number": i, "label": "m", "group": "float", "front": i == 3} for i in range(len(values))
+        {"number": i, "label": "a method with a name", "group": "float", "front": i > 9}
+        for i in range(len(values))
     ]
     plot = scatter(
-        rows, lambda r: (1.0, values[r["number"]]), "front", title="", x_label="", y_label=""
+        rows,
+        lambda r: (1.0 + r["number"] / 50, values[r["number"]]),
+        "front",
+        title="",
+        x_label="",
+        y_label="",
+        log=log,
     )
-    assert [p.number for p in plot.points if p.below] == [0, 1]
-    assert all(p.y == plot.y.start for p in plot.points if p.below)
-    for i, one in enumerate(plot.points):
-        assert plot.x.start < one.label_x < plot.x.end
-        for other in plot.points[:i]:
-            apart = (abs(one.label_x - other.label_x), abs(one.label_y - other.label_y))
-            assert apart[0] >= 8 or apart[1] >= 12
+    assert plot.below == [(0, 8.0), (1, 14.0)]
+    (axes,) = plot.figure.axes
+    assert axes.get_ylim()[0] > 30
+    plot.figure.canvas.draw()
+    renderer = plot.figure.canvas.get_renderer()
+    inside = axes.get_window_extent(renderer)
+    boxes = [Text.get_window_extent(text, renderer) for text in axes.texts]
+    assert len(boxes) == MOST_LABELS
+    assert {text.get_text().split()[0] for text in axes.texts} >= {"10", "22"}
+    markers = [
+        line.get_window_extent(renderer) for line in axes.lines if len(line.get_xdata()) == 1
+    ]
+    assert len(markers) == len(rows)
+    for i, box in enumerate(boxes):
+        assert inside.x0 < box.x0
+        assert box.x1 < inside.x1
+        assert inside.y0 < box.y0
+        assert box.y1 < inside.y1
+        assert not any(box.overlaps(other) for other in boxes[:i] + markers)
+
+
+def test_layers_without_errors_have_no_plot(report):
+    assert layer_errors(report["layers"][1:]) is None
+    assert layer_errors(report["layers"]) == layer_errors(report["layers"])
