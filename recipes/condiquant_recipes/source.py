@@ -29,8 +29,13 @@ class Source:
     test_sets: Mapping[str, Sequence[basicsr_host.TestImage]]
 
 
-def load_source(recipe: Recipe, data: Path, sets: Sequence[str]) -> Source:
+def load_source(
+    recipe: Recipe, data: Path, sets: Sequence[str], progress: Progress | None = None
+) -> Source:
     """Load and check everything a run reads, before it computes anything.
+
+    Args:
+        progress: shows what is downloaded, and says whose code is run.
 
     Raises:
         InputError: whatever is missing or does not fit.
@@ -41,6 +46,12 @@ def load_source(recipe: Recipe, data: Path, sets: Sequence[str]) -> Source:
             f"{recipe.name} takes {channels}-channel images, but run and compare need RGB:"
             " use `condiquant train`, `test` and `export`"
         )
+    shown = progress or Progress()
+    if (file := own_code(recipe)) is not None:
+        shown.note(f"running the code of {file.resolve()}")
+    weights = recipe.path
+    with_bar = shown.console is not None and shown.console.is_terminal
+    basicsr_host.resolve(weights.pretrain_network_g, weights.sha256, progressbar=with_bar)
     network = load_network(recipe)
     calibration = recipe.datasets.calibration
     count = calibration.count + calibration.held_out
@@ -113,12 +124,6 @@ def load_network(recipe: Recipe) -> nn.Module:
     for parameter in network.parameters():
         parameter.requires_grad_(False)
     return network
-
-
-def note_own_code(recipe: Recipe, progress: Progress) -> None:
-    """Say so where the user's own code makes the network."""
-    if (file := own_code(recipe)) is not None:
-        progress.note(f"running the code of {file.resolve()}")
 
 
 def code_digest(recipe: Recipe) -> dict[str, str]:

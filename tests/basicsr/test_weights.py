@@ -97,12 +97,15 @@ def test_a_url_is_fetched_once_and_checked(server, tmp_path, capfd):
     assert "does not match" in message_of(resolve, server, "0" * 64)
     assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
     path = resolve(f"{server}?download=1", sha256.upper())
+    assert capfd.readouterr() == ("", "")
     assert path.name == "net.pth"
     assert path.read_bytes() == b"weights"
     (tmp_path / "served" / "net.pth").unlink()
     assert resolve(f"{server}?download=1", sha256) == path
     assert resolve(f"{server}?download=1") == path
-    assert capfd.readouterr() == ("", "")
+    (tmp_path / "served" / "net.pth").write_bytes(b"weights")
+    resolve(f"{server}?download=2", progressbar=True)
+    assert "100%" in capfd.readouterr().err
 
 
 def test_a_url_with_nothing_behind_it_names_the_way_out(server, tmp_path):

@@ -35,7 +35,7 @@ from condiquant_recipes.comparison.scoring import (
 from condiquant_recipes.exporting import example_image, export, images_of_two_sizes, tile_size
 from condiquant_recipes.progress import Progress
 from condiquant_recipes.recipe import Recipe, with_export
-from condiquant_recipes.source import Source, code_digest, load_source, note_own_code
+from condiquant_recipes.source import Source, code_digest, load_source
 from condiquant_recipes.workspace import Workspace, remove, write_metrics
 
 _FLOAT, _REPORT, _PAGE = "float", "compare.json", "compare.html"
@@ -84,8 +84,7 @@ def compare(
         raise InputError(
             "there is no test set: name one in datasets.test or with --sets, or add datasets.val"
         )
-    note_own_code(recipe, progress)
-    source = load_source(recipe, data, names)
+    source = load_source(recipe, data, names, progress)
     folders = {method.id: out / "methods" / method.id for method in all_contenders(recipe)}
     versions = {
         "openvino": ov.get_version(),
