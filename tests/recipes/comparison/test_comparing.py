@@ -71,6 +71,7 @@ def test_command_leaves_figures_irs_crops_and_a_page(job, condiquant, monkeypatc
     assert fidelities[0] > fidelities[1] > rows["nncf-minmax-w2a2"]["fidelity"]["Tiny"]
 
     assert [layer["bits"] for layer in report["layers"]] == [4, 4, 4]
+    assert all(0 < layer["quantized_output_error_after"] < 1 for layer in report["layers"])
     assert report["crops"]
     for crop in report["crops"]:
         assert set(crop["files"]) == {*rows, "reference"}
