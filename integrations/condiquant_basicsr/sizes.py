@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from spandrel import MAIN_REGISTRY
@@ -12,9 +13,11 @@ from torch import Tensor, nn
 
 from condiquant_basicsr.value_range import bare
 from condiquant_plugin.errors import InputError
+from condiquant_plugin.intake import check_output
 
 _IMAGES = {1: "a grey", 3: "an RGB"}
 _SMALLEST = 16  # several networks refuse smaller inputs
+_FACTORS = (1, 2, 4, 8, 16)
 _LARGEST_MULTIPLE = 128
 _LARGEST_TRIED = 320
 
@@ -23,7 +26,7 @@ def network_scale(network: nn.Module, channels: int = 3) -> int:
     """Upscaling factor, found by running the network once on a small black image.
 
     Raises:
-        InputError: the network does not turn (1, C, H, W) into (1, C, s*H, s*W).
+        InputError: the network does not turn (1, C, H, W) into (1, C, s*H, s*W), or gives several outputs.
     """
     smallest = _smallest(pad_multiple(network))
     size = smallest_size(network, smallest, channels)
@@ -33,7 +36,8 @@ def network_scale(network: nn.Module, channels: int = 3) -> int:
             f" (1, {channels}, {smallest}, {smallest}), nor larger ones:"
             f" {_failure(network, smallest, channels)}"
         )
-    shape = tuple(_output(network, (size, size), channels).shape)
+    output = check_output(bare(network), _output(network, (size, size), channels))
+    shape = tuple(output.shape)
     scale = shape[-1] // size
     if shape != (1, channels, scale * size, scale * size):
         raise InputError(
@@ -45,7 +49,7 @@ def network_scale(network: nn.Module, channels: int = 3) -> int:
 
 def smallest_size(network: nn.Module, size: int, channels: int = 3) -> int | None:
     """The first of ``size``, its double, ... 16 times it, that the network takes as height and width."""
-    sizes = (size * factor for factor in (1, 2, 4, 8, 16))
+    sizes = (size * factor for factor in _FACTORS)
     return next((each for each in sizes if _failure(network, each, channels) is None), None)
 
 
@@ -81,7 +85,7 @@ def pad_multiple(network: nn.Module, override: int | None = None) -> int:
         return override
     windows = [size for module in network.modules() for size in _window_sizes(module)]
     expected = math.lcm(*windows, _multiple_of_spandrel(network))
-    if _runs_at(network, expected, (1, 2, 4, 8, 16)):
+    if _runs_at(network, expected, _FACTORS) or _enlarges_nothing(network, expected):
         return expected
     others = range(expected, _LARGEST_MULTIPLE + 1, expected)
     return next((each for each in others if _runs_at(network, each, (1, 4))), expected)
@@ -95,13 +99,31 @@ def _runs_at(network: nn.Module, multiple: int, factors: tuple[int, ...]) -> boo
             if max(height, width) > max(_LARGEST_TRIED, 2 * multiple):
                 return False
             try:
-                shape = tuple(_output(network, (height, width), channels).shape)
+                output = _output(network, (height, width), channels)
             except Exception:
                 continue
-            scale = shape[-1] // width
-            if scale and shape[-2:] == (scale * height, scale * width):
+            if _is_enlarged(output, height, width):
                 return True
     return False
+
+
+def _enlarges_nothing(network: nn.Module, multiple: int) -> bool:
+    """Whether it runs on a square and gives no image of a whole scale: no multiple will change that."""
+    for side in (_smallest(multiple) * factor for factor in _FACTORS):
+        for channels in (3, 1):
+            try:
+                output = _output(network, (side, side), channels)
+            except Exception:
+                continue
+            return not _is_enlarged(output, side, side)
+    return False
+
+
+def _is_enlarged(output: Any, height: int, width: int) -> bool:
+    if not isinstance(output, Tensor) or output.ndim != 4:
+        return False
+    scale = output.shape[-1] // width
+    return scale > 0 and tuple(output.shape[-2:]) == (scale * height, scale * width)
 
 
 def _smallest(multiple: int) -> int:

@@ -164,6 +164,30 @@ def test_windows_that_are_not_enough_are_measured(swinir):
     assert not network.body.training
 
 
+def test_several_outputs_are_refused_by_name(net):
+    net.write_text(NET + "\n\nclass Two(EDSR):\n    def forward(self, x):\n        return x, x\n")
+    message = message_of(network_scale, build_network({"type": f"{net}:Two", "features": 2}))
+    assert "Two returns a tuple of 2 instead of one image: wrap it" in message
+
+
+@pytest.mark.parametrize(
+    "output", [lambda x: (x, x), lambda x: x.repeat_interleave(3, 2), lambda x: x[0]]
+)
+def test_what_enlarges_nothing_is_not_tried_at_all_sizes(output):
+    class Other(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight, self.calls = nn.Parameter(torch.ones(1)), 0
+
+        def forward(self, x):
+            self.calls += 1
+            return output(self.weight * x)
+
+    network = Other()
+    assert pad_multiple(network) == 1
+    assert network.calls < 20
+
+
 def test_measuring_changes_no_running_statistics():
     network = nn.Sequential(nn.Conv2d(3, 12, 3, padding=1), nn.BatchNorm2d(12), nn.PixelShuffle(2))
     assert pad_multiple(network.train()) == 1
