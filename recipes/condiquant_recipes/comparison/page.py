@@ -24,6 +24,7 @@ GROUPS = {
     "nncf-int8": "NNCF int8",
     "nncf-weights": "NNCF weight compression",
     "nncf-low-bit": "NNCF MinMax at low bits",
+    "neural-compressor": "Intel Neural Compressor",
     "2dquant": "2DQuant",
     "condiquant": "CondiQuant",
 }
