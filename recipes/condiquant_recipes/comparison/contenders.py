@@ -18,6 +18,7 @@ from condiquant_openvino.writing.passes.simplification import simplify
 from condiquant_plugin.errors import InputError
 from condiquant_plugin.layerwise.precision import FLOAT_BITS, LayerBits
 from condiquant_recipes import settings
+from condiquant_recipes.comparison import neural_compressor
 from condiquant_recipes.comparison import nncf as comparison_nncf
 from condiquant_recipes.comparison.job import Calibrated, Contender, Group, Job
 from condiquant_recipes.recipe import Recipe, ReconditionSection
@@ -56,6 +57,13 @@ def all_contenders(recipe: Recipe) -> list[Contender]:
             comparison_nncf.int8({"preset": QuantizationPreset.PERFORMANCE}, _simplified),
         ),
         *comparison_nncf.weight_contenders(),
+        Contender(
+            "neural-compressor-int8",
+            "Neural Compressor int8",
+            "neural-compressor",
+            _INT8,
+            neural_compressor.static_int8,
+        ),
         *_low_bit("nncf-minmax", "NNCF MinMax", "nncf-low-bit", widths, comparison_nncf.minmax),
         *_low_bit(
             "2dquant-dobi",

@@ -16,7 +16,15 @@ from condiquant_recipes.progress import Progress
 from condiquant_recipes.recipe import Recipe
 from condiquant_recipes.source import Source
 
-Group = Literal["float", "nncf-int8", "nncf-weights", "nncf-low-bit", "2dquant", "condiquant"]
+Group = Literal[
+    "float",
+    "nncf-int8",
+    "nncf-weights",
+    "nncf-low-bit",
+    "neural-compressor",
+    "2dquant",
+    "condiquant",
+]
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from condiquant_plugin.files import write_atomic
-from condiquant_recipes.comparison.plots import layer_errors, scatter
+from condiquant_recipes.comparison.plots import Plot, layer_errors, scatter
 
 TEMPLATE = "page.html.j2"
 MISSING = "–"
@@ -24,6 +24,7 @@ GROUPS = {
     "nncf-int8": "NNCF int8",
     "nncf-weights": "NNCF weight compression",
     "nncf-low-bit": "NNCF MinMax at low bits",
+    "neural-compressor": "Intel Neural Compressor",
     "2dquant": "2DQuant",
     "condiquant": "CondiQuant",
 }
@@ -76,7 +77,7 @@ def write_page(report: Mapping[str, Any], folder: Path) -> Path:
     Raises:
         OSError: a crop's file is missing or the folder is not writable; no page is left behind.
     """
-    rows = [row | {"number": number} for number, row in enumerate(report["rows"], 1)]
+    rows = _numbered(report)
     measured = [row for row in rows if not row.get("reason")]
     to_float = " to float" if report["reference"] == "float" else ""
     scores = {
@@ -101,7 +102,7 @@ def write_page(report: Mapping[str, Any], folder: Path) -> Path:
         bits=BITS,
         scores=scores,
         costs=COSTS,
-        plots=_plots(measured, report),
+        plots=fronts(report),
         layer_errors=layer_errors(report["layers"]),
         crops=[_embedded(crop, folder) for crop in report["crops"]],
         choices=choices,
@@ -120,8 +121,13 @@ def _number(row: Mapping[str, Any], key: str, dataset: str | None = None) -> flo
     return value if value is not None and isfinite(value) else None
 
 
-def _plots(rows: Sequence[Mapping[str, Any]], report: Mapping[str, Any]) -> list[Any]:
-    """Accuracy against size and against latency."""
+def _numbered(report: Mapping[str, Any]) -> list[dict[str, Any]]:
+    return [row | {"number": number} for number, row in enumerate(report["rows"], 1)]
+
+
+def fronts(report: Mapping[str, Any]) -> list[Plot]:
+    """Accuracy against size and against latency, of the methods of a comparison that have a result."""
+    rows = [row for row in _numbered(report) if not row.get("reason")]
     measure = "fidelity" if report["reference"] == "float" else "psnr"
 
     def accuracy(row: Mapping[str, Any]) -> float | None:

@@ -27,6 +27,7 @@ STYLES = {
     "nncf-int8": ("s", "#0072b2"),
     "nncf-weights": ("^", "#a8508a"),
     "nncf-low-bit": ("v", "#a87000"),
+    "neural-compressor": ("X", "#7a6ad8"),
     "2dquant": ("P", "#00815e"),
     "condiquant": ("D", "#d1490b"),
 }

@@ -133,7 +133,12 @@ def test_an_ir_that_cannot_be_measured_leaves_the_others_alone(tmp_path):
 
 @pytest.mark.parametrize(
     "method",
-    ["nncf-int8-mixed-full-bias", "nncf-int8-accuracy-control", "nncf-int8-our-graph"],
+    [
+        "nncf-int8-mixed-full-bias",
+        "nncf-int8-accuracy-control",
+        "nncf-int8-our-graph",
+        "neural-compressor-int8",
+    ],
 )
 def test_int8_on_a_convolutional_network(calibrate, method):
     job, calibrated = calibrate("compact", method)
