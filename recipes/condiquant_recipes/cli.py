@@ -17,7 +17,7 @@ except ImportError:
 
 from condiquant_plugin.errors import DistributedError, InputError, MissingExtraError
 from condiquant_plugin.files import check_writable
-from condiquant_recipes import cli_quantize, cli_training, hosts, inspection
+from condiquant_recipes import cli_quantize, cli_training, cli_upscale, hosts, inspection
 from condiquant_recipes.cli_options import (
     DataOption,
     DeviceOption,
@@ -190,6 +190,7 @@ def export(
 
 
 app.command()(cli_quantize.quantize)
+app.command()(cli_upscale.upscale)
 app.command()(cli_training.train)
 app.command("test")(cli_training.evaluate)
 
@@ -324,23 +325,6 @@ def compare(
     Console().print(comparison_table.table(report))
     print(*comparison_table.remarks(report), sep="\n")
     print(f"figures: {out / 'compare.json'}\npage:    {page}")
-
-
-@app.command()
-def upscale(
-    model: Annotated[Path, typer.Argument(help="model.xml, or the output folder of a run.")],
-    image: Annotated[Path, typer.Argument(help="Image to enlarge.")],
-    output: Annotated[Path, typer.Argument(help="PNG to write.")],
-    device: DeviceOption = "CPU",
-    tile: Annotated[int | None, typer.Option(help="Tile size of a dynamic IR.")] = None,
-    overlap: Annotated[int | None, typer.Option(help="Pixels that tiles share.")] = None,
-    quiet: QuietOption = False,
-) -> None:
-    """Enlarge an image with an IR, in overlapping tiles where needed."""
-    from condiquant_recipes.upscaling.picture import upscale_file
-
-    upscale_file(ir_path(model), image, output, device, tile, overlap, progress(quiet))
-    print(output)
 
 
 @app.command()

@@ -1,39 +1,53 @@
-"""Enlarging one picture with an IR."""
+"""The IR of a run, ready to enlarge pictures."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from condiquant_openvino.running.compile_cache import cache_properties
 from condiquant_openvino.running.reading import read_metadata
 from condiquant_openvino.running.upscaling import Upscaler
 from condiquant_plugin.errors import InputError
-from condiquant_plugin.pictures import read_picture, write_picture
-from condiquant_recipes.progress import Progress
 
 
-def upscale_file(
-    model: Path,
-    image: Path,
-    output: Path,
-    device: str,
-    tile: int | None,
-    overlap: int | None,
-    progress: Progress,
-) -> None:
-    """Enlarge an image file.
+@dataclass(frozen=True)
+class Hardware:
+    """What a network runs on, and how.
 
-    Raises:
-        InputError: no IR of a run, unreadable image, unknown device, unwritable output.
+    Attributes:
+        threads: of inference; None for as many as there are cores.
+        precision: of float operators: ``f32``, ``bf16`` or ``f16``.
+        tile, overlap: as for :class:`condiquant_openvino.Upscaler`.
+        cache: folder for what OpenVINO has compiled; None for the platform's.
     """
-    if output.suffix.lower() != ".png" or not output.parent.is_dir():
-        raise InputError(f"cannot write {output}: give a .png in an existing folder")
-    pixels = read_picture(image)
-    run_metadata(model)
-    upscaler = rgb_upscaler(model, device, tile, overlap)
-    with progress.bar("upscaling", 1) as advance:
-        result = upscaler(pixels, lambda done, total: advance("tiles", done, total))
-    write_picture(output, result)
+
+    device: str = "CPU"
+    threads: int | None = None
+    precision: str = "f32"
+    tile: int | None = None
+    overlap: int | None = None
+    cache: Path | None = None
+
+    def open(self, model: Path, *, many: bool) -> Upscaler:
+        """Compile the IR of a run, or take it from the cache.
+
+        Args:
+            many: whether there are more tiles than one, for which throughput counts, not latency.
+
+        Raises:
+            InputError: no IR of a run, one that takes no RGB, an unknown device, an impossible tile.
+        """
+        run_metadata(model)
+        properties: dict[str, Any] = {
+            "INFERENCE_PRECISION_HINT": self.precision,
+            "PERFORMANCE_HINT": "THROUGHPUT" if many else "LATENCY",
+            **cache_properties(model, self.cache),
+        }
+        if self.threads is not None:
+            properties["INFERENCE_NUM_THREADS"] = self.threads
+        return rgb_upscaler(model, self.device, self.tile, self.overlap, properties)
 
 
 def run_metadata(model: Path) -> dict[str, Any]:

@@ -1,0 +1,76 @@
+"""What ``condiquant upscale`` was asked for, checked before the network is compiled."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from condiquant_recipes.progress import Progress
+from condiquant_recipes.upscaling.model import Hardware, run_metadata
+from condiquant_recipes.upscaling.naming import Job, Kind, Names, folder_jobs, kind, picture_job
+from condiquant_recipes.upscaling.picture_file import Wanted, pixels
+from condiquant_recipes.upscaling.pictures import check_places, open_jobs, upscale_pictures
+
+_PICTURE_QUALITY = 95
+_ONE_TILE = 512**2
+"""Pixels of a picture that is enlarged as fast as one can, by all cores at once."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """A model, what to enlarge with it, and how.
+
+    Attributes:
+        scale: None for the network's.
+        ending: of pictures, with a dot; None for that of the input.
+        quality: 1 to 100; None for 95 of pictures, 70 of videos.
+    """
+
+    model: Path
+    source: Path
+    output: Path
+    scale: float | None
+    ending: str | None
+    quality: int | None
+    suffix: str
+    recursive: bool
+    overwrite: bool
+    bicubic_alpha: bool
+    hardware: Hardware
+
+    def run(self, progress: Progress) -> None:
+        """Enlarge, and say where the result is.
+
+        Raises:
+            InputError: a model, an input or an output that cannot be used.
+        """
+        what = kind(self.source)
+        if what is Kind.video:
+            self._video(progress)
+            return
+        names = Names(self.suffix, self.ending)
+        if what is Kind.folder:
+            jobs = folder_jobs(self.source, self.output, names, recursive=self.recursive)
+        else:
+            jobs = [picture_job(self.source, self.output, names)]
+        left = self._pictures(jobs, progress)
+        there = len(jobs) - len(left)
+        if what is Kind.picture:
+            print(f"{jobs[0].target}{there * ' is there: skipped; --overwrite replaces it'}")
+        else:
+            skipped = f", {there} were there: skipped; --overwrite replaces them" if there else ""
+            print(f"{self.output}: {len(left)} pictures{skipped}")
+
+    def _pictures(self, jobs: list[Job], progress: Progress) -> list[Job]:
+        scale = self.scale or float(run_metadata(self.model)["scale"])
+        left = open_jobs(jobs, overwrite=self.overwrite)
+        if left:
+            check_places(left, scale)
+            many = len(left) > 1 or pixels(left[0].source) > _ONE_TILE
+            upscaler = self.hardware.open(self.model, many=many)
+            wanted = Wanted(scale, self.quality or _PICTURE_QUALITY, self.bicubic_alpha)
+            upscale_pictures(upscaler, left, wanted, progress)
+        return left
+
+    def _video(self, progress: Progress) -> None:
+        raise NotImplementedError
