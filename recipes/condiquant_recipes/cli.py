@@ -365,14 +365,9 @@ def main() -> None:
 
 
 def _interrupted() -> int:
-    options = {
-        "run": "--resume",
-        "quantize": "--resume",
-        "compare": "--resume",
-        "train": "--auto_resume",
-    }
-    option = options.get("".join(sys.argv[1:2]))
-    return _fail("interrupted" + (f": add {option} to go on" if option else ""), 1)
+    remedies = dict.fromkeys(("run", "quantize", "compare"), ": add --resume to go on")
+    remedies |= {"train": ": add --auto_resume to go on", "upscale": ": run it again to go on"}
+    return _fail("interrupted" + remedies.get("".join(sys.argv[1:2]), ""), 1)
 
 
 def _fail(message: str, code: int) -> int:

@@ -12,26 +12,8 @@ from condiquant_plugin.errors import InputError
 from condiquant_recipes.upscaling.picture_file import READABLE, kind_of
 
 VIDEOS = frozenset(
-    f".{ending}"
-    for ending in [
-        "mp4",
-        "m4v",
-        "mov",
-        "mkv",
-        "webm",
-        "avi",
-        "ts",
-        "m2ts",
-        "mts",
-        "mpg",
-        "mpeg",
-        "wmv",
-        "flv",
-        "ogv",
-        "3gp",
-        "y4m",
-    ]
-)
+    (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".ts", ".m2ts", ".mts")
+) | frozenset((".mpg", ".mpeg", ".wmv", ".flv", ".ogv", ".3gp", ".y4m"))
 WRITABLE = (".png", ".jpg", ".webp", ".tiff")
 _SHOWN = 3
 _logger = logging.getLogger(__name__)
@@ -97,6 +79,7 @@ def picture_job(source: Path, output: Path, names: Names) -> Job:
     Raises:
         InputError: an output that cannot be written, or is the input.
     """
+    check_suffix(names.suffix, output)
     target = names.of(source, output) if output.is_dir() else output
     if kind_of(target) not in WRITABLE:
         raise InputError(f"cannot write {target}: end it in {_listed(WRITABLE)}")
@@ -106,6 +89,16 @@ def picture_job(source: Path, output: Path, names: Names) -> Job:
         raise InputError(f"cannot write {target}: give a place in an existing folder")
     _check_apart(source, target)
     return Job(source, target)
+
+
+def check_suffix(suffix: str, output: Path) -> None:
+    """Refuse a suffix for a file that has its name.
+
+    Raises:
+        InputError: if it is not needed.
+    """
+    if suffix and not output.is_dir():
+        raise InputError(f"{output} is a name: leave out --suffix {suffix}, or give a folder")
 
 
 def folder_jobs(source: Path, output: Path, names: Names, *, recursive: bool) -> list[Job]:

@@ -5,13 +5,22 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from condiquant_plugin.errors import InputError
 from condiquant_recipes.progress import Progress
 from condiquant_recipes.upscaling.model import Hardware, run_metadata
-from condiquant_recipes.upscaling.naming import Job, Kind, Names, folder_jobs, kind, picture_job
+from condiquant_recipes.upscaling.naming import (
+    Job,
+    Kind,
+    Names,
+    check_suffix,
+    folder_jobs,
+    kind,
+    picture_job,
+)
 from condiquant_recipes.upscaling.picture_file import Wanted, pixels
 from condiquant_recipes.upscaling.pictures import check_places, open_jobs, upscale_pictures
 
-_PICTURE_QUALITY = 95
+_PICTURE_QUALITY, _VIDEO_QUALITY = 95, 70
 _ONE_TILE = 512**2
 """Pixels of a picture that is enlarged as fast as one can, by all cores at once."""
 
@@ -45,6 +54,8 @@ class Request:
             InputError: a model, an input or an output that cannot be used.
         """
         what = kind(self.source)
+        if self.recursive and what is not Kind.folder:
+            raise InputError(f"{self.source} is {what.value}: leave out --recursive")
         if what is Kind.video:
             self._video(progress)
             return
@@ -73,4 +84,27 @@ class Request:
         return left
 
     def _video(self, progress: Progress) -> None:
-        raise NotImplementedError
+        from condiquant_recipes.upscaling import video
+        from condiquant_recipes.upscaling.video_file import VideoFile, constant_rate_factor
+
+        if self.ending is not None:
+            raise InputError(f"--format {self.ending[1:]} is for pictures: leave it out")
+        output = self.output
+        check_suffix(self.suffix, output)
+        if output.is_dir():
+            output = output / f"{self.source.stem}{self.suffix}{self.source.suffix}"
+        found = VideoFile(self.source)
+        video.check_output(found, output)
+        if output.exists() and not self.overwrite:
+            print(f"{output} is there: skipped; --overwrite replaces it")
+            return
+        scale = self.scale or float(run_metadata(self.model)["scale"])
+        size, crf = (
+            video.even_size(found, scale),
+            constant_rate_factor(self.quality or _VIDEO_QUALITY),
+        )
+        said = video.described(found, self.model, size, crf, self.hardware)
+        upscaler = self.hardware.open(self.model, many=True)
+        chunks = video.Chunks(output, said)
+        video.upscale_video(upscaler, found, output, size, crf, chunks, progress)
+        print(output)
