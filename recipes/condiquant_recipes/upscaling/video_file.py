@@ -82,8 +82,9 @@ class VideoFile:
             if not streams:
                 raise InputError(f"{path} has no video stream: give a video")
             stream = streams[0]
-            self._index, self.time_base = stream.index, stream.time_base
+            self._index = stream.index
             self.rate = stream.average_rate or stream.guessed_rate or Fraction(25)
+            self.time_base: Fraction = stream.time_base or 1 / self.rate
             seconds = float((container.duration or 0) / av.time_base)
             self.frames = stream.frames or round(seconds * self.rate)
             first = next(self._decoded(container), None)
