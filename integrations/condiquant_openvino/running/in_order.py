@@ -25,8 +25,7 @@ class OrderedQueue:
     """
 
     def __init__(self, network: ov.CompiledModel, streams: int) -> None:
-        self._queue = ov.AsyncInferQueue(network, streams + 1)
-        self._queue.set_callback(_keep)
+        self._network, self._streams = network, streams
 
     def run(
         self, inputs: Iterable[tuple[Item, NDArray[Any] | float]]
@@ -35,6 +34,10 @@ class OrderedQueue:
 
         An :class:`InputError` of ``inputs`` is raised when what came before it is finished.
         """
+        queue = ov.AsyncInferQueue(
+            self._network, self._streams + 1
+        )  # one that failed is of no more use
+        queue.set_callback(_keep)
         pending: deque[tuple[Item, Future[Any]]] = deque()
         failed: InputError | None = None
         inputs = iter(inputs)
@@ -51,25 +54,26 @@ class OrderedQueue:
                 if isinstance(array, float):
                     future.set_result(array)
                 else:
-                    self._queue.start_async([array], userdata=future)
+                    queue.start_async([array], userdata=future)
                 pending.append((item, future))
-                while pending and (pending[0][1].done() or len(pending) > 2 * len(self._queue)):
-                    yield self._next(pending)
+                while pending and (pending[0][1].done() or len(pending) > 2 * len(queue)):
+                    yield _next(queue, pending)
             while pending:
-                yield self._next(pending)
+                yield _next(queue, pending)
         finally:
-            self._queue.wait_all()
+            queue.wait_all()
         if failed is not None:
             raise failed
 
-    def _next(self, pending: deque[tuple[Item, Future[Any]]]) -> tuple[Item, Any]:
-        item, future = pending.popleft()
-        while True:
-            try:
-                return item, future.result(timeout=_PATIENCE)
-            except TimeoutError:
-                if self._queue.is_ready():
-                    self._queue.wait_all()  # raises what inference has failed with
+
+def _next(queue: ov.AsyncInferQueue, pending: deque[tuple[Item, Future[Any]]]) -> tuple[Item, Any]:
+    item, future = pending.popleft()
+    while True:
+        try:
+            return item, future.result(timeout=_PATIENCE)
+        except TimeoutError:
+            if queue.is_ready():
+                queue.wait_all()  # raises what inference has failed with
 
 
 def _keep(request: ov.InferRequest, future: Future[Any]) -> None:

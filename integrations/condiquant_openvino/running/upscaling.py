@@ -11,6 +11,7 @@ import numpy as np
 import openvino as ov
 from numpy.typing import NDArray
 
+from condiquant_openvino.running.channels import Part, join, split
 from condiquant_openvino.running.in_order import OrderedQueue
 from condiquant_openvino.running.instruction_sets import warn_of_overflow
 from condiquant_openvino.running.memory import largest_tile
@@ -158,8 +159,7 @@ class Upscaler:
     ) -> Iterator[tuple[AnyPicture, NDArray[np.float32]]]:
         """Upscale pictures one after the other; tiles of the next are begun while one is finished.
 
-        Grey goes through an RGB network as RGB, and an alpha channel as a picture of its own, where
-        it is not constant.
+        Grey goes through an RGB network as RGB, and an alpha channel as a picture of its own.
 
         Args:
             progress: called with the number of finished tiles of a picture, and of all its tiles.
@@ -171,31 +171,22 @@ class Upscaler:
         Raises:
             InputError: a size that the IR cannot take.
         """
-        for (plan, row, column, count), output in self._queue.run(self._patches(pictures)):
-            plan.outputs.append(self._leaving(output))
-            if len(plan.outputs) < count:
+        outputs: list[Part] = []
+        for (plan, row, column, tile, count), output in self._queue.run(self._patches(pictures)):
+            outputs.append(self._leaving(output))
+            if len(outputs) < count:
                 continue
-            tile = _joined(plan.outputs, plan.picture.channels)
-            plan.outputs.clear()
-            rows = plan.mosaic.add(row, column, tile)
+            rows = plan.mosaic.add(row, column, join(outputs, tile))
+            outputs.clear()
             if progress is not None:
                 across = len(plan.columns.starts)
                 progress(row * across + column + 1, len(plan.rows.starts) * across)
             if rows is not None:
                 yield plan.picture, rows
 
-    def scale(self, height: int, width: int) -> int:
-        """How many times larger pictures of a size become.
-
-        Raises:
-            InputError: a size that the IR cannot take.
-        """
-        padded = self._padded(height, width)
-        return self._scale_of_tile(self._tile_for(padded))
-
     def _patches(
         self, pictures: Iterable[AnyPicture]
-    ) -> Iterator[tuple[tuple[_Plan[AnyPicture], int, int, int], NDArray[Any] | float]]:
+    ) -> Iterator[tuple[_Tile[AnyPicture], NDArray[Any] | float]]:
         """What the network is to compute, in order; a number stands for a constant channel."""
         for picture in pictures:
             padded = self._padded(picture.height, picture.width)
@@ -207,22 +198,10 @@ class Upscaler:
             plan = _Plan(picture, rows, columns, self._scale_of_tile(tile))
             for row, strip in enumerate(strips(picture, rows, padded)):
                 for column, left in enumerate(columns.starts):
-                    parts = self._parts(strip[:, :, left : left + columns.tile])
+                    cut = strip[:, :, left : left + columns.tile]
+                    parts = split(cut, self.channels)
                     for part in parts:
-                        yield (plan, row, column, len(parts)), self._entering(part)
-
-    def _parts(self, tile: NDArray[np.float32]) -> list[NDArray[np.float32] | float]:
-        """Tiles of as many channels as the network takes."""
-        if len(tile) == self.channels:
-            return [tile]
-        colours, alpha = (tile[:-1], tile[-1:]) if len(tile) in (2, 4) else (tile, tile[:0])
-        parts: list[NDArray[np.float32] | float] = [
-            colours if len(colours) == self.channels else colours.repeat(self.channels, axis=0)
-        ]
-        if len(alpha):
-            constant = alpha.min() == alpha.max()
-            parts.append(float(alpha.flat[0]) if constant else alpha.repeat(self.channels, axis=0))
-        return parts
+                        yield (plan, row, column, cut, len(parts)), self._entering(part)
 
     @property
     def _overlap(self) -> int:
@@ -288,7 +267,7 @@ class Upscaler:
             "with --static, or give a --tile"
         )
 
-    def _entering(self, tile: NDArray[np.float32] | float) -> NDArray[Any] | float:
+    def _entering(self, tile: Part) -> NDArray[Any] | float:
         if isinstance(tile, float):
             return tile
         if not self.takes_u8:
@@ -296,7 +275,7 @@ class Upscaler:
         levels = np.rint(tile.clip(0, 1) * 255).astype(np.uint8)
         return np.ascontiguousarray(levels.transpose(1, 2, 0)[None])
 
-    def _leaving(self, output: NDArray[Any] | float) -> NDArray[np.float32] | float:
+    def _leaving(self, output: NDArray[Any] | float) -> Part:
         if isinstance(output, float) or not self.takes_u8:
             return output
         return (output.transpose(2, 0, 1) / np.float32(255)).astype(np.float32, copy=False)
@@ -309,7 +288,10 @@ class _Plan(Generic[AnyPicture]):
         self.picture, self.rows, self.columns = picture, rows, columns
         size = (picture.height, picture.width)
         self.mosaic = Mosaic(rows, columns, size, scale, picture.channels)
-        self.outputs: list[NDArray[np.float32] | float] = []
+
+
+_Tile = tuple[_Plan[AnyPicture], int, int, NDArray[np.float32], int]
+"""A plan, the row and column of a tile, its pixels, and of how many parts it is."""
 
 
 class _InMemory:
@@ -319,20 +301,6 @@ class _InMemory:
 
     def rows(self, top: int, bottom: int) -> NDArray[np.float32]:
         return self._pixels[:, top:bottom]
-
-
-def _joined(parts: list[NDArray[np.float32] | float], channels: int) -> NDArray[np.float32]:
-    """Colours, and alpha if there is one, of a tile."""
-    colours = parts[0]
-    assert not isinstance(colours, float)
-    wanted = channels - (len(parts) - 1)
-    found = [colours if len(colours) == wanted else colours.mean(axis=0, keepdims=True)]
-    for alpha in parts[1:]:
-        if isinstance(alpha, float):
-            found.append(np.full((1, *colours.shape[1:]), alpha, np.float32))
-        else:
-            found.append(alpha.mean(axis=0, keepdims=True))
-    return np.concatenate(found) if len(found) > 1 else found[0]
 
 
 def next_multiple(size: int, multiple: int) -> int:

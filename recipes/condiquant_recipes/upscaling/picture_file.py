@@ -277,6 +277,7 @@ def _with_metadata(image: pyvips.Image, source: pyvips.Image) -> pyvips.Image:
     for field in source.get_fields():
         if field.startswith(_KEPT) and not field.endswith("-Orientation"):
             image.set_type(source.get_typeof(field), field, source.get(field))
+    image.set_type(pyvips.GValue.gint_type, "orientation", 1)  # last, or EXIF says as before
     return image
 
 
