@@ -42,7 +42,7 @@ def check_room(folder: Path, needed: float) -> None:
     free = shutil.disk_usage(existing).free
     if needed > free:
         raise InputError(
-            f"no room in {folder}: {needed / 2**20:.0f} MiB are needed, {free / 2**20:.0f} MiB are "
+            f"no room in {folder}: {needed / 2**20:.1f} MiB are needed, {free / 2**20:.1f} MiB are "
             "free: free some or choose another"
         )
 
