@@ -79,6 +79,7 @@ class Upscaler:
             default 512, or what the free memory allows. A static IR has tiles of its own shape.
         overlap: pixels that neighbouring tiles share; by default 32, or a quarter of a small tile.
         properties: of OpenVINO, as for :func:`compile_ir`.
+        model: what :func:`condiquant_openvino.read_ir` made of ``path``, if it was read already.
 
     Attributes:
         channels: of the images that the IR takes.
@@ -95,8 +96,9 @@ class Upscaler:
         tile: int | None = None,
         overlap: int | None = None,
         properties: Mapping[str, Any] | None = None,
+        model: ov.Model | None = None,
     ) -> None:
-        self._path, self._model = path, read_ir(path)
+        self._path, self._model = path, model or read_ir(path)
         self._multiple = int(read_metadata(self._model).get("pad_multiple", 1))
         shape = self._model.input().get_partial_shape()
         self.takes_u8 = _takes_u8_nhwc(self._model)

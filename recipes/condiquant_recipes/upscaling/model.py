@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import openvino as ov
+
 from condiquant_openvino.running.compile_cache import cache_properties
-from condiquant_openvino.running.reading import read_metadata
+from condiquant_openvino.running.reading import read_ir, read_metadata
 from condiquant_openvino.running.upscaling import Upscaler
 from condiquant_plugin.errors import InputError
 
@@ -30,16 +32,16 @@ class Hardware:
     overlap: int | None = None
     cache: Path | None = None
 
-    def open(self, model: Path, *, many: bool) -> Upscaler:
+    def open(self, model: Path, ir: ov.Model, *, many: bool) -> Upscaler:
         """Compile the IR of a run, or take it from the cache.
 
         Args:
+            ir: what was read from ``model``.
             many: whether there are more tiles than one, for which throughput counts, not latency.
 
         Raises:
-            InputError: no IR of a run, one that takes no RGB, an unknown device, an impossible tile.
+            InputError: an IR that takes no RGB, an unknown device, an impossible tile.
         """
-        run_metadata(model)
         properties: dict[str, Any] = {
             "INFERENCE_PRECISION_HINT": self.precision,
             "PERFORMANCE_HINT": "THROUGHPUT" if many else "LATENCY",
@@ -47,12 +49,31 @@ class Hardware:
         }
         if self.threads is not None:
             properties["INFERENCE_NUM_THREADS"] = self.threads
-        return rgb_upscaler(model, self.device, self.tile, self.overlap, properties)
+        upscaler = Upscaler(model, self.device, self.tile, self.overlap, properties, ir)
+        return _taking_rgb(upscaler, model)
+
+
+def read_run(model: Path) -> tuple[ov.Model, float]:
+    """The IR of a run and how many times larger it makes pictures.
+
+    Raises:
+        InputError: no IR, or not of a run.
+    """
+    ir = read_ir(model)
+    return ir, float(_of_a_run(read_metadata(ir), model)["scale"])
 
 
 def run_metadata(model: Path) -> dict[str, Any]:
     """Metadata of an IR that a run has exported."""
-    metadata = read_metadata(model)
+    return _of_a_run(read_metadata(model), model)
+
+
+def rgb_upscaler(model: Path, *options: Any) -> Upscaler:
+    """An upscaler of an IR that takes RGB."""
+    return _taking_rgb(Upscaler(model, *options), model)
+
+
+def _of_a_run(metadata: dict[str, Any], model: Path) -> dict[str, Any]:
     if "scale" not in metadata:
         raise InputError(
             f"{model} was not exported by condiquant: its scale is unknown; give the IR of a run"
@@ -60,9 +81,7 @@ def run_metadata(model: Path) -> dict[str, Any]:
     return metadata
 
 
-def rgb_upscaler(model: Path, *options: Any) -> Upscaler:
-    """An upscaler of an IR that takes RGB."""
-    upscaler = Upscaler(model, *options)
+def _taking_rgb(upscaler: Upscaler, model: Path) -> Upscaler:
     if upscaler.channels != 3:
         raise InputError(
             f"{model} takes {upscaler.channels}-channel images, and image files are read as RGB:"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from condiquant_plugin.errors import InputError
 from condiquant_recipes.progress import Progress
-from condiquant_recipes.upscaling.model import Hardware, run_metadata
+from condiquant_recipes.upscaling.model import Hardware, read_run
 from condiquant_recipes.upscaling.naming import (
     Job,
     Kind,
@@ -73,12 +73,13 @@ class Request:
             print(f"{self.output}: {len(left)} pictures{skipped}")
 
     def _pictures(self, jobs: list[Job], progress: Progress) -> list[Job]:
-        scale = self.scale or float(run_metadata(self.model)["scale"])
+        ir, own_scale = read_run(self.model)
+        scale = self.scale or own_scale
         left = open_jobs(jobs, overwrite=self.overwrite)
         if left:
             check_places(left, scale)
             many = len(left) > 1 or pixels(left[0].source) > _ONE_TILE
-            upscaler = self.hardware.open(self.model, many=many)
+            upscaler = self.hardware.open(self.model, ir, many=many)
             wanted = Wanted(scale, self.quality or _PICTURE_QUALITY, self.bicubic_alpha)
             upscale_pictures(upscaler, left, wanted, progress)
         return left
@@ -98,13 +99,11 @@ class Request:
         if output.exists() and not self.overwrite:
             print(f"{output} is there: skipped; --overwrite replaces it")
             return
-        scale = self.scale or float(run_metadata(self.model)["scale"])
-        size, crf = (
-            video.even_size(found, scale),
-            constant_rate_factor(self.quality or _VIDEO_QUALITY),
-        )
+        ir, scale = read_run(self.model)
+        size = video.even_size(found, self.scale or scale)
+        crf = constant_rate_factor(self.quality or _VIDEO_QUALITY)
         said = video.described(found, self.model, size, crf, self.hardware)
-        upscaler = self.hardware.open(self.model, many=True)
+        upscaler = self.hardware.open(self.model, ir, many=True)
         chunks = video.Chunks(output, said)
         video.upscale_video(upscaler, found, output, size, crf, chunks, progress)
         print(output)

@@ -227,6 +227,7 @@ def test_a_picture_larger_than_memory_streams(tmp_path, upscale, photograph, mon
         write(enlargement)
 
     monkeypatch.setattr(picture_file.Enlargement, "write", watched)
+    monkeypatch.setattr(picture_file, "_SMALL", 1000)
     monkeypatch.setattr(picture_file, "free_memory", lambda: 1000)
     monkeypatch.setattr(picture_file, "_DECODED_AHEAD", 0)
     upscale(source, tmp_path / "large.png", *options)
