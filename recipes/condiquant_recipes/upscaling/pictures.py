@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,6 +24,7 @@ from condiquant_recipes.upscaling.picture_file import (
     kind_of,
 )
 
+_logger = logging.getLogger(__name__)
 _AHEAD = 4
 _LOSSY = (".jpg", ".webp", ".heic", ".heif", ".avif", ".gif")
 _LOSSLESS_FACTOR = 4
@@ -151,6 +153,8 @@ class _Line:
             except InputError as error:
                 self._fail(error)
             else:
+                if self._read.deep and self._upscaler.takes_u8:
+                    _logger.warning("%s: its 16 bits enter an IR of 8-bit images", self._read.path)
                 yield self._read
 
     def _add(self, picture: PictureFile, rows: NDArray[np.float32]) -> None:

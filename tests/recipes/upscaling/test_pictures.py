@@ -2,6 +2,8 @@ import numpy as np
 import pytest
 import pyvips
 
+from condiquant_openvino import read_ir, read_metadata, save, set_metadata, take_u8_nhwc
+
 
 def saved(image, path):
     image.write_to_file(str(path))
@@ -70,6 +72,17 @@ def test_16_bits_stay(tmp_path, upscale, network, deep, ending):
     assert (found.format, found.interpretation) == ("ushort", "rgb16")
     assert len(np.unique(found.numpy() % 257)) > 200
     np.testing.assert_array_equal(found.numpy(), network(deep.numpy()))
+
+
+def test_16_bits_into_an_ir_of_8_bits_are_said(tmp_path, condiquant, model, deep, caplog):
+    ir = read_ir(model / "model.xml")
+    u8 = take_u8_nhwc(ir)
+    set_metadata(u8, read_metadata(ir))
+    save(u8, tmp_path / "model.xml")
+    source = saved(deep, tmp_path / "deep.png")
+    condiquant("upscale", tmp_path, source, tmp_path / "large.png", "-q")
+    assert "deep.png: its 16 bits enter an IR of 8-bit images" in caplog.text
+    assert len(np.unique(loaded(tmp_path / "large.png").numpy())) <= 256
 
 
 def test_16_bits_become_8_where_the_format_has_no_more(tmp_path, upscale, network, deep):
