@@ -66,7 +66,7 @@ def test_hosts_do_not_need_each_other(server, modules, tmp_path, present):
     installed = closure([*PROJECT["dependencies"], *(r for host in present for r in EXTRAS[host])])
     hidden = [m for m, packages in modules.items() if packages <= brought - installed]
     assert set(HOSTS) - set(present) <= set(hidden)
-    application = closure(EXTRAS["recipes"]) | closure(["opencv-python"])
+    application = closure([*EXTRAS["recipes"], *EXTRAS["upscale"], "opencv-python"])
     late = [m for m in hidden if modules[m] <= application]
     task = {"present": present, "hidden": hidden, "late": late, "folder": str(tmp_path)}
     server.stdin.write(json.dumps(task) + "\n")

@@ -16,7 +16,14 @@ except ImportError:
 
 from condiquant_plugin.errors import DistributedError, InputError, MissingExtraError
 from condiquant_plugin.files import check_writable
-from condiquant_recipes import cli_quantize, cli_recipe, cli_training, hosts, inspection
+from condiquant_recipes import (
+    cli_quantize,
+    cli_recipe,
+    cli_training,
+    cli_upscale,
+    hosts,
+    inspection,
+)
 from condiquant_recipes.cli_options import (
     DataOption,
     DeviceOption,
@@ -191,6 +198,7 @@ def export(
 app.callback()(cli_recipe.about)
 app.command()(cli_recipe.recipe)
 app.command()(cli_quantize.quantize)
+app.command()(cli_upscale.upscale)
 app.command()(cli_training.train)
 app.command("test")(cli_training.evaluate)
 
@@ -326,23 +334,6 @@ def compare(
 
 
 @app.command()
-def upscale(
-    model: Annotated[Path, typer.Argument(help="model.xml, or the output folder of a run.")],
-    image: Annotated[Path, typer.Argument(help="Image to enlarge.")],
-    output: Annotated[Path, typer.Argument(help="PNG to write.")],
-    device: DeviceOption = "CPU",
-    tile: Annotated[int | None, typer.Option(help="Tile size of a dynamic IR.")] = None,
-    overlap: Annotated[int | None, typer.Option(help="Pixels that tiles share.")] = None,
-    quiet: QuietOption = False,
-) -> None:
-    """Enlarge an image with an IR, in overlapping tiles where needed."""
-    from condiquant_recipes.upscaling.picture import upscale_file
-
-    upscale_file(ir_path(model), image, output, device, tile, overlap, progress(quiet))
-    print(output)
-
-
-@app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Output folder.")] = Path("out/demo"),
     quiet: QuietOption = False,
@@ -380,14 +371,9 @@ def main() -> None:
 
 
 def _interrupted() -> int:
-    options = {
-        "run": "--resume",
-        "quantize": "--resume",
-        "compare": "--resume",
-        "train": "--auto_resume",
-    }
-    option = options.get("".join(sys.argv[1:2]))
-    return _fail("interrupted" + (f": add {option} to go on" if option else ""), 1)
+    remedies = dict.fromkeys(("run", "quantize", "compare"), ": add --resume to go on")
+    remedies |= {"train": ": add --auto_resume to go on", "upscale": ": run it again to go on"}
+    return _fail("interrupted" + remedies.get("".join(sys.argv[1:2]), ""), 1)
 
 
 def _fail(message: str, code: int) -> int:

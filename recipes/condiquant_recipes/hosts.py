@@ -11,8 +11,8 @@ from typing import Any
 
 from condiquant_plugin.errors import MissingExtraError
 
-_HOSTS_IMPORTED_HERE = ("nncf", "openvino")
-"""Without their integration, so that none names the extra; ``recipes`` brings all the rest."""
+_EXTRAS = {"nncf": "nncf", "openvino": "openvino", "pyvips": "upscale", "av": "upscale"}
+"""Of packages that no integration names; ``recipes`` brings all the rest."""
 
 
 def load(name: str) -> Any:
@@ -40,5 +40,5 @@ def naming_extras() -> Iterator[None]:
         package = (error.name or "").partition(".")[0]
         if isinstance(error, MissingExtraError) or package.startswith("condiquant_"):
             raise
-        extra = package if package in _HOSTS_IMPORTED_HERE else "recipes"
+        extra = _EXTRAS.get(package, "recipes")
         raise MissingExtraError("this command", package, extra) from error

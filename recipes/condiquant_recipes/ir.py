@@ -19,7 +19,7 @@ from condiquant_recipes.recipe import Recipe, with_export
 from condiquant_recipes.run import rebuild
 from condiquant_recipes.source import load_network
 from condiquant_recipes.training.experiment import is_experiment, trained_network
-from condiquant_recipes.upscaling.picture import rgb_upscaler, run_metadata
+from condiquant_recipes.upscaling.model import rgb_upscaler, run_metadata
 from condiquant_recipes.workspace import Workspace, load_parameters
 
 

@@ -60,6 +60,8 @@ def read_ir(path: str | os.PathLike[str]) -> ov.Model:
             not the one that :func:`save` wrote.
     """
     xml = Path(path)
+    if not xml.exists():
+        raise InputError(f"{xml} does not exist: give the .xml of an IR, or the folder of a run")
     if xml.suffix != ".xml":
         raise InputError(f"{xml} is not an OpenVINO IR: give the .xml file")
     weights = xml.with_suffix(".bin")
