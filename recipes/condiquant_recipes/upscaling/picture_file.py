@@ -32,6 +32,8 @@ _LARGE = 0.25
 """Share of the free memory beyond which an enlargement waits on the disk."""
 _SMALL = 2**24
 """Bytes that are always free."""
+_PNG = {"compression": 3, "filter": "sub"}
+"""Of a photograph two thirds of the bytes of libvips' own choice, in less time."""
 _BIG_TIFF = 2**31
 _COLOURS = {
     (1, np.uint8): "b-w",
@@ -145,7 +147,8 @@ class Enlargement:
             check_room(picture.target.parent, size)
             temporary = temporary_name(picture.target)
             self._raw = temporary.with_name(f"{temporary.name}.raw")
-            self._stream = self._raw.open("wb")
+            with _naming(picture.path, picture.target):
+                self._stream = self._raw.open("wb")
 
     def add(self, rows: NDArray[np.float32]) -> bool:
         """Take the next rows, ``(channels, any, width)``; true if they were the last."""
@@ -214,9 +217,7 @@ class Enlargement:
     def _save(self, image: pyvips.Image, path: Path) -> None:
         kind, quality = kind_of(self._picture.target), self._picture.wanted.quality
         if kind == ".png":
-            image.pngsave(
-                str(path), compression=3, filter="sub"
-            )  # smaller and faster than 6 without
+            image.pngsave(str(path), **_PNG)
         elif kind == ".jpg":
             image.jpegsave(str(path), Q=quality)
         elif kind == ".webp":

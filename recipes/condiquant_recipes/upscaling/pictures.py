@@ -158,17 +158,21 @@ class _Line:
                 yield self._read
 
     def _add(self, picture: PictureFile, rows: NDArray[np.float32]) -> None:
-        if picture not in self._open:
-            scale = rows.shape[2] // picture.width
-            try:
-                self._open[picture] = Enlargement(picture, scale)
-            except NoRoomError:
-                raise
-            except InputError as error:
-                self._open[picture] = None
-                self._fail(error)
-        enlargement = self._open[picture]
-        if enlargement is not None and enlargement.add(rows):
+        enlargement = self._open.get(picture)
+        try:
+            if picture not in self._open:
+                scale = rows.shape[2] // picture.width
+                enlargement = self._open[picture] = Enlargement(picture, scale)
+            finished = enlargement is not None and enlargement.add(rows)
+        except NoRoomError:
+            raise
+        except InputError as error:
+            if enlargement is not None:
+                enlargement.drop()
+            self._open[picture] = None
+            self._fail(error)
+            return
+        if enlargement is not None and finished:
             del self._open[picture]
             self._closing.append((enlargement, self._writer.submit(enlargement.write)))
             self._close_all_but(_AHEAD)

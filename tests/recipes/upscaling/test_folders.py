@@ -94,6 +94,23 @@ def test_one_that_breaks_off_while_it_streams(tmp_path, upscale, folder, monkeyp
     assert names(tmp_path / "out") == ["a.png", "b.jpg", "c.webp", "small.PNG"]
 
 
+def test_one_too_large_for_the_disk_does_not_stop_the_others(
+    tmp_path, upscale, folder, monkeypatch
+):
+    from condiquant_recipes.upscaling import picture_file
+
+    monkeypatch.setattr(picture_file, "_SMALL", 4 * 20 * 4 * 11 * 3)
+    monkeypatch.setattr(picture_file, "free_memory", lambda: 1)
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=60_000))
+    for name in ("b.jpg", "c.webp"):
+        (folder / name).unlink()
+    error = upscale(folder, tmp_path / "out", code=2)
+    assert "no room in" in error
+    assert "(1 failed, 1 written)" in error
+    assert names(tmp_path / "out") == ["small.PNG"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
