@@ -42,7 +42,11 @@ def test_every_page_is_there_and_linked(site):
 
 def flat(values, prefix=""):
     for key, value in values.items():
-        if isinstance(value, dict) and value and key not in ("network_g", "train", "val", "layers"):
+        if (
+            isinstance(value, dict)
+            and value
+            and key not in ("network_g", "train", "val", "layers", "budgets")
+        ):
             yield from flat(value, f"{prefix}{key}.")
         else:
             yield prefix + key

@@ -29,15 +29,30 @@ STANDARD: Budget = "standard"
 
 def filled(values: Any) -> Any:
     """A recipe's sections with the keys that its budget sets where they are not given."""
-    if not isinstance(values, Mapping) or values.get("budget", STANDARD) not in BUDGETS:
+    if not isinstance(values, Mapping):
         return values
-    return _merged(BUDGETS[values.get("budget", STANDARD)], values)
+    return _merged(_set_by(values.get("budget", STANDARD), values), values)
 
 
 def changed(values: Mapping[str, Any], budget: Any) -> dict[str, Any]:
     """A whole recipe's sections with those of another budget."""
-    merged: dict[str, Any] = _merged(values, BUDGETS.get(budget, {}))
+    merged: dict[str, Any] = _merged(values, _set_by(budget, values))
     return merged | {"budget": budget}
+
+
+def _set_by(budget: Any, values: Mapping[str, Any]) -> dict[str, Any]:
+    """What a budget sets, by the recipe's own word or else in general; nothing where there is none such."""
+    general: Mapping[Any, dict[str, Any]] = BUDGETS
+    sections = [
+        each.get(budget, {}) for each in (values.get("budgets"), general) if _holds(each, budget)
+    ]
+    return _merged(sections[-1], sections[0]) if sections else {}
+
+
+def _holds(budgets: Any, budget: Any) -> bool:
+    """Whether it has a section of this budget; what is none of both is found by the recipe's model."""
+    known = isinstance(budgets, Mapping) and isinstance(budget, str)
+    return known and isinstance(budgets.get(budget), Mapping)
 
 
 def _merged(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:

@@ -222,6 +222,8 @@ class Recipe(_Section):
     """How many times higher and wider the output is."""
     budget: Budget = STANDARD
     """How long a run may take: what :data:`.budgets.BUDGETS` sets goes for keys that are not given."""
+    budgets: dict[Budget, dict[str, Any]] = Field(default_factory=dict)
+    """What budgets set in this recipe instead, such as ``{standard: {condiquant: {...}}}``."""
     seed: int = 0
     """Of the crops and of the order of training."""
     network_g: dict[str, Any] | None = None
@@ -263,7 +265,9 @@ class Recipe(_Section):
 
     def digest(self) -> str:
         """sha256 of what the quantized network depends on: of ``export``, the device's grids only."""
-        values = self.model_dump(exclude={"export", "budget"}) | {"device": self.export.device}
+        values = self.model_dump(exclude={"export", "budget", "budgets"}) | {
+            "device": self.export.device
+        }
         if self.datasets.train is None:
             del values["datasets"]["train"], values["datasets"]["val"]
         # As recipes from before there was such a key.

@@ -66,3 +66,20 @@ def test_ready_recipes_leave_time_to_the_budget(path):
     for name in BUDGETS:
         expected = find_recipe(path, [f"budget={name}"])
         assert cost(expected) != cost(find_recipe(path, ["budget=standard"])) or name == "standard"
+
+
+def test_a_recipe_has_its_own_word_on_budgets(tmp_path):
+    own = ", budgets: {standard: {condiquant: {distillation: {iterations: 9}}}}"
+    found = recipe(tmp_path, own)
+    assert cost(found) == (*cost(recipe(tmp_path))[:2], 9)
+    assert cost(recipe(tmp_path, own, "condiquant.distillation.iterations=3"))[2] == 3
+    quick = cost(recipe(tmp_path, "", "budget=quick"))
+    assert cost(recipe(tmp_path, own, "budget=quick")) == quick
+    assert (
+        cost(with_overrides(with_overrides(found, ["budget=quick"]), ["budget=standard"]))[2] == 9
+    )
+    assert (
+        found.digest() == recipe(tmp_path, ", condiquant: {distillation: {iterations: 9}}").digest()
+    )
+    with pytest.raises(InputError, match="budgets"):
+        recipe(tmp_path, ", budgets: {slow: {}}")
