@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -47,7 +48,7 @@ class BinaryWeight(CompressedWeight):
         """Of each row."""
         return self.row_scales.shape[2]
 
-    def element_groups(self) -> list[tuple[Tensor | float, int]]:
+    def element_groups(self) -> Sequence[tuple[Tensor | float, int]]:
         """Mask and number of planes of each group."""
         large: list[Tensor | float] = [1.0]
         if self.large is not None:

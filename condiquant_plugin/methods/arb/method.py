@@ -290,7 +290,9 @@ def assembled(
 
     def signs(order: int) -> list[Tensor]:
         rows = [
-            sum(g.mask * g.planes[order].signs for g in block.groups if len(g.planes) > order)
+            torch.stack(
+                [g.mask * g.planes[order].signs for g in block.groups if len(g.planes) > order]
+            ).sum(0)
             for block in blocks
         ]
         return [part > 0 for part in stack.split(torch.cat(rows, -1).expand(shape))]

@@ -117,8 +117,8 @@ def arb_round(W: Tensor, group: Group) -> Group:
 def arb_second_order(W: Tensor, M: Tensor, rounds: int) -> Group:
     """``Q = alpha_1 B_1 + alpha_2 B_2 + mu``, from :func:`residual_binarized`.
 
-    A round: ``mu``, ``alpha_1``, ``alpha_2`` as in :func:`arb`, each with the others fixed; then ``B_1`` and
-    ``B_2`` for the nearest of the four values.
+    A round: ``mu``, ``alpha_1``, ``alpha_2`` as in :func:`arb`, each with the others fixed; then ``B_1``
+    and ``B_2`` for the nearest of the four values.
     """
     group = residual_binarized(W, M)
     for _ in range(rounds):
@@ -143,9 +143,9 @@ def arb_second_order_round(W: Tensor, group: Group) -> Group:
 def arb_rc(W: Tensor, M: Tensor, rounds: int) -> Group:
     """``Q_ij = alpha_i^r alpha_j^c B_ij``, no offset, ``B = sign W``.
 
-    Start: ``alpha^r`` the row means of ``|W|``, ``alpha^c`` the column means of ``|W| / alpha^r``. A round:
-    ``alpha^r = sum_j M alpha^c |W| / sum_j M (alpha^c)^2``, ``alpha^c`` likewise: the power iteration for the
-    rank-one approximation of ``|W|`` on the mask.
+    Start: ``alpha^r`` the row means of ``|W|``, ``alpha^c`` the column means of ``|W| / alpha^r``. A
+    round: ``alpha^r = sum_j M alpha^c |W| / sum_j M (alpha^c)^2``, ``alpha^c`` likewise: the power iteration
+    for the rank-one approximation of ``|W|`` on the mask.
     """
     M = M.expand_as(W)
     rows, columns = row_column_scales(W.abs() * M, M, rounds)
@@ -206,8 +206,8 @@ def normalized(plane: Plane) -> Plane:
 def arb_x(W: Tensor, G: Tensor, groups: Sequence[Group], rounds: int) -> list[Group]:
     """ARB-X: offsets and scales by the loss ``tr((W - Q) G (W - Q)^T)``, the signs as they are.
 
-    Every term ``t``, ``M`` for an offset and ``M B`` for a scale, gets ``c += t G (W - Q)^T / (t G t^T)`` in
-    turn: coordinate descent on a quadratic, row by row.
+    Every term ``t``, ``M`` for an offset and ``M B`` for a scale, gets ``c += t G (W - Q)^T / (t G t^T)``
+    in turn: coordinate descent on a quadratic, row by row.
 
     Args:
         G: ``(batch, columns, columns)``, positive definite.

@@ -35,7 +35,7 @@ class Block:
     gram: Tensor
     """``(batch, columns, columns)``, damped."""
     sensitivity: Tensor
-    """``1 / [U]_jj^2``, ``(batch, 1, columns)``: of column j's error when all later columns make up for it."""
+    """``1 / [U]_jj^2``, ``(batch, 1, columns)``: of column j's error when later ones make up for it."""
 
 
 def damped(gram: Tensor, damping: float) -> Tensor:

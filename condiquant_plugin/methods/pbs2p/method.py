@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -30,7 +31,7 @@ class PBS2P(BinarySettings):
     pattern: tuple[int, int] = (4, 8)
     """N kept of every M along a row."""
     patterns: Mapping[str, tuple[int, int]] = field(default_factory=dict)
-    """By layer, in the place of ``pattern``; see :func:`condiquant_plugin.methods.pbs2p.search.patterns_for`."""
+    """By layer, in the place of ``pattern``; see ``patterns_for`` in ``search``."""
     salient_share: float = 0.0
     """Of a block's columns, of two planes; 0 is one scale: -1, 0 and 1, which kernels know."""
     large_quantile: float = 0.0
@@ -62,7 +63,7 @@ class PBS2P(BinarySettings):
             by_pattern.setdefault(pattern, []).append(index)
         for pattern, indices in by_pattern.items():
             some = [problems[index] for index in indices]
-            solved = solve_in_stacks(some, lambda stack, p=pattern: self._solve(stack, p))
+            solved = solve_in_stacks(some, partial(self._solve, pattern=pattern))
             solutions.update(zip(indices, solved, strict=True))
         return [solutions[index] for index in range(len(problems))]
 

@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -32,7 +34,7 @@ def test_the_budget_is_met_exactly_whatever_is_clipped(importances, ratio, sprea
     assert kept == pytest.approx(ratio * sum(sizes), rel=1e-9)
     assert all(0 < r <= 1 + 1e-12 for r in found)
     order = sorted(range(len(found)), key=importances.__getitem__)
-    assert all(found[a] <= found[b] + 1e-9 for a, b in zip(order, order[1:], strict=False))
+    assert all(found[a] <= found[b] + 1e-9 for a, b in pairwise(order))
 
 
 @given(

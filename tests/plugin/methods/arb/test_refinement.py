@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -70,7 +72,7 @@ def test_row_and_column_scales_are_the_rank_one_approximation_of_sizes(seed):
 def test_no_round_of_row_and_column_scales_raises_the_error(seed):
     (W, _), M = matrices(seed), mask_of(seed)
     errors = [error(W, arb.arb_rc(W, M, n)) for n in range(5)]
-    assert all(b <= a * (1 + 1e-9) for a, b in zip(errors[1:], errors[2:], strict=False))
+    assert all(b <= a * (1 + 1e-9) for a, b in pairwise(errors[1:]))
     assert errors[1] <= errors[0] * (1 + 1e-9)
     assert error(W, arb.arb_rc_second_order(W, M, 3)) <= errors[3] * (1 + 1e-9)
 
@@ -101,7 +103,7 @@ def test_no_round_of_arb_x_raises_the_output_loss_and_it_ends_at_least_squares(s
 
     losses = [loss(arb.arb_x(W, G, start, n)) for n in range(4)]
     assert loss(start) == pytest.approx(losses[0])
-    assert all(b <= a * (1 + 1e-9) for a, b in zip(losses, losses[1:], strict=False))
+    assert all(b <= a * (1 + 1e-9) for a, b in pairwise(losses))
     terms, _ = arb.terms_of(start, W)
     root = torch.linalg.cholesky(G)
     best = 0.0

@@ -1,6 +1,7 @@
 import math
 import re
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -136,7 +137,7 @@ def test_the_coarse_search_keeps_its_average(importances, target, spread):
     assert all(abs(n - target) <= spread for n in kept)
     order = sorted(range(len(kept)), key=importances.__getitem__)
     if max(importances) < 2 * min(importances):
-        assert all(kept[a] <= kept[b] + 1 for a, b in zip(order, order[1:], strict=False))
+        assert all(kept[a] <= kept[b] + 1 for a, b in pairwise(order))
 
 
 @pytest.mark.parametrize(
