@@ -9,7 +9,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from condiquant_plugin.methods.compression.form import FRACTION_BITS, CompressedWeight, Layout
+from condiquant_plugin.methods.compression.form import (
+    FRACTION_BITS,
+    CompressedWeight,
+    Layout,
+    unpack_bits,
+)
 
 
 @dataclass(frozen=True)
@@ -22,7 +27,7 @@ class BinaryWeight(CompressedWeight):
     """
 
     signs: Tensor
-    """Whether positive, bool."""
+    """Whether positive; like all flags packed in bytes along the features, ``pack_bits``."""
     row_scales: Tensor
     """``(groups, rows, blocks, planes)``, float16."""
     column_scales: Tensor | None
@@ -30,17 +35,18 @@ class BinaryWeight(CompressedWeight):
     offsets: Tensor | None
     """``(groups, rows, blocks, element groups)``, float16."""
     salient: Tensor | None
-    """Whether a column is, bool, ``(groups, features)``."""
+    """Whether a column is, packed, ``(groups, features)``."""
     second_signs: Tensor | None
-    """Of salient columns, bool, ``(groups, rows, features)``."""
+    """Of salient columns, packed, ``(groups, rows, features)``."""
     large: Tensor | None
-    """Whether an element is, bool, ``(groups, rows, features)``."""
+    """Whether an element is, packed, ``(groups, rows, features)``."""
     kept: Tensor | None
-    """Whether an element is not zero, bool, ``(groups, rows, features)``."""
+    """Whether an element is not zero, packed, ``(groups, rows, features)``."""
     pattern: tuple[int, int] | None
     """N and M of ``kept``: N of every M elements of a row."""
     splits_salient: bool
     """Whether ``large`` splits salient columns too."""
+    features: int
     layout: Layout
 
     @property
@@ -48,23 +54,28 @@ class BinaryWeight(CompressedWeight):
         """Of each row."""
         return self.row_scales.shape[2]
 
+    def flags(self, packed: Tensor) -> Tensor:
+        """Bool, one for every feature."""
+        return unpack_bits(packed, self.features)
+
     def element_groups(self) -> Sequence[tuple[Tensor | float, int]]:
         """Mask and number of planes of each group."""
         large: list[Tensor | float] = [1.0]
         if self.large is not None:
-            large = [self.large.float(), (~self.large).float()]
+            is_large = self.flags(self.large)
+            large = [is_large.float(), (~is_large).float()]
         if self.salient is None:
             return [(mask, 1) for mask in large]
-        inside = self.salient[:, None].float()
+        inside = self.flags(self.salient)[:, None].float()
         salient = large if self.splits_salient else [1.0]
         return [((1 - inside) * m, 1) for m in large] + [(inside * m, 2) for m in salient]
 
     def matrices(self) -> Tensor:
         """See :class:`CompressedWeight`."""
-        per_block = self.signs.shape[-1] // self.blocks
-        signs = [self._plus_minus(self.signs)]
+        per_block = self.features // self.blocks
+        signs = [self.flags(self.signs).float() * 2 - 1]
         if self.second_signs is not None:
-            signs.append(self._plus_minus(self.second_signs))
+            signs.append(self.flags(self.second_signs).float() * 2 - 1)
         total = torch.zeros_like(signs[0])
         plane = 0
         for index, (mask, planes) in enumerate(self.element_groups()):
@@ -78,21 +89,17 @@ class BinaryWeight(CompressedWeight):
                 part += scale * signs[order]
                 plane += 1
             total += part * mask
-        return total if self.kept is None else total * self.kept
-
-    @staticmethod
-    def _plus_minus(positive: Tensor) -> Tensor:
-        return positive.float() * 2 - 1
+        return total if self.kept is None else total * self.flags(self.kept)
 
     def stored_bits(self) -> dict[str, float]:
         """Signs and bitmaps of elements that are kept, masks at their entropy, all scales."""
         n, m = self.pattern or (1, 1)
         share = n / m
-        groups, rows, features = self.signs.shape
+        (groups, rows), features = self.signs.shape[:2], self.features
         counts = {"signs": share * self.parameters}
         salient = 0
         if self.salient is not None:
-            salient = int(self.salient.sum())
+            salient = int(self.flags(self.salient).sum())
             counts["salient columns"] = groups * features
             counts["second signs"] = share * salient * rows
         if self.large is not None:
@@ -117,5 +124,5 @@ class BinaryWeight(CompressedWeight):
 
     def codes(self) -> Tensor:
         """-1, 0 and 1, int8, ``(groups, rows, features)``; where there :attr:`has_kernel`."""
-        signs = self.signs.to(torch.int8) * 2 - 1
-        return signs if self.kept is None else signs * self.kept.to(torch.int8)
+        signs = self.flags(self.signs).to(torch.int8) * 2 - 1
+        return signs if self.kept is None else signs * self.flags(self.kept).to(torch.int8)

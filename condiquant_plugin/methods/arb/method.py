@@ -21,7 +21,7 @@ from condiquant_plugin.methods.compression.feedback import (
     Compensation,
     compress_by_blocks,
 )
-from condiquant_plugin.methods.compression.form import FRACTION, CompressedWeight, Layout
+from condiquant_plugin.methods.compression.form import FRACTION, CompressedWeight, Layout, pack_bits
 from condiquant_plugin.methods.compression.stacks import Stack, solve_in_stacks
 
 Refinement = Literal["rounding", "billm", "arb", "arb_x", "arb_rc"]
@@ -286,7 +286,7 @@ def assembled(
         if parts[0] is None:
             return [None] * len(stack.problems)
         whole = torch.cat(parts, -1)
-        return [part > 0 for part in stack.split(whole)]
+        return [pack_bits(part > 0) for part in stack.split(whole)]
 
     def signs(order: int) -> list[Tensor]:
         rows = [
@@ -295,7 +295,7 @@ def assembled(
             ).sum(0)
             for block in blocks
         ]
-        return [part > 0 for part in stack.split(torch.cat(rows, -1).expand(shape))]
+        return [pack_bits(part > 0) for part in stack.split(torch.cat(rows, -1).expand(shape))]
 
     def of_planes(name: str) -> Tensor:
         return torch.stack(
@@ -331,6 +331,7 @@ def assembled(
             kept[i],
             pattern,
             splits_salient,
+            shape[-1],
             Layout.of(problem),
         )
         for i, problem in enumerate(stack.problems)

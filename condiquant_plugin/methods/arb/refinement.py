@@ -144,8 +144,8 @@ def arb_rc(W: Tensor, M: Tensor, rounds: int) -> Group:
     """``Q_ij = alpha_i^r alpha_j^c B_ij``, no offset, ``B = sign W``.
 
     Start: ``alpha^r`` the row means of ``|W|``, ``alpha^c`` the column means of ``|W| / alpha^r``. A
-    round: ``alpha^r = sum_j M alpha^c |W| / sum_j M (alpha^c)^2``, ``alpha^c`` likewise: the power iteration
-    for the rank-one approximation of ``|W|`` on the mask.
+    round: ``alpha^r = sum_j M alpha^c |W| / sum_j M (alpha^c)^2``, ``alpha^c`` likewise: the power
+    iteration for the rank-one approximation of ``|W|`` on the mask.
     """
     M = M.expand_as(W)
     rows, columns = row_column_scales(W.abs() * M, M, rounds)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from condiquant_plugin.layerwise.moments import LayerGeometry, weight_from_matrix
@@ -15,6 +16,20 @@ from condiquant_plugin.layerwise.problem import LayerProblem, WeightForm
 FRACTION = torch.float16
 """What scales, offsets and factors are kept in."""
 FRACTION_BITS = 16
+
+
+_BITS = (1, 2, 4, 8, 16, 32, 64, 128)
+
+
+def pack_bits(flags: Tensor) -> Tensor:
+    """Bool ``(..., n)`` as bytes ``(..., ceil(n / 8))``, the first in the lowest bit."""
+    padded = F.pad(flags.to(torch.uint8), (0, -flags.shape[-1] % 8)).unflatten(-1, (-1, 8))
+    return (padded * padded.new_tensor(_BITS)).sum(-1, dtype=torch.uint8)
+
+
+def unpack_bits(packed: Tensor, count: int) -> Tensor:
+    """Inverse of :func:`pack_bits`; ``count`` is ``n``."""
+    return (packed[..., None] & packed.new_tensor(_BITS)).ne(0).flatten(-2)[..., :count]
 
 
 @dataclass(frozen=True)

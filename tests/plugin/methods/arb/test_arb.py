@@ -42,7 +42,7 @@ def test_the_stored_parts_are_the_weight_and_every_bit_is_counted(method, kind):
     element_groups = {"none": 1, "group": 3, "column_group": 4}[method.bitmaps]
     planes = {"none": 1, "group": 4, "column_group": 6}[method.bitmaps]
     if method.bitmaps != "none":
-        salient = int(form.salient.sum())
+        salient = int(form.flags(form.salient).sum())
         assert 0 < salient < groups * features
         split = groups * features - (salient if method.bitmaps == "group" else 0)
         bits += groups * features + salient * rows + split * rows

@@ -99,12 +99,12 @@ def test_salient_columns_and_two_scales_lower_the_error_and_take_bits():
     rich = PBS2P(8, salient_share=0.125, large_quantile=0.8).solve(asked)
     assert sum(s.report.output_error for s in rich) < sum(s.report.output_error for s in one)
     form = rich[0].form
-    columns, rows = int(form.salient.sum()), 12
+    columns, rows = int(form.flags(form.salient).sum()), 12
     assert columns == 32 // 8
     bits = 0.5 * 32 * rows + 32 + 0.5 * columns * rows + 0.5 * (32 - columns) * rows
     bits += 32 * rows * math.log2(70) / 8 + 16 * 4 * 4 * rows
     assert rich[0].report.bits_per_weight == pytest.approx(bits / (32 * rows))
-    assert torch.equal(rich[0].weight != 0, form.kept[0])
+    assert torch.equal(rich[0].weight != 0, form.flags(form.kept)[0])
 
 
 def test_a_zero_is_a_third_level_so_pruned_beats_unpruned():
