@@ -1,0 +1,140 @@
+"""Weights of few bits in an ``ov.Model``, as its CPU kernels take them.
+
+| form | in the model | in memory |
+|---|---|---|
+| -1, 0, 1 between scales | u2 codes 0, 1, 2, zero point 1, float16 scales | 2 bits |
+| low rank | two products, float16 factors | 16 bits a number of the factors |
+| any other | float16 values | **unfolded**: 16 or 32 bits a weight |
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import openvino as ov
+import openvino.opset13 as ops
+import torch
+from numpy.typing import NDArray
+
+from condiquant_plugin.errors import InputError
+from condiquant_plugin.methods.arb.form import BinaryWeight
+from condiquant_plugin.methods.compression.form import CompressedWeight, LowRank, Plain, Sum
+
+_ZERO_POINT = 1
+KERNELS = {
+    "u2": "u2",
+    "low_rank": "low rank",
+    "unfolded": "float16, unfolded: no kernel has this form",
+}
+"""What :func:`write_compressed` says of a layer, and what that means."""
+
+
+def storage_of(form: CompressedWeight) -> str:
+    """What becomes of a form: parts of :data:`KERNELS`, joined by ``+``."""
+    if isinstance(form, Sum):
+        return f"{storage_of(form.base)}+{storage_of(form.residual)}"
+    if isinstance(form, LowRank):
+        return "low_rank"
+    if isinstance(form, Plain):
+        return "float"
+    return "u2" if isinstance(form, BinaryWeight) and form.has_kernel else "unfolded"
+
+
+def write_compressed(model: Any, forms: Mapping[str, CompressedWeight]) -> dict[str, str]:
+    """Put forms into the matrix products of a model, in place.
+
+    Args:
+        model: an ``ov.Model``, as converted from the torch model whose layers ``forms`` names.
+        forms: by layer; :func:`condiquant_plugin.compression.compressed_weights`.
+
+    Returns:
+        How each layer is stored, see :func:`storage_of`.
+
+    Raises:
+        InputError: a layer that the model does not have.
+    """
+    products = dict(_products(model))
+    for name in forms:
+        if name not in products:
+            raise InputError(f"the IR has no matrix product of {name}: convert the same model")
+    stored = {}
+    for name, form in forms.items():
+        replace_weight(products[name], form)
+        stored[name] = storage_of(form)
+    model.validate_nodes_and_infer_types()
+    return stored
+
+
+def _products(model: Any) -> Iterator[tuple[str, Any]]:
+    """Matrix products with a constant weight ``(rows, features)``, by the module that they come from."""
+    for node in model.get_ordered_ops():
+        if node.get_type_name() != "MatMul" or not node.get_attributes()["transpose_b"]:
+            continue
+        source = node.input_value(1).get_node()
+        while source.get_type_name() == "Convert":
+            source = source.input_value(0).get_node()
+        if source.get_type_name() != "Constant" or len(source.get_output_shape(0)) != 2:
+            continue
+        found = re.match(r"__module\.(.+?)/", node.get_friendly_name())
+        if found:
+            yield found.group(1), node
+
+
+def replace_weight(product: Any, form: CompressedWeight) -> None:
+    """Of a matrix product the weight, and what its input passes."""
+    if isinstance(form, Plain):
+        return
+    x, name = product.input_value(0), product.get_friendly_name()
+    new = _apply(x, form)
+    product.output(0).replace(new.output(0))
+    product.set_friendly_name(f"{name}/float")
+    new.set_friendly_name(name)
+
+
+def _apply(x: Any, form: CompressedWeight) -> Any:
+    if isinstance(form, Sum):
+        return ops.add(_apply(x, form.base), _apply(x, form.residual))
+    if isinstance(form, LowRank):
+        inner = ops.matmul(x, _half(form.right[0]), False, True)
+        return ops.matmul(inner, _half(form.left[0]), False, True)
+    if isinstance(form, BinaryWeight) and form.has_kernel:
+        if form.column_scales is not None:
+            scales = form.column_scales[0].float().numpy()  # (1, features)
+            x = ops.multiply(x, ops.constant(scales)).output(0)
+        return ops.matmul(x, _codes(form), False, True)
+    return ops.matmul(x, _half(form.matrices()[0].half()), False, True)
+
+
+def _half(values: torch.Tensor) -> Any:
+    return ops.convert(ops.constant(values.contiguous().numpy()), ov.Type.f32)
+
+
+def _codes(form: BinaryWeight) -> Any:
+    """-1, 0, 1 as u2, with scales of rows and groups, as the plugin keeps them packed."""
+    codes = (form.codes()[0] + _ZERO_POINT).to(torch.uint8).numpy()
+    rows, features = codes.shape
+    scales = form.row_scales[0, ..., 0].numpy()  # (rows, blocks), float16
+    blocks = scales.shape[1]
+    shape = [rows, features] if blocks == 1 else [rows, blocks, features // blocks]
+    per_scale = scales if blocks == 1 else scales[..., None]
+    constant = _packed(codes.reshape(shape))
+    zero = np.full(per_scale.shape, _ZERO_POINT, np.uint8)
+    shifted = ops.subtract(
+        ops.convert(constant, ov.Type.f16), ops.convert(ops.constant(zero), ov.Type.f16)
+    )
+    weight = ops.multiply(shifted, ops.constant(per_scale))
+    if blocks > 1:
+        weight = ops.reshape(weight, ops.constant(np.array([rows, features], np.int64)), False)
+    return ops.convert(weight, ov.Type.f32)
+
+
+def _packed(codes: NDArray[np.uint8]) -> Any:
+    """Four to a byte, the first in the lowest bits."""
+    tensor = ov.Tensor(ov.Type.u2, ov.Shape(codes.shape))
+    fours = np.pad(codes.reshape(-1), (0, -codes.size % 4)).reshape(-1, 4)
+    packed = fours[:, 0] | fours[:, 1] << 2 | fours[:, 2] << 4 | fours[:, 3] << 6
+    tensor.data.reshape(-1).view(np.uint8)[: packed.size] = packed
+    return ov.op.Constant(tensor)
