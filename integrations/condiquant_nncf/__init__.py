@@ -45,6 +45,13 @@ def write_compressed(model: Any, forms: Mapping[str, CompressedWeight]) -> dict[
     return openvino_weights.write_compressed(model, forms)
 
 
+def product_errors(forms: Mapping[str, CompressedWeight]) -> dict[str, float]:
+    """See :func:`condiquant_nncf.backends.openvino_weights.product_errors`."""
+    from condiquant_nncf.backends import openvino_weights
+
+    return openvino_weights.product_errors(forms)
+
+
 forward(
     __name__,
     {
@@ -79,6 +86,7 @@ __all__ = [
     "feature_blocks",
     "find_layers",
     "insert_quantizers",
+    "product_errors",
     "quantize",
     "quantize_network",
     "study_precision",

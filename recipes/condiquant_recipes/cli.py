@@ -17,7 +17,7 @@ except ImportError:
 
 from condiquant_plugin.errors import DistributedError, InputError, MissingExtraError
 from condiquant_plugin.files import check_writable
-from condiquant_recipes import cli_quantize, cli_training, hosts, inspection
+from condiquant_recipes import cli_compress, cli_quantize, cli_training, hosts, inspection
 from condiquant_recipes.cli_options import (
     DataOption,
     DeviceOption,
@@ -190,6 +190,7 @@ def export(
 
 
 app.command()(cli_quantize.quantize)
+app.command()(cli_compress.compress)
 app.command()(cli_training.train)
 app.command("test")(cli_training.evaluate)
 

@@ -24,16 +24,12 @@ from condiquant_plugin.methods.arb.form import BinaryWeight
 from condiquant_plugin.methods.compression.form import CompressedWeight, LowRank, Plain, Sum
 
 _ZERO_POINT = 1
-KERNELS = {
-    "u2": "u2",
-    "low_rank": "low rank",
-    "unfolded": "float16, unfolded: no kernel has this form",
-}
-"""What :func:`write_compressed` says of a layer, and what that means."""
+_TINY = 1e-30
+_EXACT = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0}
 
 
 def storage_of(form: CompressedWeight) -> str:
-    """What becomes of a form: parts of :data:`KERNELS`, joined by ``+``."""
+    """``"u2"``, ``"low_rank"``, ``"float"``, ``"unfolded"``, or two of them with a ``+``."""
     if isinstance(form, Sum):
         return f"{storage_of(form.base)}+{storage_of(form.residual)}"
     if isinstance(form, LowRank):
@@ -66,6 +62,26 @@ def write_compressed(model: Any, forms: Mapping[str, CompressedWeight]) -> dict[
         stored[name] = storage_of(form)
     model.validate_nodes_and_infer_types()
     return stored
+
+
+def product_errors(forms: Mapping[str, CompressedWeight]) -> dict[str, float]:
+    """What the products of :func:`write_compressed` compute, each compiled for itself, against torch.
+
+    Returns:
+        By layer, the largest difference for random inputs, relative to the largest output.
+    """
+    generator = torch.Generator().manual_seed(0)
+    errors = {}
+    for name, form in forms.items():
+        x = torch.randn(8, form.layout.shape[1], generator=generator)
+        parameter = ops.parameter([-1, x.shape[1]], ov.Type.f32)
+        if isinstance(form, Plain):
+            continue
+        model = ov.Model([_apply(parameter.output(0), form)], [parameter])
+        expected = (x @ form.dense().float().mT).numpy()
+        found = ov.compile_model(model, "CPU", _EXACT)(x.numpy())[0]
+        errors[name] = float(np.abs(found - expected).max() / max(np.abs(expected).max(), _TINY))
+    return errors
 
 
 def _products(model: Any) -> Iterator[tuple[str, Any]]:
