@@ -45,6 +45,13 @@ def write_compressed(model: Any, forms: Mapping[str, CompressedWeight]) -> dict[
     return openvino_weights.write_compressed(model, forms)
 
 
+def packed_products(model: Any) -> int:
+    """See :func:`condiquant_nncf.backends.openvino_weights.packed_products`."""
+    from condiquant_nncf.backends import openvino_weights
+
+    return openvino_weights.packed_products(model)
+
+
 def product_errors(forms: Mapping[str, CompressedWeight]) -> dict[str, float]:
     """See :func:`condiquant_nncf.backends.openvino_weights.product_errors`."""
     from condiquant_nncf.backends import openvino_weights
@@ -86,6 +93,7 @@ __all__ = [
     "feature_blocks",
     "find_layers",
     "insert_quantizers",
+    "packed_products",
     "product_errors",
     "quantize",
     "quantize_network",

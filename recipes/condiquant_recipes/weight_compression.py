@@ -134,6 +134,11 @@ def notes(result: dict[str, Any]) -> list[str]:
             "it is compiled: no kernel has bitmaps or offsets (arb_rc and pbs2p without bitmaps stay "
             "packed)"
         )
+    codes = sum("u2" in kind for kind in stored.values())
+    if (packed := result.get("ir", {}).get("packed_products", 0)) < codes:
+        said.append(
+            f"of {codes} layers of u2 this CPU plugin keeps {packed} packed, and unfolds the rest"
+        )
     bits = result["bits_per_weight"]
     if bits > 4:
         said.append(f"{bits:.2f} bits a weight, all counted: plain int4 is smaller and more exact")
@@ -155,6 +160,7 @@ def _write_ir(language_model: LanguageModel, folder: Path, ids: torch.Tensor) ->
         folder / IR,
         lambda model: stored.update(condiquant_nncf.write_compressed(model, forms)),
     )
+    packed = condiquant_nncf.packed_products(folder / IR / "openvino_model.xml")
     errors = condiquant_nncf.product_errors(forms)
     worst = max(errors, key=errors.__getitem__)
     with torch.no_grad():
@@ -169,6 +175,7 @@ def _write_ir(language_model: LanguageModel, folder: Path, ids: torch.Tensor) ->
     return {
         "ir": {
             "storage": stored,
+            "packed_products": packed,
             "bin_bytes": (folder / IR / "openvino_model.bin").stat().st_size,
             "logits_error": change,
             "worst_layer": {"name": worst, "error": errors[worst]},

@@ -11,7 +11,9 @@ from torch import nn
 
 import condiquant_nncf as host
 from condiquant_plugin import InputError
-from condiquant_plugin.compression import compressed_weights
+from condiquant_plugin.compression import CompressionConfig, compressed_weights
+from condiquant_plugin.layerwise.moments import LayerGeometry, moments_of
+from condiquant_plugin.layerwise.problem import LayerProblem
 from condiquant_plugin.methods.arb.form import BinaryWeight
 from language_networks import Logits, llama, tokens
 
@@ -181,6 +183,27 @@ def test_forms_of_a_torch_model_go_into_its_ir_layer_by_layer():
     assert checked == 21
     expected = logits(model).numpy()
     assert np.abs(infer(ir) - expected).max() < 5e-3 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("mode", ["arb_rc", "pbs2p"])
+@pytest.mark.parametrize("dims", [[-1, 64], [-1, -1, 64]], ids=["matrices", "batches"])
+def test_kernels_keep_the_codes_packed(mode, dims):
+    method = CompressionConfig(mode, group_size=16).method()
+    layer = LayerProblem(
+        "", torch.randn(64, 64), None, moments_of(torch.randn(99, 64), LayerGeometry())
+    )
+    (solution,) = method.solve([layer])
+    x = ov.opset13.parameter(dims, ov.Type.f32)
+    product = ov.opset13.matmul(x, ov.opset13.constant(layer.weight.numpy()), False, True)
+    product.set_friendly_name("__module.layer/MatMul")
+    model = ov.Model([product], [x])
+    assert host.packed_products(model) == 0
+    host.write_compressed(model, {"layer": solution.form})
+    assert host.packed_products(model) == 1
+    values = torch.randn(1, 5, 64) if len(dims) == 3 else torch.randn(5, 64)
+    found = ov.compile_model(model, "CPU", F32)(values.numpy())[0]
+    expected = (values @ solution.weight.mT).numpy()
+    assert np.abs(found - expected).max() < 2e-3 * np.abs(expected).max()
 
 
 def test_codes_are_packed_four_to_a_byte(tmp_path):

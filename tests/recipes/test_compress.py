@@ -76,6 +76,7 @@ def test_the_result_loads_in_transformers_and_openvino_and_computes_the_same(job
     assert len(report["layers"]) == 14
     assert report["ir"]["logits_error"] < 2e-3
     assert report["ir"]["worst_layer"]["error"] < 2e-3
+    assert report["ir"]["packed_products"] == 14
 
     from transformers import AutoModelForCausalLM
 

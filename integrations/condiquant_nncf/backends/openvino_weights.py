@@ -64,6 +64,18 @@ def write_compressed(model: Any, forms: Mapping[str, CompressedWeight]) -> dict[
     return stored
 
 
+def packed_products(model: Any) -> int:
+    """How many matrix products of a model keep u2 weights when the CPU plugin compiles it.
+
+    Args:
+        model: an ``ov.Model``, or the path of one.
+    """
+    compiled = ov.Core().compile_model(model, "CPU", _EXACT)
+    nodes = [dict(n.get_rt_info()) for n in compiled.get_runtime_model().get_ordered_ops()]
+    kinds = [(str(n["layerType"].value), str(n["runtimePrecision"].value)) for n in nodes]
+    return kinds.count(("FullyConnected", "u2"))
+
+
 def product_errors(forms: Mapping[str, CompressedWeight]) -> dict[str, float]:
     """What the products of :func:`write_compressed` compute, each compiled for itself, against torch.
 
@@ -118,10 +130,18 @@ def _apply(x: Any, form: CompressedWeight) -> Any:
         return ops.matmul(inner, _half(form.left[0]), False, True)
     if isinstance(form, BinaryWeight) and form.has_kernel:
         if form.column_scales is not None:
-            scales = form.column_scales[0].float().numpy()  # (1, features)
-            x = ops.multiply(x, ops.constant(scales)).output(0)
+            x = _scaled(x, form.column_scales[0].float().numpy())
         return ops.matmul(x, _codes(form), False, True)
     return ops.matmul(x, _half(form.matrices()[0].half()), False, True)
+
+
+def _scaled(x: Any, scales: NDArray[np.float32]) -> Any:
+    """``x`` times ``(1, features)``."""
+    rank = x.get_partial_shape().rank
+    if rank.is_static and rank.get_length() > 2:
+        return ops.multiply(x, ops.constant(scales)).output(0)
+    # OpenVINO multiplies the weight of a product of two matrices instead, which unfolds it.
+    return ops.add(x, ops.multiply(x, ops.constant(scales - 1))).output(0)
 
 
 def _half(values: torch.Tensor) -> Any:
