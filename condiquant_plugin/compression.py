@@ -61,7 +61,7 @@ class CompressionConfig:
     """Of a low-rank matrix for what is left. Not ``"adasvd"``."""
     compensation: Compensation = "exact"
     """Of the error of a block of columns by later ones. Not ``"adasvd"``."""
-    inputs: Inputs = "compressed"
+    inputs: Inputs = "original"
     """Whose values layers are solved on; see :data:`condiquant_plugin.layerwise.blocks.Inputs`."""
 
     def __post_init__(self) -> None:

@@ -27,10 +27,10 @@ import smollm2
 LENGTH, CALIBRATION, SCORED = 512, 16, 12
 ROWS = {
     "float": None,
-    "arb_rc": CompressionConfig("arb_rc"),
-    "pbs2p 4:8, one scale": CompressionConfig("pbs2p"),
     "adasvd 0.8": CompressionConfig("adasvd", 0.8),
+    "pbs2p 4:8, one scale": CompressionConfig("pbs2p"),
     "arb_rc, bitmaps": CompressionConfig("arb_rc", bitmaps=True),
+    "arb_rc": CompressionConfig("arb_rc"),
     "pbs2p 4:8, bitmaps": CompressionConfig("pbs2p", bitmaps=True),
     "billm, its compensation": CompressionConfig("billm", bitmaps=True, compensation="billm"),
     "rounding": CompressionConfig("rounding", compensation="none"),
@@ -42,8 +42,9 @@ ROWS = {
     "pbs2p 4:8, one scale, all alike": CompressionConfig("pbs2p", adaptive=False),
     "arb_rc, rank 32": CompressionConfig("arb_rc", residual_rank=32),
     "billm, bitmaps": CompressionConfig("billm", bitmaps=True),
-    "arb_rc, float inputs": CompressionConfig("arb_rc", inputs="original"),
-    "adasvd 0.8, float inputs": CompressionConfig("adasvd", 0.8, inputs="original"),
+    "arb_rc, compressed inputs": CompressionConfig("arb_rc", inputs="compressed"),
+    "pbs2p 4:8, one scale, compressed inputs": CompressionConfig("pbs2p", inputs="compressed"),
+    "adasvd 0.8, compressed inputs": CompressionConfig("adasvd", 0.8, inputs="compressed"),
 }
 
 

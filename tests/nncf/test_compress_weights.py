@@ -80,9 +80,10 @@ def test_every_mode_compresses_the_blocks_of_a_torch_model(mode):
 
 def test_modes_have_an_order_of_their_output_errors():
     exact = logits(llama())
+    common = {"dataset": dataset(8), "group_size": 16, "inputs": "compressed"}
 
     def error(**arguments):
-        model = host.compress_weights(llama(), dataset=dataset(8), group_size=16, **arguments)
+        model = host.compress_weights(llama(), **common, **arguments)
         return float((logits(model) - exact).square().mean())
 
     rounding = error(mode="rounding")
