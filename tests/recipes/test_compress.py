@@ -46,18 +46,10 @@ def job(tmp_path_factory):
 def run(job, capsys, monkeypatch):
     monkeypatch.chdir(job)
 
-    def call(*arguments):
-        command = [
-            "compress",
-            "model",
-            "--text",
-            "text.txt",
-            "--length",
-            "32",
-            "--group-size",
-            "16",
-        ]
-        monkeypatch.setattr(sys, "argv", ["condiquant", *command, *map(str, arguments), "-q"])
+    def call(*arguments, model="model", text="text.txt"):
+        command = ["compress", model, "--text", text, "--length", 32, "--group-size", 16]
+        argv = ["condiquant", *map(str, [*command, *arguments]), "-q"]
+        monkeypatch.setattr(sys, "argv", argv)
         with pytest.raises(SystemExit) as exit_info:
             cli.main()
         captured = capsys.readouterr()
