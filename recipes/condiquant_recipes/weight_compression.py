@@ -141,7 +141,7 @@ def notes(result: dict[str, Any]) -> list[str]:
         )
     bits = result["bits_per_weight"]
     if bits > 4:
-        said.append(f"{bits:.2f} bits a weight, all counted: plain int4 is smaller and more exact")
+        said.append(f"{bits:.2f} bits a weight, all counted: compare it with plain int4")
     return said
 
 
