@@ -25,6 +25,8 @@ HOSTS = {"nncf": "NNCF", "openvino": "OpenVINO", "brevitas": "Brevitas", "basics
 NEEDED_TOO = {
     "condiquant_nncf.backends.openvino": "openvino",
     "condiquant_nncf.backends.openvino_attention": "openvino",
+    "condiquant_nncf.backends.openvino_weights": "openvino",
+    "condiquant_nncf.compress_openvino": "openvino",
     "condiquant_plugin.pictures": "cv2",
 }
 """What modules need that the extra of their package does not bring."""

@@ -15,11 +15,11 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten
 
 from condiquant_plugin.errors import InputError, check_choice
 from condiquant_plugin.forward_pass import run as run_model
 from condiquant_plugin.layerwise import distributed
+from condiquant_plugin.layerwise.chain import check_chain, first_of
 from condiquant_plugin.layerwise.moments import LayerGeometry, Moments, moments_of, no_moments
 from condiquant_plugin.layerwise.problem import (
     LayerProblem,
@@ -151,7 +151,7 @@ def solve_block_by_block(
         raise InputError("there are no batches to calibrate with: give at least one")
     mine = distributed.share(batches)
     with distributed.failing_together("reading the blocks"):
-        _check_chain(model, names, batches[0])
+        check_chain(model, names, batches[0])
         calls = [_call_of(model, names[0], batch) for batch in mine]
     run = _Run(method, inputs, input_quantizers or {}, calls)
     del calls
@@ -204,7 +204,7 @@ class _Call:
     keywords: dict[str, Any]
 
     def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
-        return _first(block(hidden, *self.others, **self.keywords))
+        return first_of(block(hidden, *self.others, **self.keywords))
 
 
 class _Run:
@@ -236,15 +236,25 @@ class _Run:
         }
         for index, call in enumerate(self.calls):
             floats: dict[str, list[Tensor]] = {name: [] for name in layers}
+            seen: list[tuple[Tensor, LayerGeometry, Moments]] = []
             if self.needs_both:
                 with _observed(layers, partial(_keep, floats)):
                     self.originals[index] = call.run(block, self.originals[index])
 
-            def add(name: str, x: Tensor, floats: dict[str, list[Tensor]] = floats) -> None:
+            def add(
+                name: str,
+                x: Tensor,
+                floats: dict[str, list[Tensor]] = floats,
+                seen: list[tuple[Tensor, LayerGeometry, Moments]] = seen,
+            ) -> None:
                 original = floats[name].pop(0) if self.needs_both else x
                 codes = self._quantized(name, x) if quantized else None
                 geometry = module_geometry(layers[name])
-                new = moments_of(original, geometry, codes, name=name, dtype=dtype)
+                if codes is None and seen and seen[0][0] is x and seen[0][1] == geometry:
+                    new = seen[0][2]  # query, key and value take one tensor
+                else:
+                    new = moments_of(original, geometry, codes, name=name, dtype=dtype)
+                    seen[:] = [(x, geometry, new)]
                 moments[name] = moments[name] + new
 
             if layers or not self.follows_compressed:
@@ -333,62 +343,3 @@ def _call_of(model: nn.Module, first: str, batch: Any) -> _Call:
     finally:
         handle.remove()
     return found[0]
-
-
-def _check_chain(model: nn.Module, blocks: Sequence[str], batch: Any) -> None:
-    """Raise InputError unless each block is called once, on what the one before it gives."""
-    called: list[str] = []
-    last: list[Any] = []
-    common: list[Any] = []
-
-    def before(name: str, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        position = len(called)
-        called.append(name)
-        others = tree_flatten((args[1:], kwargs))
-        if called != list(blocks[: len(called)]):
-            raise InputError(
-                f"{name} is block {position + 1} to be called: name blocks in their order"
-            )
-        if not args or not isinstance(args[0], Tensor):
-            raise InputError(f"the first argument of {name} is no tensor: its blocks are no chain")
-        if position and args[0] is not last[0]:
-            raise InputError(
-                f"{name} does not take what {blocks[position - 1]} returns: its blocks are no chain"
-            )
-        if position and not _equal(others, common[0]):
-            raise InputError(f"{name} takes other arguments than {blocks[0]}: name like blocks")
-        common[:] = common or [others]
-
-    def after(_: nn.Module, args: Any, output: Any) -> None:
-        last[:] = [_first(output)]
-
-    handles = []
-    for name in blocks:
-        block = model.get_submodule(name)
-        handles.append(block.register_forward_pre_hook(partial(before, name), with_kwargs=True))
-        handles.append(block.register_forward_hook(after))
-    try:
-        run_model(model, batch)
-    finally:
-        for handle in handles:
-            handle.remove()
-    if len(called) < len(blocks):
-        raise InputError(f"{blocks[len(called)]} is not called: name the blocks that compute")
-
-
-def _first(output: Any) -> Any:
-    return output[0] if isinstance(output, tuple | list) else output
-
-
-def _equal(a: tuple[list[Any], Any], b: tuple[list[Any], Any]) -> bool:
-    if a[1] != b[1]:
-        return False
-    return all(
-        x is y
-        or (
-            torch.equal(x, y)
-            if isinstance(x, Tensor) and isinstance(y, Tensor) and x.dtype == y.dtype
-            else not isinstance(x, Tensor) and bool(x == y)
-        )
-        for x, y in zip(a[0], b[0], strict=True)
-    )

@@ -1,5 +1,8 @@
 """CondiQuant as an algorithm of NNCF, for PyTorch models and for ``ov.Model``."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from condiquant_plugin.errors import MissingExtraError
 
 try:
@@ -13,6 +16,7 @@ from condiquant_nncf.algorithms.learned_bounds import LearnedBoundsQuantization
 from condiquant_nncf.algorithms.moments import InputMoments
 from condiquant_nncf.algorithms.statistics import collect_moments
 from condiquant_nncf.backends.torch import wrap
+from condiquant_nncf.compress import CompressWeightsMode, compress_weights
 from condiquant_nncf.configuration import QuantizationConfig
 from condiquant_nncf.fake_quantizer import HookFakeQuantizer
 from condiquant_nncf.layer import Layer
@@ -30,7 +34,30 @@ from condiquant_nncf.quantize import (
     quantize,
 )
 from condiquant_plugin.layerwise.scope import Scope
+from condiquant_plugin.methods.compression.form import CompressedWeight
 from condiquant_plugin.moved import forward
+
+
+def write_compressed(model: Any, forms: Mapping[str, CompressedWeight]) -> dict[str, str]:
+    """See :func:`condiquant_nncf.backends.openvino_weights.write_compressed`; OpenVINO is loaded here."""
+    from condiquant_nncf.backends import openvino_weights
+
+    return openvino_weights.write_compressed(model, forms)
+
+
+def packed_products(model: Any) -> int:
+    """See :func:`condiquant_nncf.backends.openvino_weights.packed_products`."""
+    from condiquant_nncf.backends import openvino_weights
+
+    return openvino_weights.packed_products(model)
+
+
+def product_errors(forms: Mapping[str, CompressedWeight]) -> dict[str, float]:
+    """See :func:`condiquant_nncf.backends.openvino_weights.product_errors`."""
+    from condiquant_nncf.backends import openvino_weights
+
+    return openvino_weights.product_errors(forms)
+
 
 forward(
     __name__,
@@ -50,6 +77,7 @@ forward(
 
 __all__ = [
     "AdvancedCondiQuantParameters",
+    "CompressWeightsMode",
     "CondiQuant",
     "HookFakeQuantizer",
     "InputBounds",
@@ -60,13 +88,17 @@ __all__ = [
     "QuantizedNetwork",
     "Scope",
     "collect_moments",
+    "compress_weights",
     "create_condiquant_pipeline",
     "feature_blocks",
     "find_layers",
     "insert_quantizers",
+    "packed_products",
+    "product_errors",
     "quantize",
     "quantize_network",
     "study_precision",
     "trainable_weights",
     "wrap",
+    "write_compressed",
 ]

@@ -42,17 +42,14 @@ def changed(values: Mapping[str, Any], budget: Any) -> dict[str, Any]:
 
 def _set_by(budget: Any, values: Mapping[str, Any]) -> dict[str, Any]:
     """What a budget sets, by the recipe's own word or else in general; nothing where there is none such."""
-    general: Mapping[Any, dict[str, Any]] = BUDGETS
-    sections = [
-        each.get(budget, {}) for each in (values.get("budgets"), general) if _holds(each, budget)
-    ]
-    return _merged(sections[-1], sections[0]) if sections else {}
-
-
-def _holds(budgets: Any, budget: Any) -> bool:
-    """Whether it has a section of this budget; what is none of both is found by the recipe's model."""
-    known = isinstance(budgets, Mapping) and isinstance(budget, str)
-    return known and isinstance(budgets.get(budget), Mapping)
+    found: dict[str, Any] = {}
+    general_and_own: tuple[Any, Any] = BUDGETS, values.get("budgets")
+    for sections in general_and_own:
+        # What is no section of a budget is for the recipe's model to find.
+        if isinstance(sections, Mapping) and isinstance(budget, str):
+            section = sections.get(budget)
+            found = _merged(found, section) if isinstance(section, Mapping) else found
+    return found
 
 
 def _merged(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ except ImportError:
 from condiquant_plugin.errors import DistributedError, InputError, MissingExtraError
 from condiquant_plugin.files import check_writable
 from condiquant_recipes import (
+    cli_compress,
     cli_quantize,
     cli_recipe,
     cli_training,
@@ -199,6 +200,7 @@ app.callback()(cli_recipe.about)
 app.command()(cli_recipe.recipe)
 app.command()(cli_quantize.quantize)
 app.command()(cli_upscale.upscale)
+app.command()(cli_compress.compress)
 app.command()(cli_training.train)
 app.command("test")(cli_training.evaluate)
 

