@@ -49,6 +49,8 @@ class _Candidate:
             properties["PERFORMANCE_HINT"] = hint.upper()
         compiled = compile_ir(self.model, device, properties)
         with _taking(self.path, self.image.shape):
+            # Inference with one thread does not refuse a wrong shape, or ends the process.
+            self.model.clone().reshape(list(self.image.shape))
             compiled.create_infer_request().infer([self.image])
         return compiled
 
