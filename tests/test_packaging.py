@@ -13,7 +13,7 @@ import yaml
 from condiquant_plugin import __version__
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("plugin", "nncf", "basicsr", "brevitas", "openvino", "recipes")
+PACKAGES = ("plugin", "nncf", "basicsr", "brevitas", "openvino", "recipes", "transformers")
 
 
 def called(*command, **options):
