@@ -27,14 +27,14 @@ _SET, _SHOWN, _PART = "photographs", "chelsea", (slice(64, 192), slice(40, 232))
 _SETTINGS = (
     "datasets.calibration.folders=[calibration]",
     "datasets.calibration.count=64",
-    "datasets.calibration.held_out=16",
+    "datasets.calibration.held_out=8",
     f"datasets.test=[{_SET}]",
     "condiquant.bounds.crops=16",
     "condiquant.weight_bits=2",
     "condiquant.activation_bits=2",
-    # On crops of the IR's size, four times the pixels of those of other runs.
-    "condiquant.distillation.iterations=30",
+    "condiquant.distillation.iterations=40",
     "condiquant.distillation.validate_every=10",
+    "export.tile=32",  # parity is checked on a tile
 )
 _DRAWN = {
     "float": "float",

@@ -17,6 +17,7 @@ from __future__ import annotations
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
 from hashlib import sha256
@@ -221,25 +222,34 @@ def check_parities(
     examples = [Example(model, ir, image, device) for image in inputs]
     parities: dict[str, Parity] = {}
     checked: dict[_Program, Parity] = {}
-    for name, properties in PROPERTIES.items():
-        in_full = name == _LOWERED
-        runner = Runner(device, properties)
-        network = runner.compile(ir)
-        program = _Program.of(network, examples)
-        if program in checked:
-            parities[name] = replace(checked[program], properties=properties)
-            continue
-        parity, allowance = _parity(
-            ir, network, examples, runner, model, None if in_full else 0, in_full
-        )
-        checked[program] = parities[name] = parity
-        if in_full and parity.ok and device == "CPU" and _overflow(ir) == "safe":
-            recorded = [examples[0].recorded()]
-            for lower in lower_instruction_sets():
-                parities[lower] = _parity_with(lower, ir, recorded, runner, allowance)
-        if not all(found.ok for found in parities.values()):
-            break
-    return parities
+    with TemporaryDirectory() as folder, ThreadPoolExecutor(1) as beside:
+        lowered: dict[str, Future[Parity]] = {}
+        for name, properties in PROPERTIES.items():
+            in_full = name == _LOWERED
+            runner = Runner(device, properties)
+            network = runner.compile(ir)
+            program = _Program.of(network, examples)
+            if program in checked:
+                parities[name] = replace(checked[program], properties=properties)
+                continue
+            parity, allowance = _parity(
+                ir, network, examples, runner, model, None if in_full else 0, in_full
+            )
+            checked[program] = parities[name] = parity
+            if not parity.ok:
+                break
+            if in_full and device == "CPU" and _overflow(ir) == "safe":
+                # In processes, one at a time, while this one goes on.
+                path, recorded = Path(folder) / "model.xml", [examples[0].recorded()]
+                ov.save_model(ir, path, compress_to_fp16=False)
+                job = partial(_parity_with, path, recorded, runner, allowance)
+                lowered = {each: beside.submit(job, each) for each in lower_instruction_sets()}
+        if not all(parity.ok for parity in parities.values()):
+            for future in lowered.values():
+                future.cancel()
+        found = {each: f.result() for each, f in lowered.items() if not f.cancelled()}
+    in_f32 = {_LOWERED: parities.pop(_LOWERED)}
+    return in_f32 | found | parities
 
 
 @dataclass(frozen=True)
@@ -292,16 +302,13 @@ def _overflow(ir: ov.Model) -> str:
 
 
 def _parity_with(
-    instruction_set: str,
-    ir: ov.Model,
+    path: Path,
     recorded: Sequence[Example],
     runner: Runner,
     allowance: _Allowance,
+    instruction_set: str,
 ) -> Parity:
-    with TemporaryDirectory() as folder:
-        path = Path(folder) / "model.xml"
-        ov.save_model(ir, path, compress_to_fp16=False)
-        parity = run_with(instruction_set, _measured_file, path, recorded, runner, allowance)
+    parity = run_with(instruction_set, _measured_file, path, recorded, runner, allowance)
     return replace(parity, instruction_set=instruction_set)
 
 
