@@ -249,7 +249,12 @@ def check_parities(
                 future.cancel()
         found = {each: f.result() for each, f in lowered.items() if not f.cancelled()}
     in_f32 = {_LOWERED: parities.pop(_LOWERED)}
-    return in_f32 | found | parities
+    kept: dict[str, Parity] = {}
+    for name, parity in (in_f32 | found | parities).items():
+        kept[name] = parity
+        if not parity.ok:
+            break
+    return kept
 
 
 @dataclass(frozen=True)
