@@ -110,6 +110,20 @@ class Method(Protocol):
         """
 
 
+class OnGramMatrices:
+    """What methods that invert or decompose Gram matrices have in common; see :class:`Method`."""
+
+    @property
+    def moments_dtype(self) -> torch.dtype:
+        """Float32 does not hold what inverses and small eigenvalues need."""
+        return torch.float64
+
+    @property
+    def is_batch_dependent(self) -> bool:
+        """Each matrix is solved as if alone, up to the last bits."""
+        return True
+
+
 def block_shape(problem: LayerProblem) -> tuple[int, int]:
     """Rows and features of the matrices that a layer consists of."""
     _, rows, features = weight_matrix(problem.weight, problem.geometry).shape

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
@@ -22,6 +21,7 @@ from condiquant_openvino.running.execution import int8_share, layer_executions
 from condiquant_openvino.running.instruction_sets import sums_saturate
 from condiquant_openvino.running.upscaling import compile_ir, next_multiple
 from condiquant_openvino.writing.conversion import InstructionSet
+from condiquant_openvino.writing.from_torch import from_torch
 from condiquant_plugin import __version__
 from condiquant_plugin.errors import InputError
 from condiquant_plugin.layerwise import precision
@@ -166,15 +166,11 @@ def compared_to_float(model: nn.Module, ir: Path, image: Tensor) -> dict[str, fl
         ``latency_ratio``, both run in turns on this CPU, and ``float_bin_bytes``.
     """
     quantizers = [q for q in fake_quantizers(model).values() if q.enabled]
-    with TemporaryDirectory() as folder, torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore", torch.jit.TracerWarning)
+    with TemporaryDirectory() as folder:
         for quantizer in quantizers:
             quantizer.enabled = False
         try:
-            # OpenVINO's own trace would be traced again to be compared.
-            traced = torch.jit.trace(model, image, strict=False, check_trace=False)
-            shape = ov.PartialShape(list(image.shape))
-            in_float = ov.convert_model(traced, example_input=image, input=[shape])
+            in_float = from_torch(model, image, input=[ov.PartialShape(list(image.shape))])
         finally:
             for quantizer in quantizers:
                 quantizer.enabled = True

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 import condiquant_basicsr as basicsr_host
 import condiquant_openvino as openvino_host
 from condiquant_openvino.running.upscaling import compile_ir
+from condiquant_openvino.writing.from_torch import from_torch
 from condiquant_plugin import __version__
 from condiquant_recipes.exporting import images_of_two_sizes, takes, tile_size
 from condiquant_recipes.progress import Progress
@@ -66,9 +66,7 @@ def _converted(network: nn.Module, images: Sequence[Tensor], scale: int) -> ov.M
     """An IR that is right on all images, static for one; ``None`` where there is none."""
     first = images[0]
     dims = list(first.shape) if len(images) == 1 else [*first.shape[:2], -1, -1]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", torch.jit.TracerWarning)
-        ir = ov.convert_model(network, example_input=first, input=[ov.PartialShape(dims)])
+    ir = from_torch(network, first, input=[ov.PartialShape(dims)])
     # Inference at a size that the shapes in it do not take may end the process.
     if not all(takes(ir, image, scale) for image in images):
         return None

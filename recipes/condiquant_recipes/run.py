@@ -208,21 +208,25 @@ def _evaluated(
 def _calibrated(
     workspace: Workspace, source: Source, recipe: Recipe, progress: Progress
 ) -> CalibratedNetwork:
-    config = settings.quantization(recipe)
     if (record := workspace.finished("calibrated")) is not None:
         model, layers = rebuild(source.network, source.crops, recipe)
         workspace.restore("calibrated", model)
         return CalibratedNetwork(model, layers, _calibration(record))
     with progress.status("searching bounds, reconditioning and rounding weights"):
-        result = nncf_host.quantize_network(
-            source.network,
-            source.crops,
-            config,
-            bounds_crops=recipe.condiquant.bounds.crops,
-            held_out=source.held_out,
-        )
+        result = calibrate_network(source, recipe)
     workspace.finish("calibrated", asdict(result.calibration), result.model)
     return CalibratedNetwork(result.model, result.layers, result.calibration)
+
+
+def calibrate_network(source: Source, recipe: Recipe) -> nncf_host.QuantizedNetwork:
+    """The network as a recipe has it before distillation."""
+    return nncf_host.quantize_network(
+        source.network,
+        source.crops,
+        settings.quantization(recipe),
+        bounds_crops=recipe.condiquant.bounds.crops,
+        held_out=source.held_out,
+    )
 
 
 def _calibration(record: Mapping[str, Any]) -> Calibration:

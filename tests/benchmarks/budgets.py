@@ -13,12 +13,10 @@ from pathlib import Path
 import torch
 
 import condiquant_basicsr as basicsr_host
-import condiquant_nncf as nncf_host
-from condiquant_recipes import settings
 from condiquant_recipes.progress import Progress
 from condiquant_recipes.recipe import load_recipe
 from condiquant_recipes.recipe_files import recipe_path
-from condiquant_recipes.run import distill_network
+from condiquant_recipes.run import calibrate_network, distill_network
 from condiquant_recipes.source import load_source
 
 
@@ -63,13 +61,7 @@ def row(given: argparse.Namespace, width: str, seed: int) -> str:
     source = load_source(recipe, Path(os.environ["CONDIQUANT_DATA"]), given.sets)
     reference = source.network if recipe.datasets.reference == "float" else None
     started = time.perf_counter()
-    quantized = nncf_host.quantize_network(
-        source.network,
-        source.crops,
-        settings.quantization(recipe),
-        bounds_crops=recipe.condiquant.bounds.crops,
-        held_out=source.held_out,
-    )
+    quantized = calibrate_network(source, recipe)
     calibrated = time.perf_counter() - started
     before = scores(quantized.model, source, recipe, reference)
     started = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Which quantizers the error of a quantized network comes from: each kind left out, the others in place.
+"""Which quantizers the error of a quantized network comes from: some left out, all others in place.
 
 Run from the repository root: ``CONDIQUANT_DATA=DATA python tests/benchmarks/error_sources.py RECIPE BITS
 [--set KEY=VALUE ...]``, as ``dat_light/x4.yml 4``. Prints PSNR to the float output on the held-out crops,
@@ -9,7 +9,7 @@ import argparse
 import os
 import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -17,18 +17,27 @@ import torch
 import condiquant_nncf as nncf_host
 from condiquant_plugin import FakeQuantizer, fake_quantizers
 from condiquant_plugin.uniform.fake_quantizer import snapped_together
-from condiquant_recipes import settings
 from condiquant_recipes.recipe import load_recipe
 from condiquant_recipes.recipe_files import recipe_path
+from condiquant_recipes.run import calibrate_network
 from condiquant_recipes.source import load_source
 
 
-def kinds(quantizers: Iterable[FakeQuantizer]) -> dict[str, list[FakeQuantizer]]:
-    """Quantizers of one place in all blocks, by its name; all weights and all others, too."""
+def groups(
+    quantizers: Iterable[FakeQuantizer], blocks: Sequence[str]
+) -> dict[str, list[FakeQuantizer]]:
+    """Quantizers by what they quantize, by block, and by their place in all blocks."""
     found = defaultdict(list)
     for quantizer in quantizers:
-        found["all weights" if quantizer.kind == "weight" else "all activations"].append(quantizer)
-        found[re.sub(r"\d+(?=\.)|\d+(?=/)", "*", quantizer.name)].append(quantizer)
+        found[f"every {quantizer.kind}"].append(quantizer)
+        if quantizer.kind != "weight":
+            found["all but weights"].append(quantizer)
+        place = quantizer.name
+        for block in blocks:
+            if place.startswith(f"{block}."):
+                found[f"block {block}"].append(quantizer)
+                place = place.removeprefix(f"{block}.")
+        found[re.sub(r"\.\d+/", "/", place)].append(quantizer)
     return dict(sorted(found.items()))
 
 
@@ -42,23 +51,23 @@ def main() -> None:
     recipe = load_recipe(recipe_path(given.recipe), ["budget=quick", *widths, *given.overrides])
     torch.manual_seed(recipe.seed)
     source = load_source(recipe, Path(os.environ["CONDIQUANT_DATA"]), [])
-    quantized = nncf_host.quantize_network(
-        source.network,
-        source.crops,
-        settings.quantization(recipe),
-        bounds_crops=recipe.condiquant.bounds.crops,
-        held_out=source.held_out,
-    ).model
-    crops = source.held_out.split(1)
+    quantized = calibrate_network(source, recipe)
+    crops, model = source.held_out.split(1), quantized.model
+    with torch.no_grad():
+        targets = [source.network(crop) for crop in crops]
 
     @torch.no_grad()
     def to_float() -> float:
-        with snapped_together(quantized):
-            errors = [(quantized(x) - source.network(x)).square().mean() for x in crops]
+        with snapped_together(model):
+            errors = [
+                (model(crop) - target).square().mean()
+                for crop, target in zip(crops, targets, strict=True)
+            ]
         return float(-10 * torch.stack(errors).mean().log10())
 
     print(f"nothing left out: {to_float():.2f} dB")
-    for name, members in kinds(fake_quantizers(quantized).values()).items():
+    blocks = nncf_host.feature_blocks(source.network, quantized.layers)
+    for name, members in groups(fake_quantizers(model).values(), blocks).items():
         for quantizer in members:
             quantizer.enabled = False
         print(f"{name} ({len(members)}): {to_float():.2f} dB", flush=True)

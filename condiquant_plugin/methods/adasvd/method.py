@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from condiquant_plugin.errors import InputError
-from condiquant_plugin.layerwise.problem import LayerProblem, Solution, block_shape
+from condiquant_plugin.layerwise.problem import LayerProblem, OnGramMatrices, Solution, block_shape
 from condiquant_plugin.methods.adasvd.low_rank import ClosedForm, alternation, balanced
 from condiquant_plugin.methods.adasvd.ranks import check_ratio, rank_of
 from condiquant_plugin.methods.compression.form import (
@@ -24,7 +23,7 @@ from condiquant_plugin.methods.compression.stacks import Stack, solve_in_stacks
 
 
 @dataclass(frozen=True)
-class AdaSVD:
+class AdaSVD(OnGramMatrices):
     """Low rank (arXiv 2502.01403).
 
     Raises:
@@ -47,16 +46,6 @@ class AdaSVD:
     def needs_quantized_inputs(self) -> bool:
         """See :class:`condiquant_plugin.layerwise.problem.Method`."""
         return False
-
-    @property
-    def moments_dtype(self) -> torch.dtype:
-        """Eigenvalues of Gram matrices spread over many orders of magnitude."""
-        return torch.float64
-
-    @property
-    def is_batch_dependent(self) -> bool:
-        """Each matrix is solved as if alone, up to the last bits."""
-        return True
 
     def cost(self, problem: LayerProblem) -> int:
         """An eigendecomposition of the smaller side."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from condiquant_plugin.errors import InputError, check_choice, check_count
-from condiquant_plugin.layerwise.problem import LayerProblem, Solution, block_shape
+from condiquant_plugin.layerwise.problem import LayerProblem, OnGramMatrices, Solution, block_shape
 from condiquant_plugin.methods.adasvd.method import with_residual
 from condiquant_plugin.methods.arb import refinement
 from condiquant_plugin.methods.arb.bitmaps import Bitmaps, search_bitmaps
@@ -35,7 +35,7 @@ _SEARCH_ROUNDS = 2
 
 
 @dataclass(frozen=True)
-class BinarySettings:
+class BinarySettings(OnGramMatrices):
     """What binary methods have in common.
 
     Raises:
@@ -64,16 +64,6 @@ class BinarySettings:
     def needs_quantized_inputs(self) -> bool:
         """See :class:`condiquant_plugin.layerwise.problem.Method`."""
         return False
-
-    @property
-    def moments_dtype(self) -> torch.dtype:
-        """Inverses of Gram matrices need double precision."""
-        return torch.float64
-
-    @property
-    def is_batch_dependent(self) -> bool:
-        """Each matrix is solved as if alone, up to the last bits."""
-        return True
 
     def cost(self, problem: LayerProblem) -> int:
         """Every block is taken out of all that follow."""

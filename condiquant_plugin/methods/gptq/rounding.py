@@ -21,6 +21,7 @@ from condiquant_plugin.layerwise.problem import (
     Dense,
     LayerProblem,
     LayerReport,
+    OnGramMatrices,
     Solution,
     block_shape,
     check_weight,
@@ -44,7 +45,7 @@ class RoundingReport(LayerReport):
 
 
 @dataclass(frozen=True)
-class GPTQ:
+class GPTQ(OnGramMatrices):
     """The method; its problems have a grid and moments of quantized inputs.
 
     Raises:
@@ -61,16 +62,6 @@ class GPTQ:
     @property
     def needs_quantized_inputs(self) -> bool:
         """See :class:`condiquant_plugin.layerwise.problem.Method`."""
-        return True
-
-    @property
-    def moments_dtype(self) -> torch.dtype:
-        """Inverses of Gram matrices need double precision."""
-        return torch.float64
-
-    @property
-    def is_batch_dependent(self) -> bool:
-        """Each matrix is solved as if alone, up to the last bits."""
         return True
 
     def cost(self, problem: LayerProblem) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,13 +13,13 @@ from typing import Any, Literal, get_args
 import numpy as np
 import openvino as ov
 import openvino.opset13 as ops
-import torch
 from openvino.frontend.pytorch import ConversionExtension
 from torch import Tensor, nn
 
 from condiquant_openvino import markers
 from condiquant_openvino.running.reading import set_metadata
 from condiquant_openvino.writing import quantizer_graphs
+from condiquant_openvino.writing.from_torch import from_torch
 from condiquant_openvino.writing.overflow import inexact_in_int8
 from condiquant_openvino.writing.passes.compaction import compact
 from condiquant_openvino.writing.passes.joining import join
@@ -179,12 +178,10 @@ def convert(
     extension = ConversionExtension("condiquant::fake_quantize", mark)
     was_training = model.training
     try:
-        with _labelled_calls(model.eval()), torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore", torch.jit.TracerWarning)
-            traced = torch.jit.trace(model, example_input, strict=False, check_trace=False)
-            converted = ov.convert_model(
-                traced,
-                example_input=example_input,
+        with _labelled_calls(model.eval()):
+            converted = from_torch(
+                model,
+                example_input,
                 input=[ov.PartialShape(shape)],
                 extension=[extension],
                 share_weights=False,

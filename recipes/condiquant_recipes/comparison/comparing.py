@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import condiquant_openvino as openvino_host
+from condiquant_openvino.writing.from_torch import from_torch
 from condiquant_plugin import __version__
 from condiquant_plugin.errors import InputError
 from condiquant_plugin.layerwise import precision
@@ -185,7 +185,7 @@ def float_model(source: Source, recipe: Recipe) -> tuple[ov.Model, Tensor]:
         images = images_of_two_sizes(size, source.multiple)
         for traced in images:
             try:
-                ir = _converted(source.network, traced, [1, 3, -1, -1])
+                ir = from_torch(source.network, traced, input=[[1, 3, -1, -1]])
                 if all(_agrees(ir, source.network, each) for each in images):
                     return ir, image
             except RuntimeError:
@@ -194,13 +194,7 @@ def float_model(source: Source, recipe: Recipe) -> tuple[ov.Model, Tensor]:
             raise InputError(
                 f"{recipe.name} is right only at the size it is traced with: set export.static=true"
             )
-    return _converted(source.network, image, list(image.shape)), image
-
-
-def _converted(network: nn.Module, image: Tensor, shape: list[int]) -> ov.Model:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the trace; what it gets wrong shows in the values
-        return ov.convert_model(network, example_input=image, input=[shape])
+    return from_torch(source.network, image, input=[list(image.shape)]), image
 
 
 def _agrees(ir: ov.Model, network: nn.Module, image: Tensor) -> bool:

@@ -11,18 +11,16 @@ import numpy as np
 import openvino as ov
 from nncf import QuantizationPreset
 
-import condiquant_nncf as nncf_host
 from condiquant_openvino.running.upscaling import compile_ir
 from condiquant_openvino.writing.passes.compaction import compact
 from condiquant_openvino.writing.passes.simplification import simplify
 from condiquant_plugin.errors import InputError
 from condiquant_plugin.layerwise.precision import FLOAT_BITS, LayerBits
-from condiquant_recipes import settings
 from condiquant_recipes.comparison import neural_compressor
 from condiquant_recipes.comparison import nncf as comparison_nncf
 from condiquant_recipes.comparison.job import Calibrated, Contender, Group, Job
 from condiquant_recipes.recipe import Recipe, ReconditionSection
-from condiquant_recipes.run import distill_network
+from condiquant_recipes.run import calibrate_network, distill_network
 
 _LOW_BITS = (4, 3, 2)
 _FLOAT = LayerBits(FLOAT_BITS, FLOAT_BITS)
@@ -191,13 +189,7 @@ def _fake_quantized(
     if not recondition:
         changes |= {"recondition": ReconditionSection(enabled=False), "rounding": "nearest"}
     recipe = job.recipe.model_copy(update={"condiquant": section.model_copy(update=changes)})
-    result = nncf_host.quantize_network(
-        source.network,
-        source.crops,
-        settings.quantization(recipe),
-        bounds_crops=section.bounds.crops,
-        held_out=source.held_out,
-    )
+    result = calibrate_network(source, recipe)
     distill_network(result.model, result.layers, source, recipe, job.progress)
     others = "float" if section.other_bits is None else f"{section.other_bits} bits"
     notes = [

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import openvino as ov
 import torch
 
+from condiquant_openvino.writing.from_torch import from_torch
 from condiquant_plugin.errors import InputError
 from condiquant_recipes.comparison.job import Calibrated, Job
 
@@ -49,4 +49,4 @@ def static_int8(job: Job) -> Calibrated:
     for crop in job.source.crops.split(1):
         prepared(crop)
     quantized = torch.export.export(convert(prepared), example, dynamic_shapes=shapes)
-    return Calibrated(ov.convert_model(quantized))
+    return Calibrated(from_torch(quantized))

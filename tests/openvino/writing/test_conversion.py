@@ -1,4 +1,5 @@
 import copy
+import logging
 
 import pytest
 import torch
@@ -210,3 +211,15 @@ def test_rotations_are_float_products_named_after_their_layers(monkeypatch):
     assert {runs_as[f"{name}.rotation"] for name in layers} == {"f32"}
     # The plugin does not tell what the smallest of them runs as.
     assert {"int8"} <= {runs_as[name] for name in layers} <= {"int8", "unknown"}
+
+
+def test_what_openvino_does_not_know_is_named_and_logs_go_on():
+    class Decomposition(nn.Module):
+        def forward(self, x):
+            return torch.linalg.qr(x)[0]
+
+    root = logging.getLogger()
+    before = root.level, root.filters[:]
+    with pytest.raises(InputError, match=r"cannot convert Decomposition: .*linalg_qr"):
+        convert(Decomposition(), torch.rand(1, 3, 8, 8))
+    assert (root.level, root.filters) == before

@@ -1,7 +1,5 @@
 """A real network, and a command line that keeps what it compiles to itself."""
 
-import logging
-
 import numpy as np
 import pytest
 import pyvips
@@ -25,12 +23,6 @@ def _cache(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def _own_cache(monkeypatch, _cache):
     monkeypatch.setenv("CONDIQUANT_CACHE", str(_cache))
-
-
-@pytest.fixture(autouse=True)
-def _warnings_are_logged(caplog):
-    """Other hosts in the process raise the level."""
-    caplog.set_level(logging.WARNING)
 
 
 @pytest.fixture(scope="session")
