@@ -25,9 +25,9 @@ def load(name: str) -> Any:
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     warnings.filterwarnings("ignore", message="torch.meshgrid")  # of networks in BasicSR
     with suppress(ModuleNotFoundError):
-        import nncf
+        import nncf  # noqa: F401  its import sets the level
 
-        nncf.set_log_level(logging.ERROR)
+        logging.getLogger("nncf").setLevel(logging.ERROR)
     return importlib.import_module(f"condiquant_recipes.{name}")
 
 

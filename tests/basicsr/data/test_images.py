@@ -1,5 +1,3 @@
-import logging
-
 import cv2
 import numpy as np
 import pytest
@@ -56,7 +54,6 @@ def test_written_values_are_clamped_and_rounded(tmp_path):
 
 
 def test_grayscale_alpha_and_16_bit_are_converted_and_said(tmp_path, photograph, caplog):
-    caplog.set_level(logging.WARNING)
     bgr = photograph[:40, :30, ::-1]
     wide = bgr.astype(np.uint16) * 257
     wide[0, 0] = 12345
