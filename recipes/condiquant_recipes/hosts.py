@@ -25,9 +25,9 @@ def load(name: str) -> Any:
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     warnings.filterwarnings("ignore", message="torch.meshgrid")  # of networks in BasicSR
     with suppress(ModuleNotFoundError):
-        import nncf  # noqa: F401  its import sets the level
+        from nncf.common.logging import nncf_logger
 
-        logging.getLogger("nncf").setLevel(logging.ERROR)
+        nncf_logger.setLevel(logging.ERROR)
     return importlib.import_module(f"condiquant_recipes.{name}")
 
 
