@@ -47,13 +47,15 @@ forward(
 )
 
 if TYPE_CHECKING:
-    from condiquant_openvino.parity.check import LayerParity, Parity, check_parity
+    from condiquant_openvino.parity.check import check_parity
+    from condiquant_openvino.parity.layers import LayerParity
+    from condiquant_openvino.parity.outcome import Parity
     from condiquant_openvino.running.execution import LayerExecution, layer_executions
     from condiquant_openvino.running.inspection import inspect
     from condiquant_openvino.running.latency import compare_latency
     from condiquant_openvino.running.reading import read_ir, read_metadata, set_metadata
     from condiquant_openvino.running.upscaling import Upscaler
-    from condiquant_openvino.writing.conversion import convert
+    from condiquant_openvino.writing.conversion import convert, convert_beside_float
     from condiquant_openvino.writing.packing import pack
     from condiquant_openvino.writing.passes.compaction import halve
     from condiquant_openvino.writing.preprocessing import U8Parity, check_u8_parity, take_u8_nhwc
@@ -61,14 +63,15 @@ if TYPE_CHECKING:
 
 _PLACES = {
     "LayerExecution": "running.execution",
-    "LayerParity": "parity.check",
-    "Parity": "parity.check",
+    "LayerParity": "parity.layers",
+    "Parity": "parity.outcome",
     "U8Parity": "writing.preprocessing",
     "Upscaler": "running.upscaling",
     "check_parity": "parity.check",
     "check_u8_parity": "writing.preprocessing",
     "compare_latency": "running.latency",
     "convert": "writing.conversion",
+    "convert_beside_float": "writing.conversion",
     "halve": "writing.passes.compaction",
     "inspect": "running.inspection",
     "layer_executions": "running.execution",
@@ -90,6 +93,7 @@ __all__ = [
     "check_u8_parity",
     "compare_latency",
     "convert",
+    "convert_beside_float",
     "halve",
     "inspect",
     "layer_executions",

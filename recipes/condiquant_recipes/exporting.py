@@ -17,15 +17,13 @@ from torch import Tensor, nn
 import condiquant_basicsr as basicsr_host
 import condiquant_openvino as openvino_host
 from condiquant_openvino.parity.check import check_parities
-from condiquant_openvino.running.execution import int8_share, layer_executions
+from condiquant_openvino.running.execution import LayerExecution, int8_share
 from condiquant_openvino.running.instruction_sets import sums_saturate
-from condiquant_openvino.running.upscaling import compile_ir, next_multiple
+from condiquant_openvino.running.upscaling import next_multiple
 from condiquant_openvino.writing.conversion import InstructionSet
-from condiquant_openvino.writing.from_torch import from_torch
 from condiquant_plugin import __version__
 from condiquant_plugin.errors import InputError
 from condiquant_plugin.layerwise import precision
-from condiquant_plugin.uniform.fake_quantizer import fake_quantizers
 from condiquant_recipes.progress import Progress
 from condiquant_recipes.recipe import Recipe, with_export
 
@@ -71,7 +69,7 @@ def export(
         )
     notes = []
     with progress.status("exporting OpenVINO IR, checking parity with the simulation"):
-        ir, images, parities = _convert(model, recipe, multiple)
+        ir, in_float, images, parities = _convert(model, recipe, multiple)
         static = len(images) == 1
         if static and not section.static and section.device == "CPU":
             size = "x".join(map(str, images[0].shape[2:]))
@@ -112,9 +110,8 @@ def export(
     metadata = _metadata(model, recipe, multiple, static) | {"recipe_sha256": calibrated.digest()}
     of_ir = {key: openvino_host.read_metadata(ir)[key] for key in ("overflow", "isa")}
     openvino_host.set_metadata(ir, metadata | of_ir | {"parity": figures})
-    executions = layer_executions(ir, compile_ir(ir))
     sizes = openvino_host.save(ir, out / "model.xml")
-    compared = compared_to_float(model, out / "model.xml", images[0])
+    compared, executions = compared_to_float(in_float, out / "model.xml", images[-1])
     if (ratio := compared["latency_ratio"]) > 1:
         notes.append(
             f"on this CPU the float network is faster: the IR takes {ratio:.2f} of its time"
@@ -156,25 +153,22 @@ def saying(more: str) -> Iterator[None]:
         raise RuntimeError(f"{error} ({more})") from error
 
 
-def compared_to_float(model: nn.Module, ir: Path, image: Tensor) -> dict[str, float]:
+def compared_to_float(
+    in_float: ov.Model, ir: Path, image: Tensor
+) -> tuple[dict[str, float], list[LayerExecution]]:
     """An IR beside that of the network without its quantizers.
 
     Args:
+        in_float: of :func:`condiquant_openvino.convert_beside_float`.
         image: what both are run on, of the IR's size if it is static.
 
     Returns:
-        ``latency_ratio``, both run in turns on this CPU, and ``float_bin_bytes``.
+        ``latency_ratio``, both run in turns on this CPU, and ``float_bin_bytes``; what each layer of the
+        IR runs as.
     """
-    quantizers = [q for q in fake_quantizers(model).values() if q.enabled]
     with TemporaryDirectory() as folder:
-        for quantizer in quantizers:
-            quantizer.enabled = False
-        try:
-            in_float = from_torch(model, image, input=[ov.PartialShape(list(image.shape))])
-        finally:
-            for quantizer in quantizers:
-                quantizer.enabled = True
         path = Path(folder) / "float.xml"
+        in_float.reshape(list(image.shape))
         ov.save_model(in_float, path, compress_to_fp16=False)
         takes_u8 = openvino_host.read_ir(ir).input().get_element_type() == ov.Type.u8
         measured = openvino_host.compare_latency(
@@ -184,7 +178,8 @@ def compared_to_float(model: nn.Module, ir: Path, image: Tensor) -> dict[str, fl
             hint="latency",
         )
         float_bytes = path.with_suffix(".bin").stat().st_size
-    return {"latency_ratio": float(measured["ir"]["ratio"]), "float_bin_bytes": float_bytes}
+    figures = {"latency_ratio": float(measured["ir"]["ratio"]), "float_bin_bytes": float_bytes}
+    return figures, measured["ir"]["layers"]
 
 
 def _isa(recipe: Recipe) -> InstructionSet:
@@ -204,34 +199,35 @@ def check_overflow(recipe: Recipe) -> None:
 
 def _convert(
     model: nn.Module, recipe: Recipe, multiple: int
-) -> tuple[ov.Model, list[Tensor], dict[str, openvino_host.Parity]]:
-    """The IR, the images it was checked on (one for a static IR) and its parities."""
+) -> tuple[ov.Model, ov.Model, list[Tensor], dict[str, openvino_host.Parity]]:
+    """The IR, the float network's, the images it was checked on (one for a static IR), its parities."""
     size = tile_size(recipe, multiple)
     channels = basicsr_host.input_channels(recipe.network_g)
-    image = example_image(size, channels=channels)
+    isa = _isa(recipe)
     if not recipe.export.static and recipe.export.device != "NPU":
         images = images_of_two_sizes(size, multiple, channels)
         for traced in images:
             try:
-                ir = openvino_host.convert(model, traced, isa=_isa(recipe))
+                ir, in_float = openvino_host.convert_beside_float(model, traced, isa=isa)
             except InputError:  # static it may convert
                 continue
             if not all(takes(ir, each, recipe.scale) for each in images):
                 continue
             try:
-                return ir, images, _checked(model, ir, images)
+                return ir, in_float, images, _checked(model, ir, images)
             except InputError:  # static it may compile
                 continue
             except RuntimeError:
                 _checked(model, ir, [traced])  # raises what is wrong at any size
-    ir = openvino_host.convert(model, image, static=True, isa=_isa(recipe))
+    image = example_image(size, channels=channels)
+    ir, in_float = openvino_host.convert_beside_float(model, image, static=True, isa=isa)
     parities = _checked(model, ir, [image])
     if recipe.export.static is False:
         raise InputError(
             f"{recipe.name} is right only at the size it is traced with: set export.static: true, "
             "or export the finished run again with --static"
         )
-    return ir, [image], parities
+    return ir, in_float, [image], parities
 
 
 def _checked(
@@ -300,10 +296,10 @@ def tile_size(recipe: Recipe, multiple: int) -> int:
 def images_of_two_sizes(size: int, multiple: int, channels: int = 3) -> list[Tensor]:
     """Images to trace a dynamic IR with, one after the other, and to check it on.
 
-    What a trace takes for a constant shows at another size, and what for a square at this one. At its
-    ``img_size`` a network may have its masks as constants.
+    What a trace takes for a constant shows at another size, and what for a square at this one. The square
+    comes last: at its ``img_size`` a network may have its masks as constants.
     """
-    sizes = ((size, size), (size - multiple or 3 * size, size + multiple))
+    sizes = ((size - multiple or 3 * size, size + multiple), (size, size))
     return [example_image(*each, channels=channels) for each in sizes]
 
 

@@ -16,7 +16,8 @@ import condiquant_openvino as openvino_host
 from condiquant_openvino.running.upscaling import compile_ir
 from condiquant_openvino.writing.from_torch import from_torch
 from condiquant_plugin import __version__
-from condiquant_recipes.exporting import images_of_two_sizes, takes, tile_size
+from condiquant_plugin.errors import InputError
+from condiquant_recipes.exporting import example_image, images_of_two_sizes, takes, tile_size
 from condiquant_recipes.progress import Progress
 from condiquant_recipes.recipe import Recipe
 from condiquant_recipes.source import load_network
@@ -26,28 +27,15 @@ _TOLERANCE = 1e-3
 
 
 def export_float(network: nn.Module, recipe: Recipe, path: Path, progress: Progress) -> None:
-    """Write the float network, dynamic where that is right at two sizes, and check it against torch.
-
-    Raises:
-        RuntimeError: the IR computes something else.
-    """
+    """Write the float network; errors as :func:`float_ir`."""
     multiple = basicsr_host.pad_multiple(network, recipe.pad_multiple)
-    channels = basicsr_host.input_channels(recipe.network_g)
-    images = images_of_two_sizes(tile_size(recipe, multiple), multiple, channels)
     with progress.status("exporting the float network"):
-        ir = None
-        if not recipe.export.static and recipe.export.device == "CPU":
-            ir = _converted(network, images, recipe.scale)
-        static = ir is None
-        if ir is None:
-            ir = _converted(network, images[:1], recipe.scale)
-        if ir is None:
-            raise RuntimeError(f"OpenVINO computes another output than {recipe.name} in torch")
+        ir = float_ir(network, recipe, multiple)
         metadata: dict[str, Any] = {
             "network": recipe.name,
             "scale": recipe.scale,
             "pad_multiple": multiple,
-            "static": static,
+            "static": not ir.is_dynamic(),
             "preprocessing": "f32_nchw",
             "device": "CPU",
             "plugin_version": __version__,
@@ -61,18 +49,49 @@ def export_float_of(recipe: Recipe, folder: Path, progress: Progress) -> None:
     export_float(load_network(recipe), recipe, folder / "float.xml", progress)
 
 
+def float_ir(network: nn.Module, recipe: Recipe, multiple: int) -> ov.Model:
+    """OpenVINO's own conversion, checked against torch.
+
+    Of any height and width where that is right at two sizes, unless ``export.static`` says otherwise; else
+    of ``export.tile``.
+
+    Raises:
+        InputError: right at one size only, with ``export.static: false``.
+        RuntimeError: the IR computes something else, or OpenVINO cannot convert the network.
+    """
+    size, channels = tile_size(recipe, multiple), basicsr_host.input_channels(recipe.network_g)
+    if not recipe.export.static and recipe.export.device == "CPU":
+        images = images_of_two_sizes(size, multiple, channels)
+        for traced in images:
+            try:
+                ir = from_torch(network, traced, input=[ov.PartialShape([1, channels, -1, -1])])
+            except RuntimeError:  # static it may convert
+                continue
+            if _agrees(ir, network, images, recipe.scale):
+                return ir
+        if recipe.export.static is False:
+            raise InputError(
+                f"{recipe.name} is right only at the size it is traced with: set export.static=true"
+            )
+    image = example_image(size, channels=channels)
+    ir = from_torch(network, image, input=[ov.PartialShape(list(image.shape))])
+    if not _agrees(ir, network, [image], recipe.scale):
+        raise RuntimeError(f"OpenVINO computes another output than {recipe.name} in torch")
+    return ir
+
+
 @torch.no_grad()
-def _converted(network: nn.Module, images: Sequence[Tensor], scale: int) -> ov.Model | None:
-    """An IR that is right on all images, static for one; ``None`` where there is none."""
-    first = images[0]
-    dims = list(first.shape) if len(images) == 1 else [*first.shape[:2], -1, -1]
-    ir = from_torch(network, first, input=[ov.PartialShape(dims)])
+def _agrees(ir: ov.Model, network: nn.Module, images: Sequence[Tensor], scale: int) -> bool:
     # Inference at a size that the shapes in it do not take may end the process.
     if not all(takes(ir, image, scale) for image in images):
-        return None
+        return False
     compiled = compile_ir(ir)
     for image in images:
-        expected, found = network(image).numpy(), compiled([image.numpy()])[0]
+        expected = network(image).numpy()
+        try:
+            found = compiled([image.numpy()])[0]
+        except RuntimeError:
+            return False
         if np.abs(found - expected).max() > _TOLERANCE * np.ptp(expected):
-            return None
-    return ir
+            return False
+    return True

@@ -16,9 +16,10 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -26,12 +27,12 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import openvino as ov
+import torch
 from torch import Tensor, nn
 
-from condiquant_openvino.parity.bisection import Difference, find_first_difference
+from condiquant_openvino.parity.bisection import find_first_difference
 from condiquant_openvino.parity.cutting import OUTPUT, Runner, cut_sets
 from condiquant_openvino.parity.example import (
-    END_TO_END_TOLERANCE,
     LAYER_TOLERANCE,
     ROOM,
     TIE_TOLERANCE,
@@ -39,17 +40,17 @@ from condiquant_openvino.parity.example import (
     Figures,
     tolerance,
 )
-from condiquant_openvino.parity.layers import F32, LayerParity, check_layers
+from condiquant_openvino.parity.layers import F32, check_layers
+from condiquant_openvino.parity.outcome import InputParity, Parity
 from condiquant_openvino.parity.simulation import Rounding
 from condiquant_openvino.running.instruction_sets import (
-    VARIABLE,
     lower_instruction_sets,
     run_with,
     sums_saturate,
     without_mvn,
 )
 from condiquant_openvino.running.reading import core_of_process, read_ir, read_metadata
-from condiquant_openvino.writing.overflow import LARGEST_SUM, largest_pair_sums
+from condiquant_openvino.writing.overflow import largest_pair_sums
 from condiquant_plugin import InputError
 from condiquant_plugin.intake import check_is_float32
 from condiquant_plugin.uniform import grid
@@ -68,103 +69,6 @@ _FLOAT32_SUM_BITS = 16
 _CANCELLATION = 2.0**-22
 
 
-def _nothing() -> None:
-    return None
-
-
-@dataclass(frozen=True)
-class InputParity:
-    """What arrives at a quantizer, in a stretch that starts from the tensors torch saw."""
-
-    name: str
-    """Label of the quantizer, or ``the output``."""
-    error: float
-    """Mean absolute difference over the value range."""
-    tolerance: float
-
-
-@dataclass(frozen=True)
-class Parity:
-    """Differences relative to the value range of what torch computes."""
-
-    mean_abs: float
-    """End to end, mean over all inputs."""
-    max_abs: float
-    """End to end, maximum over all inputs."""
-    code_flip_rate: float | None
-    """Share of the codes of all activation quantizers that differ, end to end; None if not counted."""
-    stretch_mean_abs: float
-    """As ``mean_abs``, with the tensors torch saw put in wherever that leads back to no residual path."""
-    stretch_max_abs: float
-    """As ``max_abs``, likewise."""
-    tie_rate: float
-    """Share of the codes that differ, likewise: little more than ties is left of it."""
-    inputs: list[InputParity] = field(default_factory=list)
-    """Every activation quantizer and the output; of all stretches and inputs the worst by its tolerance."""
-    layers: list[LayerParity] = field(default_factory=list)
-    """Every quantized product checked, on the first input."""
-    properties: Mapping[str, Any] = field(default_factory=lambda: F32)
-    """What the IR was compiled with, all others at their defaults."""
-    precision: str = "f32"
-    """What the device computes float operators in: ``f32``, ``bf16`` or ``f16``."""
-    end_to_end_tolerance: float = END_TO_END_TOLERANCE
-    """Of ``mean_abs``."""
-    tie_tolerance: float = TIE_TOLERANCE
-    layer_tolerance: float = LAYER_TOLERANCE
-    largest_pair_sum: tuple[str, int] = ("", 0)
-    """Product whose neighbouring terms may come to most, and how much; 0 where ``overflow`` is ``vnni``."""
-    instruction_set: str = ""
-    """The lowered one, as ``ONEDNN_MAX_CPU_ISA`` has it; empty for the CPU's own."""
-    bisect: Callable[[], Difference | None] = field(default=_nothing, repr=False, compare=False)
-    """Looks for the first layer that differs; runs the network some ten times."""
-
-    @property
-    def ok(self) -> bool:
-        """Whether every layer agrees, and the whole up to rounding."""
-        return self.complaint() is None
-
-    def complaint(self) -> str | None:
-        """What is wrong; None if nothing is."""
-        product, most = self.largest_pair_sum
-        if most > LARGEST_SUM:
-            return (
-                f"two neighbouring terms of {product} may come to {most}, more than the {LARGEST_SUM} that "
-                "int8 kernels hold on CPUs without VNNI"
-            )
-        if (layer := next(self._wrong_layers(), None)) is not None:
-            place = f"in {layer.name}, given torch's tensors"
-            return self._complaint(place, layer.error, self.layer_tolerance)
-        for entry in self.inputs:
-            if not entry.error <= entry.tolerance:
-                place = f"in front of {entry.name}, given what torch has before it"
-                return self._complaint(place, entry.error, entry.tolerance)
-        if not self.tie_rate <= self.tie_tolerance:
-            return self._complaint("in rounding", self.tie_rate, self.tie_tolerance, "all codes")
-        if not self.mean_abs <= self.end_to_end_tolerance:
-            return self._complaint("end to end", self.mean_abs, self.end_to_end_tolerance)
-        return None
-
-    def _wrong_layers(self) -> Iterator[LayerParity]:
-        return (layer for layer in self.layers if not layer.error <= self.layer_tolerance)
-
-    def _complaint(
-        self, place: str, error: float, allowed: float, whole: str = "the value range"
-    ) -> str:
-        given = ", ".join(f"{name}={value}" for name, value in self.properties.items())
-        lowered = f" and {VARIABLE}={self.instruction_set}" if self.instruction_set else ""
-        return (
-            f"with {given or 'default'} properties{lowered} the IR differs from the simulation {place}: "
-            f"{error:.1e} of {whole}, allowed {allowed:.1e}"
-        )
-
-    def raise_if_broken(self) -> None:
-        """Raises RuntimeError with the complaint and the first layer that differs, if there is one."""
-        if (complaint := self.complaint()) is not None:
-            # A layer that is wrong by itself is the answer; a search would weigh what it does further on.
-            first = None if any(self._wrong_layers()) else self.bisect()
-            raise RuntimeError(complaint if first is None else f"{complaint}; {first}")
-
-
 @dataclass(frozen=True)
 class _Allowance:
     """What rounding does to torch, and may do to an IR."""
@@ -175,6 +79,7 @@ class _Allowance:
     ties: float
     layers: float
     precision: str
+    rounding: Rounding
 
 
 def check_parity(
@@ -205,7 +110,9 @@ def check_parity(
     check_is_float32(model)
     examples = [Example(model, ir, image.float(), device) for image in inputs]
     runner = Runner(device, properties)
-    return _parity(ir, runner.compile(ir), examples, runner, model, max_layers)[0]
+    network = runner.compile(ir)
+    allowance = _allowance(ir, network, examples)
+    return _parity(ir, network, examples, runner, allowance, model, max_layers)
 
 
 def check_parities(
@@ -219,6 +126,25 @@ def check_parities(
     Raises:
         InputError: as :func:`check_parity`.
     """
+    lower_sets = lower_instruction_sets() if device == "CPU" and _overflow(ir) == "safe" else []
+    with _cores_left(1 if lower_sets else 0):
+        return _checked_with(lower_sets, model, ir, inputs, device)
+
+
+@contextmanager
+def _cores_left(count: int) -> Iterator[None]:
+    """For others: threads of torch wait busily, and with fewer cores than threads mostly for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(threads - count, 1))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _checked_with(
+    lower_sets: Sequence[str], model: nn.Module, ir: ov.Model, inputs: Sequence[Tensor], device: str
+) -> dict[str, Parity]:
     examples = [Example(model, ir, image, device) for image in inputs]
     parities: dict[str, Parity] = {}
     checked: dict[_Program, Parity] = {}
@@ -232,21 +158,23 @@ def check_parities(
             if program in checked:
                 parities[name] = replace(checked[program], properties=properties)
                 continue
-            parity, allowance = _parity(
-                ir, network, examples, runner, model, None if in_full else 0, in_full
-            )
-            checked[program] = parities[name] = parity
-            if not parity.ok:
-                break
-            if in_full and device == "CPU" and _overflow(ir) == "safe":
+            allowance = _allowance(ir, network, examples)
+            if in_full and lower_sets:
                 # In processes, one at a time, while this one goes on.
                 path, recorded = Path(folder) / "model.xml", [examples[0].recorded()]
                 ov.save_model(ir, path, compress_to_fp16=False)
                 job = partial(_parity_with, path, recorded, runner, allowance)
-                lowered = {each: beside.submit(job, each) for each in lower_instruction_sets()}
-        if not all(parity.ok for parity in parities.values()):
-            for future in lowered.values():
-                future.cancel()
+                lowered = {each: beside.submit(job, each) for each in lower_sets}
+            parity = _parity(
+                ir, network, examples, runner, allowance, model, None if in_full else 0, in_full
+            )
+            checked[program] = parities[name] = parity
+            if not parity.ok:
+                for future in lowered.values():
+                    future.cancel()
+                break
+        if not parities[_LOWERED].ok:
+            lowered = {}
         found = {each: f.result() for each, f in lowered.items() if not f.cancelled()}
     in_f32 = {_LOWERED: parities.pop(_LOWERED)}
     kept: dict[str, Parity] = {}
@@ -281,25 +209,17 @@ def _parity(
     network: ov.CompiledModel,
     examples: Sequence[Example],
     runner: Runner,
+    allowance: _Allowance,
     model: nn.Module,
     max_layers: int | None,
     with_codes: bool = True,
-) -> tuple[Parity, _Allowance]:
-    overflow = _overflow(ir)
-    if overflow == "vnni" and sums_saturate():
-        raise InputError(
-            "the IR is for CPUs with VNNI (overflow=vnni), and this one has none: check it on one that "
-            "has, or quantize with overflow=safe"
-        )
-    precision = str(network.get_property("INFERENCE_PRECISION_HINT").get_type_name())
-    rounding = _rounding(ir, precision)
-    allowance = _allowance(ir, examples, rounding, precision)
+) -> Parity:
     parity = _measured(ir, network, examples, runner, allowance, max_layers, with_codes)
     images = [example.tensor for example in examples]
-    bisect = partial(find_first_difference, model, ir, images, runner, rounding)
-    sums = largest_pair_sums(ir) if overflow == "safe" else {}
+    bisect = partial(find_first_difference, model, ir, images, runner, allowance.rounding)
+    sums = largest_pair_sums(ir) if _overflow(ir) == "safe" else {}
     most = max(sums.items(), key=lambda item: item[1], default=("", 0))
-    return replace(parity, bisect=bisect, largest_pair_sum=most), allowance
+    return replace(parity, bisect=bisect, largest_pair_sum=most)
 
 
 def _overflow(ir: ov.Model) -> str:
@@ -327,9 +247,14 @@ def _measured_file(
     return _measured(ir, network, examples, runner, allowance, None, with_codes=False)
 
 
-def _allowance(
-    ir: ov.Model, examples: Sequence[Example], rounding: Rounding, precision: str
-) -> _Allowance:
+def _allowance(ir: ov.Model, network: ov.CompiledModel, examples: Sequence[Example]) -> _Allowance:
+    if _overflow(ir) == "vnni" and sums_saturate():
+        raise InputError(
+            "the IR is for CPUs with VNNI (overflow=vnni), and this one has none: check it on one that "
+            "has, or quantize with overflow=safe"
+        )
+    precision = str(network.get_property("INFERENCE_PRECISION_HINT").get_type_name())
+    rounding = _rounding(ir, precision)
     whole, shortest = Figures(), Figures()
     cuts = []
     for example in examples:
@@ -345,6 +270,7 @@ def _allowance(
         ties=tolerance(TIE_TOLERANCE, shortest.flip_rate),
         layers=LAYER_TOLERANCE if in_float else ROOM * 2.0**-rounding.results,
         precision="f32" if in_float else precision,
+        rounding=rounding,
     )
 
 
@@ -359,15 +285,16 @@ def _measured(
 ) -> Parity:
     free, shortest, codes = Figures(), Figures(), Figures()
     found: dict[str, list[InputParity]] = defaultdict(list)
+    keeping = runner.keeping()
     for example, sets in zip(examples, allowance.cuts, strict=False):
         free.add(example.from_image(network))
         for cuts, tolerances in sets:
-            by_ir = example.between(cuts, runner, tolerances)
+            by_ir = example.between(cuts, keeping, tolerances)
             for place, error in by_ir.inputs.items():
                 found[place].append(InputParity(place, error, tolerances[place]))
         shortest.add(by_ir)
         if with_codes:
-            codes.add(example.codes_from_image(runner))
+            codes.add(example.codes_from_image(keeping))
     places = [*(point.label for point in examples[0].probe_points), OUTPUT]
     return Parity(
         mean_abs=free.mean_abs,

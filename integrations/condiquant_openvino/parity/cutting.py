@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -25,16 +25,27 @@ class Runner:
 
     device: str
     properties: Mapping[str, Any]
+    kept: dict[Hashable, ov.CompiledModel] | None = field(default=None, repr=False, compare=False)
+    """Compiled networks by key; None to keep none."""
 
-    def compile(self, model: ov.Model) -> ov.CompiledModel:
-        return core_of_process().compile_model(model, self.device, dict(self.properties))
+    def keeping(self) -> Runner:
+        """One that compiles once what is run for several images."""
+        return replace(self, kept={})
 
-    def infer(self, model: ov.Model, inputs: list[Array]) -> list[Array]:
+    def compile(self, model: ov.Model, key: Hashable = None) -> ov.CompiledModel:
+        """Compile, or give what was compiled for the same key; none is kept without key."""
+        kept = {} if self.kept is None or key is None else self.kept
+        if key not in kept:
+            core, properties = core_of_process(), dict(self.properties)
+            kept[key] = core.compile_model(model, self.device, properties)
+        return kept[key]
+
+    def infer(self, model: ov.Model, inputs: list[Array], key: Hashable = None) -> list[Array]:
         """Every result of one run, in order, also where two results are the same tensor.
 
         They are the request's own tensors, which it is not used for again: copies would double the peak.
         """
-        request = self.compile(model).create_infer_request()
+        request = self.compile(model, key).create_infer_request()
         request.infer(inputs, share_inputs=True)
         return [tensor.data for tensor in request.output_tensors]
 
@@ -47,7 +58,8 @@ def quantized_tensors(
     nodes = {node.get_friendly_name(): node for node in clone.get_ordered_ops()}
     results = [port.get_node().input_value(0) for port in clone.outputs]
     exits = [nodes[point.exit].output(0) for point in probe_points]
-    found = runner.infer(ov.Model([*results, *exits], clone.get_parameters()), [image])
+    key = tuple(point.exit for point in probe_points)
+    found = runner.infer(ov.Model([*results, *exits], clone.get_parameters()), [image], key)
     return {point.label: v for point, v in zip(probe_points, found[len(results) :], strict=True)}
 
 
@@ -170,12 +182,18 @@ class Pieces:
             return self._model.get_results()[0].input_value(0)
         return self._sources.get(place, self.nodes[place].input_value(0))
 
-    def run(self, ports: Sequence[ov.Output], image: Array, runner: Runner) -> list[Array]:
-        """Values of ``ports``, each computed from the cuts above it."""
-        keys = self._cuts_above([port.get_node() for port in ports])
-        inputs = [*self._model.get_parameters(), *(self._parameters[key] for key in keys)]
-        values = [image, *(self._values[key] for key in keys)]
-        return runner.infer(ov.Model(list(ports), inputs), values)
+    def run(
+        self, ports: Sequence[ov.Output], image: Array, runner: Runner, key: Hashable = None
+    ) -> list[Array]:
+        """Values of ``ports``, each computed from the cuts above it.
+
+        Args:
+            key: of these ports of an IR cut like this, to compile it once for all images.
+        """
+        cuts = self._cuts_above([port.get_node() for port in ports])
+        inputs = [*self._model.get_parameters(), *(self._parameters[cut] for cut in cuts)]
+        values = [image, *(self._values[cut] for cut in cuts)]
+        return runner.infer(ov.Model(list(ports), inputs), values, key and (key, *cuts))
 
     def _cuts_above(self, nodes: Sequence[ov.Node]) -> list[str]:
         keys, seen, pending = [], {node.get_name() for node in nodes}, list(nodes)

@@ -93,7 +93,7 @@ class Figures:
         }
 
 
-_PORTION = 2**28
+_PORTION = 2**29
 """Bytes of the tensors that one run gives."""
 _Item = TypeVar("_Item")
 
@@ -197,7 +197,8 @@ class Example:
             probe_points[point.entry].append(point)
         sizes = {place: tensor.nbytes for place, tensor in self.entries.items()}
         for places in _in_portions([*cuts, OUTPUT], lambda place: sizes.get(place, 0)):
-            found = pieces.run([pieces.source(place) for place in places], self.image, runner)
+            ports = [pieces.source(place) for place in places]
+            found = pieces.run(ports, self.image, runner, (*cuts, *places))
             for place, tensor in zip(places, found, strict=True):
                 if not found_one and self._exceeds(place, tensor, tolerances):
                     (tensor,) = pieces.run([pieces.source(place)], self.image, runner)

@@ -113,13 +113,15 @@ class ProbePoint:
 
     def away_from_ties(self, raw: Array, quantized: Array) -> Array:
         """``raw`` with what lies on a rounding tie moved to the value that torch chose for it."""
-        distance = np.abs(raw - quantized) / self.grid.step
-        return np.where(np.abs(distance - 0.5) < _TIE_MARGIN, quantized, raw)
+        distance = np.subtract(raw, quantized)
+        np.divide(np.abs(distance, out=distance), self.grid.step, out=distance)
+        on_tie = np.abs(np.subtract(distance, 0.5, out=distance), out=distance) < _TIE_MARGIN
+        return np.where(on_tie, quantized, raw)
 
     def with_other_ties(self, raw: Array, quantized: Array) -> Array:
         """``quantized`` where sums in another order decide for the other neighbour of ``raw``."""
         position = self.grid.clipped_positions(raw)
-        below, code = np.floor(position), self.grid.codes(raw)
+        below, code = np.floor(position), np.rint(position)
         margin = _SUM_ERROR * value_range(raw) / self.grid.step
         other = self.grid.lower + (2 * below + 1 - code) * self.grid.step
         return np.where(np.abs(position - below - 0.5) < margin, other, quantized)

@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 from condiquant_openvino.parity.probe_points import Array, value_range
-from condiquant_openvino.writing.conversion import call_label, labelled
+from condiquant_openvino.writing.labels import call_label, labelled
 from condiquant_plugin import FakeQuantizer
 from condiquant_plugin.intake import check_output
 from condiquant_plugin.layerwise.quantized import quantized_input
@@ -123,10 +123,9 @@ class _RoundingMode(TorchFunctionMode):
         args, kwargs = tree_map(self._parameter, (args, kwargs or {}))
         result = func(*args, **kwargs)
         if getattr(func, "__name__", "") in _PRODUCTS:
-            uniform = torch.rand(result.shape, generator=self._generator)
-            result = result + (2 * uniform - 1) * (
-                self._rounding.noise * value_range(result.numpy())
-            )
+            largest = self._rounding.noise * value_range(result.numpy())
+            noise = torch.rand(result.shape, generator=self._generator)
+            result = noise.mul_(2 * largest).sub_(largest).add_(result)
         # What a function passes on unchanged may be state of the model.
         return result if args and result is args[0] else tree_map(self._result, result)
 
@@ -145,4 +144,5 @@ def _round(x: Tensor, bits: int) -> Tensor:
     dropped = _FLOAT32_BITS - bits
     if x.dtype != torch.float32 or dropped <= 0:
         return x
-    return ((x.view(torch.int32) + (1 << (dropped - 1))) & -(1 << dropped)).view(torch.float32)
+    integers = x.view(torch.int32) + (1 << (dropped - 1))
+    return integers.bitwise_and_(-(1 << dropped)).view(torch.float32)

@@ -126,7 +126,8 @@ def run_with(instruction_set: str, function: Callable[..., _Result], *arguments:
         job.write_bytes(pickle.dumps(sys.path) + pickle.dumps((function, arguments)))
         finished = subprocess.run(
             [sys.executable, "-c", _CHILD, job, result],
-            env={**os.environ, VARIABLE: instruction_set},
+            # Beside another process, threads of torch would wait busily for each other.
+            env={**os.environ, VARIABLE: instruction_set, "OMP_NUM_THREADS": "1"},
             capture_output=True,
             text=True,
             check=False,

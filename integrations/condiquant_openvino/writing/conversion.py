@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from enum import Enum, auto
 from typing import Any, Literal, get_args
@@ -20,6 +18,7 @@ from condiquant_openvino import markers
 from condiquant_openvino.running.reading import set_metadata
 from condiquant_openvino.writing import quantizer_graphs
 from condiquant_openvino.writing.from_torch import from_torch
+from condiquant_openvino.writing.labels import CALL, labelled, labelled_calls
 from condiquant_openvino.writing.overflow import inexact_in_int8
 from condiquant_openvino.writing.passes.compaction import compact
 from condiquant_openvino.writing.passes.joining import join
@@ -28,14 +27,13 @@ from condiquant_openvino.writing.passes.rearranging import collapse
 from condiquant_openvino.writing.passes.separating import separate
 from condiquant_openvino.writing.passes.simplification import simplify
 from condiquant_openvino.writing.quantizer_graphs import Quantizer, redirect
-from condiquant_plugin import FakeQuantizer, InputError, fake_quantizers
+from condiquant_plugin import InputError, fake_quantizers
 from condiquant_plugin.errors import check_choice
-from condiquant_plugin.intake import check_is_float32, check_output
+from condiquant_plugin.intake import check_is_float32
 from condiquant_plugin.uniform import grid
 
 InstructionSet = Literal["vnni", "avx2"]
 """What the kernels that are meant are fast on: with VNNI or without."""
-_CALL = re.compile(r"#\d+$")
 
 
 class Placeholder(ov.Op):
@@ -74,62 +72,6 @@ class _Form(Enum):
     FLOAT_WEIGHT = auto()
 
 
-@contextmanager
-def labelled(model: nn.Module) -> Iterator[dict[str, FakeQuantizer]]:
-    """Fake quantizers by a label unique in ``model``: the name, else the module path."""
-    found = fake_quantizers(model)
-    names = {path: quantizer.name for path, quantizer in found.items()}
-    labels = _labels(names)
-    try:
-        for path, quantizer in found.items():
-            quantizer.name = labels[path]
-        yield {labels[path]: quantizer for path, quantizer in found.items()}
-    finally:
-        for path, quantizer in found.items():
-            quantizer.name = names[path]
-
-
-def _labels(names: Mapping[str, str]) -> dict[str, str]:
-    """Labels by path, none of which :func:`call_label` gives another one of them."""
-    counts = Counter(names.values())
-    labels: dict[str, str] = {}
-    for path, name in names.items():
-        label = name if name and counts[name] == 1 else path
-        while _CALL.search(label) or label in labels.values():
-            label += "_"
-        labels[path] = label
-    return labels
-
-
-def call_label(label: str, call: int) -> str:
-    """Label of the ``call``-th use of a quantizer in one forward pass."""
-    return label if call == 0 else f"{label}#{call}"
-
-
-@contextmanager
-def _labelled_calls(model: nn.Module) -> Iterator[None]:
-    """Labels are given where the simulation counts: calls of no consequence are not in the graph."""
-    calls: Counter[FakeQuantizer] = Counter()
-    with labelled(model) as quantizers:
-        labels = {quantizer: label for label, quantizer in quantizers.items()}
-
-        def enter(quantizer: FakeQuantizer, _inputs: tuple[Tensor, ...]) -> None:
-            quantizer.name = call_label(labels[quantizer], calls[quantizer])
-            calls[quantizer] += 1
-
-        handles = [q.register_forward_pre_hook(enter) for q in quantizers.values()]
-        # A tracer reads parametrized weights before the forward pass.
-        handles.append(model.register_forward_pre_hook(lambda *_: calls.clear()))
-        try:
-            handles.append(
-                model.register_forward_hook(lambda m, _, output: check_output(m, output))
-            )
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-
 def convert(
     model: nn.Module,
     example_input: Tensor,
@@ -155,6 +97,43 @@ def convert(
     Raises:
         InputError: if OpenVINO cannot convert the model, or it is not float32 with one output.
     """
+    traced = _traced(model, example_input, static, input_names, output_names)
+    return write_quantizers(*traced, isa)
+
+
+def convert_beside_float(
+    model: nn.Module,
+    example_input: Tensor,
+    *,
+    static: bool = False,
+    isa: InstructionSet = "vnni",
+    input_names: Sequence[str] = ("image",),
+    output_names: Sequence[str] = ("upscaled",),
+) -> tuple[ov.Model, ov.Model]:
+    """As :func:`convert`, and from the same trace the network without its quantizers and rotations.
+
+    Behind a rotation that one has the products of the network as trained, though not its values.
+    """
+    traced, quantizers, overflow = _traced(model, example_input, static, input_names, output_names)
+    in_float = traced.clone()
+    for node in in_float.get_ordered_ops():
+        if isinstance(node, Placeholder):
+            source = node.input_value(0)
+            if source.get_node().get_friendly_name() == _rotation_name(node.label):
+                source = source.get_node().input_value(0)
+            node.output(0).replace(source)
+    in_float.validate_nodes_and_infer_types()
+    return write_quantizers(traced, quantizers, overflow, isa), in_float
+
+
+def _traced(
+    model: nn.Module,
+    example_input: Tensor,
+    static: bool,
+    input_names: Sequence[str],
+    output_names: Sequence[str],
+) -> tuple[ov.Model, dict[str, Quantizer], grid.Overflow]:
+    """OpenVINO's graph with placeholders, their quantizers by label, and what these allow to overflow."""
     example_input = example_input[:1].float()
     check_is_float32(model)
     shape: list[int] = list(example_input.shape)
@@ -178,7 +157,7 @@ def convert(
     extension = ConversionExtension("condiquant::fake_quantize", mark)
     was_training = model.training
     try:
-        with _labelled_calls(model.eval()):
+        with labelled_calls(model.eval()):
             converted = from_torch(
                 model,
                 example_input,
@@ -198,7 +177,7 @@ def convert(
     converted.set_friendly_name(type(model).__name__)
     _name_rotations(converted, model)
     overflow = {quantizer.overflow for quantizer in fake_quantizers(model).values()}
-    return write_quantizers(converted, quantizers, "vnni" if "vnni" in overflow else "safe", isa)
+    return converted, quantizers, "vnni" if "vnni" in overflow else "safe"
 
 
 def write_quantizers(
@@ -242,9 +221,12 @@ def _name_rotations(converted: ov.Model, model: nn.Module) -> None:
     with labelled(model) as quantizers:
         rotating = {label for label, quantizer in quantizers.items() if quantizer.rotates}
     for node in converted.get_ordered_ops():
-        if isinstance(node, Placeholder) and _CALL.sub("", node.label) in rotating:
-            layer = node.label.removesuffix(".input")
-            node.input_value(0).get_node().set_friendly_name(f"{layer}.rotation")
+        if isinstance(node, Placeholder) and CALL.sub("", node.label) in rotating:
+            node.input_value(0).get_node().set_friendly_name(_rotation_name(node.label))
+
+
+def _rotation_name(label: str) -> str:
+    return f"{label.removesuffix('.input')}.rotation"
 
 
 def _keep_names_apart(model: ov.Model) -> None:

@@ -9,13 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import nncf
-import numpy as np
 import openvino as ov
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import condiquant_openvino as openvino_host
-from condiquant_openvino.writing.from_torch import from_torch
 from condiquant_plugin import __version__
 from condiquant_plugin.errors import InputError
 from condiquant_plugin.layerwise import precision
@@ -32,14 +30,14 @@ from condiquant_recipes.comparison.scoring import (
     measure_latency,
     score_set,
 )
-from condiquant_recipes.exporting import example_image, export, images_of_two_sizes, tile_size
+from condiquant_recipes.exporting import example_image, export, tile_size
+from condiquant_recipes.float_export import float_ir
 from condiquant_recipes.progress import Progress
 from condiquant_recipes.recipe import Recipe, with_export
-from condiquant_recipes.source import Source, code_digest, load_source
+from condiquant_recipes.source import code_digest, load_source
 from condiquant_recipes.workspace import Workspace, remove, write_metrics
 
 _FLOAT, _REPORT, _PAGE = "float", "compare.json", "compare.html"
-_AGREEMENT = 1e-3
 
 
 def compare(
@@ -110,14 +108,15 @@ def compare(
     )
 
     with progress.status("converting the float network"):
-        float_ir, image = float_model(source, recipe)
-    if float_ir.is_dynamic():
+        in_float = float_ir(source.network, recipe, source.multiple)
+    image = example_image(tile_size(recipe, source.multiple))
+    if in_float.is_dynamic():
         used = with_export(recipe, {"static": False})
     else:
         used = _static(recipe, image.shape[2])
     if used.datasets != recipe.datasets:
         source = load_source(used, data, names)
-    job = Job(used, source, float_ir, progress)
+    job = Job(used, source, in_float, progress)
     rows = []
     for number, method in enumerate(chosen, 1):
         label = f"{number}/{len(chosen)} {method.label}"
@@ -172,39 +171,6 @@ def _check_export(recipe: Recipe) -> None:
         raise InputError(
             f"compare measures on the CPU: leave out export.device={recipe.export.device}"
         )
-
-
-def float_model(source: Source, recipe: Recipe) -> tuple[ov.Model, Tensor]:
-    """OpenVINO's own conversion of the float network, and the image it was traced with.
-
-    Its height and width are dynamic unless the recipe says otherwise or they come out wrong.
-    """
-    size = tile_size(recipe, source.multiple)
-    image = example_image(size)
-    if not recipe.export.static:
-        images = images_of_two_sizes(size, source.multiple)
-        for traced in images:
-            try:
-                ir = from_torch(source.network, traced, input=[[1, 3, -1, -1]])
-                if all(_agrees(ir, source.network, each) for each in images):
-                    return ir, image
-            except RuntimeError:
-                continue
-        if recipe.export.static is False:
-            raise InputError(
-                f"{recipe.name} is right only at the size it is traced with: set export.static=true"
-            )
-    return from_torch(source.network, image, input=[list(image.shape)]), image
-
-
-def _agrees(ir: ov.Model, network: nn.Module, image: Tensor) -> bool:
-    """Whether the IR computes what the network does."""
-    result = ov.compile_model(ir, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})(image.numpy())[0]
-    with torch.no_grad():
-        expected = network(image).numpy()
-    return result.shape == expected.shape and bool(
-        np.abs(result - expected).mean() <= _AGREEMENT * np.ptp(expected)
-    )
 
 
 def _static(recipe: Recipe, size: int) -> Recipe:

@@ -333,10 +333,9 @@ class _Search:
         with TemporaryDirectory() as folder, warnings.catch_warnings():
             warnings.simplefilter("ignore", torch.jit.TracerWarning)
             path = Path(folder) / "model.xml"
-            sizes = openvino_host.save(
-                openvino_host.convert(self.study.model, image, static=True), path
-            )
-            return {**sizes, **compared_to_float(self.study.model, path, image)}
+            ir, in_float = openvino_host.convert_beside_float(self.study.model, image, static=True)
+            sizes = openvino_host.save(ir, path)
+            return {**sizes, **compared_to_float(in_float, path, image)[0]}
 
     def _best(self) -> dict[str, LayerBits]:
         return self.study.uniform(max(self.study.widths), INPUT_BITS)

@@ -15,10 +15,11 @@ import condiquant_nncf
 from condiquant_openvino import LayerParity, Parity, check_parity, convert
 from condiquant_openvino.parity import check as parity_module
 from condiquant_openvino.parity import example as comparison
-from condiquant_openvino.parity.check import InputParity, check_parities
+from condiquant_openvino.parity.check import check_parities
 from condiquant_openvino.parity.cutting import Runner, cut_sets
 from condiquant_openvino.parity.example import Example
 from condiquant_openvino.parity.layers import F32
+from condiquant_openvino.parity.outcome import InputParity
 from condiquant_openvino.parity.probe_points import ArrayGrid, ProbePoint, locate, value_range
 from condiquant_plugin import FakeQuantizer
 from networks import build
@@ -325,3 +326,37 @@ def test_programs_of_the_same_kernels_with_other_weights_differ(exported_convolu
     replace(port, port.get_source_output().get_node().data * 1.001)
     changed = parity_module._Program.of(runner.compile(ir), [example])
     assert (changed.kernels, changed == program) == (program.kernels, False)
+
+
+def test_an_ir_cut_at_the_same_places_is_compiled_once_for_all_images(
+    exported_convolutions, monkeypatch
+):
+    model, ir, x = exported_convolutions
+    images = [x, torch.rand(1, 3, 24, 20), torch.rand(1, 3, 12, 28)]
+    alone = [check_parity(model, ir, [image], max_layers=0) for image in images]
+    compile_model, compiled = ov.Core.compile_model, []
+    monkeypatch.setattr(
+        ov.Core, "compile_model", lambda *a: compiled.append(a) or compile_model(*a)
+    )
+    check_parity(model, ir, [x], max_layers=0)
+    for_one = len(compiled)
+    together = check_parity(model, ir, images, max_layers=0)
+    # The places of quantizers take an IR of their own for each image.
+    assert len(compiled) - for_one <= for_one + len(images) - 1
+    assert together.mean_abs == pytest.approx(np.mean([each.mean_abs for each in alone]))
+    assert together.max_abs == max(each.max_abs for each in alone)
+    for place, *errors in zip(together.inputs, *(each.inputs for each in alone), strict=True):
+        assert place.error in {each.error for each in errors}
+
+
+def test_torch_leaves_a_core_to_lower_instruction_sets(exported_convolutions, monkeypatch):
+    model, ir, x = exported_convolutions
+    threads, seen = torch.get_num_threads(), []
+    measured = parity_module._measured
+    monkeypatch.setattr(
+        parity_module, "_measured", lambda *a: seen.append(torch.get_num_threads()) or measured(*a)
+    )
+    monkeypatch.setattr(parity_module, "lower_instruction_sets", lambda: ["AVX2"])
+    check_parities(model, ir, [x])
+    assert set(seen) == {max(threads - 1, 1)}
+    assert torch.get_num_threads() == threads

@@ -7,7 +7,14 @@ from torch import nn
 
 import condiquant_nncf
 import networks
-from condiquant_openvino import check_parity, convert, inspect, layer_executions, save
+from condiquant_openvino import (
+    check_parity,
+    convert,
+    convert_beside_float,
+    inspect,
+    layer_executions,
+    save,
+)
 from condiquant_openvino.running.upscaling import compile_ir
 from condiquant_plugin import FakeQuantizer, InputError, fake_quantizers
 from networks import build
@@ -223,3 +230,31 @@ def test_what_openvino_does_not_know_is_named_and_logs_go_on():
     with pytest.raises(InputError, match=r"cannot convert Decomposition: .*linalg_qr"):
         convert(Decomposition(), torch.rand(1, 3, 8, 8))
     assert (root.level, root.filters) == before
+
+
+@torch.no_grad()
+def test_from_one_trace_come_the_same_ir_and_the_network_without_quantizers(convolution_net):
+    model, x, other = convolution_net(4), torch.rand(1, 3, 16, 16), torch.rand(1, 3, 24, 20)
+    ir, in_float = convert_beside_float(model, x)
+    alone = convert(model, x)
+    assert [n.get_type_name() for n in ir.get_ordered_ops()] == [
+        n.get_type_name() for n in alone.get_ordered_ops()
+    ]
+    torch.testing.assert_close(compile_ir(ir)(other)[0], compile_ir(alone)(other)[0])
+    for quantizer in fake_quantizers(model).values():
+        quantizer.enabled = False
+    expected = model(other)
+    found = torch.from_numpy(compile_ir(in_float)(other)[0])
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+
+
+def test_the_float_network_beside_an_ir_has_no_rotations():
+    config = condiquant_nncf.QuantizationConfig(recondition=None, rounding="nearest", rotate=True)
+    x = torch.rand(1, 3, 16, 16)
+    model = condiquant_nncf.quantize_network(build("swinir"), x, config).model
+    rotated, plain = (
+        [n for n in each.get_ordered_ops() if n.get_friendly_name().endswith(".rotation")]
+        for each in convert_beside_float(model, x, static=True)
+    )
+    assert rotated
+    assert not plain

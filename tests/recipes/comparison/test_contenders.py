@@ -14,12 +14,12 @@ from condiquant_basicsr import Pair, write_image
 from condiquant_openvino import save
 from condiquant_plugin import fake_quantizers
 from condiquant_plugin.errors import InputError
-from condiquant_recipes.comparison.comparing import float_model
 from condiquant_recipes.comparison.contenders import all_contenders, choose
 from condiquant_recipes.comparison.crops import output_file, worst_places
 from condiquant_recipes.comparison.job import Job
 from condiquant_recipes.comparison.measuring import measured
 from condiquant_recipes.comparison.scoring import measure_latency, pareto, size
+from condiquant_recipes.float_export import float_ir
 from condiquant_recipes.progress import Progress
 from condiquant_recipes.recipe import load_recipe
 from condiquant_recipes.source import load_source
@@ -39,7 +39,9 @@ def calibrate(make_job, monkeypatch):
                 job.write(), [f"{section}.iterations=8", f"{section}.bounds_rate=1e-4", *overrides]
             )
             source = load_source(recipe, job.data, ["Tiny"])
-            jobs[name] = Job(recipe, source, float_model(source, recipe)[0], Progress())
+            jobs[name] = Job(
+                recipe, source, float_ir(source.network, recipe, source.multiple), Progress()
+            )
         (method,) = (m for m in all_contenders(jobs[name].recipe) if m.id == method_id)
         return jobs[name], method.calibrate(jobs[name])
 
@@ -206,17 +208,16 @@ def test_a_network_that_is_right_at_one_size_only_is_converted_static(make_job, 
     job = make_job("compact")
     recipe = load_recipe(job.write(), ["export.static=null"])
     source = load_source(recipe, job.data, ["Tiny"])
-    assert float_model(source, recipe)[0].is_dynamic()
+    assert float_ir(source.network, recipe, source.multiple).is_dynamic()
 
     class OneSize(nn.Module):
         def forward(self, x):
             return nn.functional.interpolate(x, size=(2 * int(x.shape[2]), 2 * int(x.shape[3])))
 
-    object.__setattr__(source, "network", OneSize())
-    model, image = float_model(source, recipe)
-    assert list(model.input().get_shape()) == list(image.shape) == [1, 3, 32, 32]
+    model = float_ir(OneSize(), recipe, source.multiple)
+    assert list(model.input().get_shape()) == [1, 3, 32, 32]
     with pytest.raises(InputError, match=r"set export\.static=true"):
-        float_model(source, load_recipe(job.write(), ["export.static=false"]))
+        float_ir(OneSize(), load_recipe(job.write(), ["export.static=false"]), source.multiple)
 
 
 def test_memory_and_time_are_of_the_function_alone():
