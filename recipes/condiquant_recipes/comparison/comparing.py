@@ -146,7 +146,10 @@ def compare(
         },
         "distillation_iterations": recipe.condiquant.distillation.iterations,
         "command": command,
-        "rows": [{k: v for k, v in row.items() if k != "layers"} for row in rows],
+        "rows": [
+            {k: v for k, v in row.items() if k not in ("layers", "precision")} for row in rows
+        ],
+        "precision": {row["label"]: row["precision"] for row in rows if row.get("precision")},
         "layers": _layers(subject) if subject is not None else [],
         "crops": [],
     }
@@ -251,7 +254,16 @@ def _save(calibrated: Calibrated, method: Contender, job: Job, folder: Path) -> 
         asdict(report) | {"bits": of_layers.get(report.name, given).weight}
         for report in calibrated.layers
     ]
-    return {**sizes, **_bits(given), "notes": [*calibrated.notes, *notes], "layers": layers}
+    found = {}
+    if calibrated.precision is not None:
+        found = {"precision": asdict(calibrated.precision)}
+    return {
+        **sizes,
+        **_bits(given),
+        **found,
+        "notes": [*calibrated.notes, *notes],
+        "layers": layers,
+    }
 
 
 def _bits(bits: LayerBits) -> Row:

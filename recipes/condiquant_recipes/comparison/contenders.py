@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
@@ -18,7 +19,8 @@ from condiquant_plugin.errors import InputError
 from condiquant_plugin.layerwise.precision import FLOAT_BITS, LayerBits
 from condiquant_recipes.comparison import neural_compressor
 from condiquant_recipes.comparison import nncf as comparison_nncf
-from condiquant_recipes.comparison.job import Calibrated, Contender, Group, Job
+from condiquant_recipes.comparison.job import MIXED, Calibrated, Contender, Group, Job
+from condiquant_recipes.precision.search import INPUT_BITS, with_bits
 from condiquant_recipes.recipe import Recipe, ReconditionSection
 from condiquant_recipes.run import calibrate_network, distill_network
 
@@ -104,7 +106,17 @@ def all_contenders(recipe: Recipe) -> list[Contender]:
         ),
         *_low_bit("condiquant", "CondiQuant", "condiquant", [_SMALL], _fake_quantized),
     ]
-    return [*found, *(contender for contender in presets if contender.id not in ids)]
+    mixed = [
+        Contender(
+            f"condiquant-mixed-w{width}",
+            f"CondiQuant mixed, as large as W{width}A{INPUT_BITS}",
+            "condiquant",
+            LayerBits(width, INPUT_BITS),
+            partial(_mixed, width=width),
+        )
+        for width in MIXED
+    ]
+    return [*found, *(contender for contender in presets if contender.id not in ids), *mixed]
 
 
 def choose(methods: Iterable[Contender], ids: Iterable[str]) -> list[Contender]:
@@ -164,6 +176,19 @@ def _float_simplified(job: Job) -> Calibrated:
         "constants as tables): what the graph alone gives the rows of 2DQuant and CondiQuant"
     )
     return Calibrated(model, notes=[note])
+
+
+def _mixed(job: Job, width: int) -> Calibrated:
+    """The recipe with the most faithful bits for the bytes of ``width``-bit weights."""
+    found = job.mixed[width]
+    products = found.bits.keys() - found.sensitivity["weights"]
+    recipe = with_bits(job.recipe, found.bits, products)
+    result = calibrate_network(job.source, recipe)
+    distill_network(result.model, result.layers, job.source, recipe, job.progress)
+    counts = Counter(found.bits[name].weight for name in found.sensitivity["weights"])
+    weights = ", ".join(f"{count} of {bits} bits" for bits, count in sorted(counts.items()))
+    notes = [f"weights: {weights}; the search counts in the first row that needs it"]
+    return Calibrated(result.model, recipe, result.reports, notes, precision=found)
 
 
 def _fake_quantized(

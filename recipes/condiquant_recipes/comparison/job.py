@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
 
 import nncf
@@ -12,10 +13,13 @@ from torch import nn
 
 from condiquant_plugin.layerwise.precision import LayerBits
 from condiquant_plugin.layerwise.problem import LayerReport
+from condiquant_recipes.precision.search import Precision, as_large_as
 from condiquant_recipes.progress import Progress
 from condiquant_recipes.recipe import Recipe
 from condiquant_recipes.source import Source
 
+MIXED = (3, 4)
+"""Bits of weights whose bytes the rows with bits of their own for every layer keep to."""
 Group = Literal[
     "float",
     "nncf-int8",
@@ -40,6 +44,11 @@ class Job:
         """The calibration crops, one by one."""
         return nncf.Dataset([crop[None].numpy() for crop in self.source.crops])
 
+    @cached_property
+    def mixed(self) -> dict[int, Precision]:
+        """The most faithful bits for the bytes that weights of ``MIXED`` bits take, searched once."""
+        return as_large_as(self.recipe, self.source, MIXED, self.progress)
+
     @property
     def model_type(self) -> nncf.ModelType | None:
         """What NNCF should be told about the network."""
@@ -58,6 +67,8 @@ class Calibrated:
     notes: list[str] = field(default_factory=list)
     weight_bits: int | None = None
     """Where they are not those of the method."""
+    precision: Precision | None = None
+    """Of the search that gave every layer its bits."""
 
 
 @dataclass(frozen=True)

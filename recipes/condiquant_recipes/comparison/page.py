@@ -13,7 +13,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from condiquant_plugin.files import write_atomic
-from condiquant_recipes.comparison.plots import Plot, layer_errors, scatter
+from condiquant_recipes.comparison.plots import Plot, layer_errors, scatter, sensitivity
 
 TEMPLATE = "page.html.j2"
 MISSING = "–"
@@ -104,6 +104,9 @@ def write_page(report: Mapping[str, Any], folder: Path) -> Path:
         costs=COSTS,
         plots=fronts(report),
         layer_errors=layer_errors(report["layers"]),
+        sensitivities={
+            label: sensitivity(record) for label, record in report.get("precision", {}).items()
+        },
         crops=[_embedded(crop, folder) for crop in report["crops"]],
         choices=choices,
         left=left,

@@ -19,6 +19,8 @@ from matplotlib.text import Text
 from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 from matplotlib.transforms import Bbox
 
+from condiquant_recipes.precision.picture import sensitivity_figure
+
 # Accuracies further below the best than this (dB) may leave the axis if they are outliers as well.
 ACCURACY_SPAN = 4.0
 MOST_LABELS, _LABEL_LENGTH = 6, 34
@@ -155,6 +157,11 @@ def layer_errors(layers: Iterable[Mapping[str, Any]]) -> str | None:
         axes.grid(alpha=0.25)
         axes.legend(frameon=False, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1))
     return _uri(figure)
+
+
+def sensitivity(record: Mapping[str, Any]) -> str:
+    """The heat map of a search for bits, as a data URI."""
+    return _uri(sensitivity_figure(record))
 
 
 def _accuracy_floor(accuracies: Sequence[float]) -> float:

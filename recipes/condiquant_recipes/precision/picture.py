@@ -8,6 +8,7 @@ from typing import Any
 
 import matplotlib as mpl
 import numpy as np
+from matplotlib.figure import Figure
 
 from condiquant_plugin.files import replacing
 from condiquant_recipes.precision.target import decibels
@@ -18,17 +19,22 @@ _PARTS = {"weights": "weight", "inputs": "input"}
 
 
 def draw_sensitivity(record: Mapping[str, Any], path: Path) -> None:
+    """Write :func:`sensitivity_figure` as an SVG file."""
+    with mpl.rc_context({"svg.hashsalt": "sensitivity", "svg.fonttype": "none"}):
+        figure = sensitivity_figure(record)
+        with replacing(path) as temporary:
+            figure.savefig(temporary, format="svg", metadata={"Date": None})
+
+
+def sensitivity_figure(record: Mapping[str, Any]) -> Figure:
     """PSNR of the network's output with one tensor at so many bits, a cross at those that were chosen.
 
     Args:
         record: of a search, as ``metrics.json`` has it.
-        path: an SVG file.
     """
-    from matplotlib.figure import Figure
-
     bits = record["bits"]
     names = list(bits)
-    with mpl.rc_context({"svg.hashsalt": "sensitivity", "svg.fonttype": "none", "font.size": 7}):
+    with mpl.rc_context({"font.size": 7}):
         figure = Figure((7, 1.5 + _ROW * len(names)), layout="constrained")
         for axes, (part, label) in zip(figure.subplots(1, 2), _PARTS.items(), strict=True):
             table = record["sensitivity"][part]
@@ -46,5 +52,4 @@ def draw_sensitivity(record: Mapping[str, Any], path: Path) -> None:
             axes.set_yticks(range(len(names)), names if part == "weights" else [])
             axes.set(xlabel=f"bits of the {label}")
         figure.colorbar(image, label="PSNR to the float output, dB")
-        with replacing(path) as temporary:
-            figure.savefig(temporary, format="svg", metadata={"Date": None})
+    return figure

@@ -27,7 +27,6 @@ import condiquant_openvino as openvino_host
 from condiquant_openvino.writing.quantizer_graphs import stored_bytes
 from condiquant_plugin.errors import InputError
 from condiquant_plugin.layerwise.precision import FLOAT_BITS, LayerBits, LayerRule, usual
-from condiquant_plugin.sensitivity import PrecisionStudy, Sensitivity
 from condiquant_recipes import settings
 from condiquant_recipes.exporting import compared_to_float, example_image, tile_size
 from condiquant_recipes.precision.allocation import Option, allocate
@@ -111,26 +110,33 @@ def find_precision(
     Raises:
         InputError: no bits reach the target; names the closest. Rules for single layers beside a target.
     """
-    if recipe.condiquant.layers:
-        raise InputError("--target finds the bits of every layer: leave out condiquant.layers")
-    config = settings.quantization(recipe)
     with progress.status(f"measuring what each layer's bits cost, for {target}"):
-        study = nncf_host.study_precision(
-            source.network, source.crops[:_STUDIED], config, bounds_crops=_STUDIED // 2
-        )
-        found = study.sensitivity(source.crops[:_STUDIED].split(1), seed=recipe.seed)
-        search = _Search(recipe, source, study, found, hr, target)
+        search = _Search(recipe, source, hr, target)
         correlation = search.rank_correlation()
     with progress.status("choosing bits"):
         bits, reached = search.choose()
-    return Precision(
-        str(target),
-        bits,
-        decibels(found.predicted(bits)),
-        reached,
-        correlation,
-        {"weights": found.weights, "inputs": found.inputs},
-    )
+    return search.precision(str(target), bits, reached, correlation)
+
+
+def as_large_as(
+    recipe: Recipe, source: Source, widths: Iterable[int], progress: Progress
+) -> dict[int, Precision]:
+    """The most faithful bits for the bytes that weights of one width take; by that width.
+
+    ``held_out`` is the ``fidelity`` as first rounded.
+
+    Raises:
+        InputError: rules for single layers.
+    """
+    with progress.status("measuring what each layer's bits cost"):
+        search = _Search(recipe, source, None, Target("size", 1.0))
+        correlation = search.rank_correlation()
+    found = {}
+    for width in widths:
+        bits, fidelity = search.as_large_as(width)
+        label = f"the bytes of {width}-bit weights"
+        found[width] = search.precision(label, bits, {"fidelity": fidelity}, correlation)
+    return found
 
 
 def with_bits(recipe: Recipe, bits: Mapping[str, LayerBits], products: Collection[str]) -> Recipe:
@@ -155,19 +161,23 @@ class _Search:
         self,
         recipe: Recipe,
         source: Source,
-        study: PrecisionStudy,
-        sensitivity: Sensitivity,
         hr: Tensor | None,
         target: Target,
     ) -> None:
+        if recipe.condiquant.layers:
+            raise InputError("the bits of every layer are searched: leave out condiquant.layers")
         self.recipe, self.target = recipe, target
         self.network, self.multiple, self.crops = source.network, source.multiple, source.crops
-        self.study, self.sensitivity = study, sensitivity
+        crops = source.crops[:_STUDIED]
+        self.study = nncf_host.study_precision(
+            source.network, crops, settings.quantization(recipe), bounds_crops=_STUDIED // 2
+        )
+        self.sensitivity = self.study.sensitivity(crops.split(1), seed=recipe.seed)
         self.held_out, self.hr = source.held_out, hr
         self.images = self.held_out.split(1)
         self._reached: list[float] = []
         self._figures: dict[frozenset[tuple[str, LayerBits]], float] = {}
-        self.bytes = {name: self._stored(name) for name in study.layers}
+        self.bytes = {name: self._stored(name) for name in self.study.layers}
         self.whole = float(sum(by_width[FLOAT_BITS] for by_width in self.bytes.values()))
         self.targets = self._outputs({})
 
@@ -195,6 +205,32 @@ class _Search:
         if self.target.aim == "latency":
             return self._within_latency()
         return self._keeping_promise()
+
+    def as_large_as(self, width: int) -> tuple[dict[str, LayerBits], float]:
+        """Least predicted error for the bytes of weights of one width, and the fidelity in dB."""
+        room = self._bytes(self.study.uniform(width, INPUT_BITS))
+        found = allocate(self._options(with_float=False), "error", room)
+        assert found is not None  # weights of that width fit
+        bits = {name: option.bits for name, option in found.items()}
+        return bits, self._figure(bits)
+
+    def precision(
+        self,
+        target: str,
+        bits: dict[str, LayerBits],
+        reached: dict[str, float],
+        correlation: float,
+    ) -> Precision:
+        """The record of a choice."""
+        found = self.sensitivity
+        return Precision(
+            target,
+            bits,
+            decibels(found.predicted(bits)),
+            reached,
+            correlation,
+            {"weights": found.weights, "inputs": found.inputs},
+        )
 
     def _keeping_promise(self) -> tuple[dict[str, LayerBits], dict[str, float]]:
         """Least bytes for a figure of the calibrated network.

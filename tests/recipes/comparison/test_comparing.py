@@ -2,15 +2,19 @@
 
 import json
 import math
+from collections import Counter
 from dataclasses import replace
 
 import pytest
+import torch
 
 from condiquant_basicsr import read_image
+from condiquant_openvino import read_metadata
 from condiquant_plugin.errors import InputError
 from condiquant_recipes import ir
 from condiquant_recipes.comparison import comparing
 from condiquant_recipes.comparison.comparing import compare
+from condiquant_recipes.comparison.page import write_page
 from condiquant_recipes.progress import Progress
 from condiquant_recipes.recipe import load_recipe
 
@@ -213,3 +217,30 @@ def test_methods_can_be_listed(job, condiquant):
     printed = condiquant("compare", job.write(), "--methods", "help")
     for name in (*QUICK, REFUSED, "2dquant-w3a3", "condiquant-int8"):
         assert f" {name} " in printed
+
+
+def test_rows_of_bits_by_measurement_are_as_large_as_uniform_ones_and_closer(make_job, monkeypatch):
+    monkeypatch.setenv("CI", "true")
+    job = make_job("edsr")
+    weights = torch.load(job.folder / "net.pth")["params"]
+    for name in ("body.1.conv1.weight", "body.1.conv2.weight"):  # a block that adds little
+        weights[name] *= 0.1
+    torch.save({"params": weights}, job.folder / "net.pth")
+    recipe = load_recipe(job.write(), ["condiquant.distillation.iterations=0"])
+    methods = ["condiquant-mixed-w4", "condiquant-w4a8"]
+    report = compare(recipe, job.data, job.out, methods=methods)
+    rows = by_id(report)
+    mixed, uniform = (rows[name] for name in methods)
+    assert mixed["reason"] is None
+    record = report["precision"][mixed["label"]]
+    bits = [record["bits"][name][0] for name in record["sensitivity"]["weights"]]
+    assert len(set(bits)) > 1
+    # Tables and scales of 2 to 8 bits differ by some bytes from one layer to the next.
+    assert mixed["bin_bytes"] <= 1.01 * uniform["bin_bytes"]
+    metadata = read_metadata(job.out / "methods" / methods[0] / "model.xml")
+    others = {f"w{b}a8": n for b, n in Counter(bits).items() if b != metadata["weight_bits"]}
+    assert metadata["other_bits"] == others
+    page = write_page(report, job.out).read_text()
+    assert f"<summary>{mixed['label']}</summary>" in page
+    assert page.count('alt="Sensitivity of each layer') == 1
+    assert mixed["fidelity"]["Tiny"] > uniform["fidelity"]["Tiny"]
