@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from condiquant_openvino import markers
 from condiquant_openvino.running.reading import set_metadata
 from condiquant_openvino.writing import quantizer_graphs
+from condiquant_openvino.writing.binarization import BinaryKernel, Binarizer, write_binarizers
 from condiquant_openvino.writing.from_torch import from_torch
 from condiquant_openvino.writing.overflow import inexact_in_int8
 from condiquant_openvino.writing.passes.compaction import compact
@@ -136,6 +137,7 @@ def convert(
     *,
     static: bool = False,
     isa: InstructionSet = "vnni",
+    binary_kernel: BinaryKernel = "int8",
     input_names: Sequence[str] = ("image",),
     output_names: Sequence[str] = ("upscaled",),
 ) -> ov.Model:
@@ -151,16 +153,29 @@ def convert(
             shape.
         static: keep the example's height and width.
         isa: instruction set that the graph is fast on; it is right on all.
+        binary_kernel: of binarized convolutions; ``"u1"`` needs ``static``.
 
     Raises:
         InputError: if OpenVINO cannot convert the model, or it is not float32 with one output.
     """
+    check_choice("binary_kernel", binary_kernel, get_args(BinaryKernel))
+    if binary_kernel == "u1" and not static:
+        raise InputError(
+            "binary_kernel='u1' takes images of one size alone: set static, or use 'int8'"
+        )
     example_input = example_input[:1].float()
     check_is_float32(model)
     shape: list[int] = list(example_input.shape)
     if not static and len(shape) == 4:
         shape[2:] = [-1, -1]
     quantizers: dict[str, Quantizer] = {}
+    binarizers: dict[str, Binarizer] = {}
+
+    def mark_signs(context: Any) -> list[ov.Output]:
+        threshold, label = (context.get_values_from_const_input(i) for i in (1, 2))
+        placed = f"{label or 'binarizer'}.{len(binarizers)}"
+        binarizers[placed] = Binarizer(placed, np.array(threshold, np.float32))
+        return Placeholder([context.get_input(0)], placed).outputs()
 
     def mark(context: Any) -> list[ov.Output]:
         lower, step, zero = (
@@ -175,7 +190,10 @@ def convert(
         quantizers[label] = Quantizer(label, lower, step, zero, int(bits), kind, int(refinement))
         return Placeholder([context.get_input(0)], label).outputs()
 
-    extension = ConversionExtension("condiquant::fake_quantize", mark)
+    extensions = [
+        ConversionExtension("condiquant::fake_quantize", mark),
+        ConversionExtension("condiquant::binarize", mark_signs),
+    ]
     was_training = model.training
     try:
         with _labelled_calls(model.eval()):
@@ -183,7 +201,7 @@ def convert(
                 model,
                 example_input,
                 input=[ov.PartialShape(shape)],
-                extension=[extension],
+                extension=extensions,
                 share_weights=False,
             )
     except RuntimeError as error:
@@ -198,7 +216,14 @@ def convert(
     converted.set_friendly_name(type(model).__name__)
     _name_rotations(converted, model)
     overflow = {quantizer.overflow for quantizer in fake_quantizers(model).values()}
-    return write_quantizers(converted, quantizers, "vnni" if "vnni" in overflow else "safe", isa)
+    return write_quantizers(
+        converted,
+        quantizers,
+        "vnni" if "vnni" in overflow else "safe",
+        isa,
+        binarizers,
+        binary_kernel,
+    )
 
 
 def write_quantizers(
@@ -206,6 +231,8 @@ def write_quantizers(
     quantizers: dict[str, Quantizer],
     overflow: grid.Overflow,
     isa: InstructionSet,
+    binarizers: Mapping[str, Binarizer] | None = None,
+    binary_kernel: BinaryKernel = "int8",
 ) -> ov.Model:
     """Replace placeholders by what int8 kernels compute, weights packed; ``model`` is used up.
 
@@ -214,6 +241,8 @@ def write_quantizers(
         overflow: ``"safe"`` leaves products to float kernels whose integers might overflow in int8.
         isa: without VNNI linear layers are faster in float, and a whole attention is one kernel in
             float only; convolutions are int8 in both.
+        binarizers: of binarized convolutions, by the labels of their placeholders.
+        binary_kernel: for them.
 
     Raises:
         InputError: an instruction set that is not known.
@@ -221,6 +250,7 @@ def write_quantizers(
     check_choice("isa", isa, get_args(InstructionSet))
     name = model.get_friendly_name()
     simplify(model)
+    write_binarizers(_binarizers(model, binarizers or {}), binary_kernel)
     _absorb_transposes(model, quantizers)
     _replace_placeholders(model, quantizers, overflow, linear_in_float=isa == "avx2")
     model = propagate(model)
@@ -235,6 +265,17 @@ def write_quantizers(
     markers.set_version(model)
     set_metadata(model, {"overflow": overflow, "isa": isa})
     return model
+
+
+def _binarizers(
+    model: ov.Model, binarizers: Mapping[str, Binarizer]
+) -> list[tuple[ov.Node, Binarizer]]:
+    """With the placeholders that stand for them."""
+    return [
+        (node, binarizers[node.label])
+        for node in model.get_ordered_ops()
+        if isinstance(node, Placeholder) and node.label in binarizers
+    ]
 
 
 def _name_rotations(converted: ov.Model, model: nn.Module) -> None:
