@@ -79,7 +79,6 @@ class ActivationBinarizer(nn.Module):
         channels: of the input, of shape ``(N, channels, H, W)``.
         gradient: that of the sign.
         learned: False leaves all thresholds at zero.
-        name: label in exported graphs.
 
     Raises:
         InputError: a gradient that is not known, or no channels.
@@ -91,19 +90,18 @@ class ActivationBinarizer(nn.Module):
         gradient: Gradient = "hardtanh",
         *,
         learned: bool = True,
-        name: str = "",
     ) -> None:
         super().__init__()
         check_count("channels", channels)
         check_choice("gradient", gradient, get_args(Gradient))
-        self.channels, self.gradient, self.name = channels, gradient, name
+        self.channels, self.gradient = channels, gradient
         self.threshold = nn.Parameter(torch.zeros(channels)) if learned else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        """-1 and +1, of the shape of ``x``."""
+    def forward(self, x: Tensor, name: str = "") -> Tensor:
+        """-1 and +1, of the shape of ``x``; ``name`` is their label in exported graphs."""
         if torch.jit.is_tracing():
             values = [0.0] if self.threshold is None else self.threshold.tolist()
-            signs: Tensor = binarize_op(x, torch.tensor(values), self.name)
+            signs: Tensor = binarize_op(x, torch.tensor(values), name)
             return signs
         if self.threshold is not None:
             x = x - self.threshold.view(1, -1, 1, 1)

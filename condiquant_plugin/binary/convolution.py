@@ -47,6 +47,8 @@ class BinarizedConv2d(nn.Module):
         if kernel_size < 1 or kernel_size % 2 == 0:
             raise InputError(f"kernel_size={kernel_size}: use an odd one, such as 3")
         self.padding, self.scaled = kernel_size // 2, scaled
+        self.name = ""
+        """Label of its signs and its weight in exported graphs."""
         self.binarizer = ActivationBinarizer(in_channels, gradient, learned=learned_threshold)
         self.weight = nn.Parameter(
             torch.empty(out_channels, in_channels, kernel_size, kernel_size)
@@ -54,7 +56,8 @@ class BinarizedConv2d(nn.Module):
         nn.init.kaiming_uniform_(self.weight, a=5**0.5)
 
     def forward(self, x: Tensor) -> Tensor:
-        sums = F.conv2d(self.binarizer(x), weight_signs(self.weight), padding=self.padding)
+        signs = self.binarizer(x, self.name)
+        sums = F.conv2d(signs, weight_signs(self.weight, f"{self.name}.weight"), padding=self.padding)
         return sums * weight_scale(self.weight).view(1, -1, 1, 1) if self.scaled else sums
 
 

@@ -17,8 +17,8 @@ from condiquant_plugin.uniform.fake_quantizer import FakeQuantizer
 
 Base = Literal["bicubic", "bilinear", "nearest"]
 _UPSCALES, _TAIL_BITS = (2, 3, 4), (32, 8)
-_ALIGNMENT_OF_64_CHANNELS = 130.0
-"""``k`` of BBCU's option files."""
+_ALIGNMENT_PER_CHANNEL = {"bbcu": 130 / 64, "bidrb": 1 / 2}
+"""Of BBCU, ``k`` of its option files, which are of 64 channels; of BiDRB, the best of four in a pilot."""
 
 
 @ARCH_REGISTRY.register()
@@ -40,7 +40,8 @@ class BiDRNSR(nn.Module):
         tail_bits: 32 for float, 8 for a tail of 8-bit weights and inputs.
         base: the interpolation: ``bicubic``, ``bilinear`` or ``nearest``.
         alignment: BBCU's ``k``, by which the image is multiplied in front of the head and the output of
-            the tail divided; unless given, 1, and ``130 * num_feat / 64`` of ``bbcu``.
+            the tail divided, so that features and sums of ±1 have one range; unless given,
+            ``130 * num_feat / 64`` of ``bbcu``, ``num_feat / 2`` of ``bidrb``, else 1.
 
     Raises:
         InputError: what cannot be built; names the value and the remedy.
@@ -78,7 +79,8 @@ class BiDRNSR(nn.Module):
             raise InputError("block='float' has no signs: leave out gradient")
         self.upscale, self.base = upscale, base
         if alignment is None:
-            alignment = _ALIGNMENT_OF_64_CHANNELS * num_feat / 64 if block == "bbcu" else 1.0
+            per_channel = _ALIGNMENT_PER_CHANNEL.get(block)
+            alignment = per_channel * num_feat if per_channel else 1.0
         if not alignment > 0:
             raise InputError(f"alignment={alignment}: use a positive number, 1 for none")
         self.alignment = float(alignment)

@@ -40,7 +40,7 @@ class Training:
     scale: int = 4
     num_feat: int = 32
     num_block: int = 4
-    iterations: int = 4000
+    iterations: int = 3000
     batch: int = 8
     crop: int = 24
     rate: float = 2e-3

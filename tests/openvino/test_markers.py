@@ -22,7 +22,7 @@ from condiquant_openvino.markers import (
     role_of,
 )
 from condiquant_openvino.running.reading import layers_digest
-from condiquant_openvino.writing.conversion import labelled
+from condiquant_openvino.writing.labels import labelled
 from condiquant_plugin import FakeQuantizer
 from condiquant_plugin.uniform.marking import MODEL_KEY, Marker
 

@@ -40,6 +40,7 @@ from condiquant_openvino.parity.example import (
     tolerance,
 )
 from condiquant_openvino.parity.layers import F32, LayerParity, check_layers
+from condiquant_openvino.parity.signs import check_signs
 from condiquant_openvino.parity.simulation import Rounding
 from condiquant_openvino.running.instruction_sets import (
     VARIABLE,
@@ -295,6 +296,9 @@ def _parity(
     rounding = _rounding(ir, precision)
     allowance = _allowance(ir, examples, rounding, precision)
     parity = _measured(ir, network, examples, runner, allowance, max_layers, with_codes)
+    if max_layers != 0:
+        binarized = check_signs(model, ir, examples[0].tensor, runner)
+        parity = replace(parity, layers=[*parity.layers, *binarized[:max_layers]])
     images = [example.tensor for example in examples]
     bisect = partial(find_first_difference, model, ir, images, runner, rounding)
     sums = largest_pair_sums(ir) if overflow == "safe" else {}

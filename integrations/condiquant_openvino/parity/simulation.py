@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 from condiquant_openvino.parity.probe_points import Array, value_range
-from condiquant_openvino.writing.conversion import call_label, labelled
+from condiquant_openvino.writing.labels import call_label, labelled
 from condiquant_plugin import FakeQuantizer
 from condiquant_plugin.intake import check_output
 from condiquant_plugin.layerwise.quantized import quantized_input

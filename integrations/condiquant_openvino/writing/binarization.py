@@ -5,9 +5,10 @@ one -1, from the upper one on +1, as in torch. Equal bounds give NaN on the plug
 each, looked up in a table.
 
 In front of a convolution whose weights are exactly ±1 the plugin makes of such signs a BinaryConvolution of
-one bit, of one fixed size alone: where height or width are open, it fails to compile. There a second
-FakeQuantize of 256 levels, which changes nothing, leads to int8 kernels instead. In both forms sums are
-whole numbers, and a scale has to stand behind the convolution: in the weights it would leave float kernels.
+one bit. That takes one fixed size alone, where height or width are open it does not compile; and float
+operators in f32, as in bfloat16 OpenVINO 2026.4 refuses it, or gives NaN. A second FakeQuantize of 256 levels,
+which changes nothing, leads to int8 kernels instead, which know neither limit. In both forms sums are whole
+numbers, and a scale has to stand behind the convolution: in the weights it would leave float kernels.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from condiquant_openvino.markers import constant_values
 from condiquant_openvino.writing.quantizer_graphs import redirect
 
 BinaryKernel = Literal["u1", "int8"]
-"""``"u1"``: XNOR and popcount, for IRs of a fixed size alone; ``"int8"``: any size."""
+"""``"int8"``: right with all properties, at any size. ``"u1"``: XNOR and popcount, for IRs of a fixed size that
+are compiled with float operators in f32."""
 SIGNS = "signs"
 """How friendly names of FakeQuantize nodes of two levels begin, before a slash and the label."""
 _SMALLEST = np.float32(1e-30)

@@ -21,6 +21,7 @@ from condiquant_openvino.running.reading import set_metadata
 from condiquant_openvino.writing import quantizer_graphs
 from condiquant_openvino.writing.binarization import BinaryKernel, Binarizer, write_binarizers
 from condiquant_openvino.writing.from_torch import from_torch
+from condiquant_openvino.writing.labels import labelled, labelled_calls, without_call
 from condiquant_openvino.writing.overflow import inexact_in_int8
 from condiquant_openvino.writing.passes.compaction import compact
 from condiquant_openvino.writing.passes.joining import join
@@ -36,7 +37,6 @@ from condiquant_plugin.uniform import grid
 
 InstructionSet = Literal["vnni", "avx2"]
 """What the kernels that are meant are fast on: with VNNI or without."""
-_CALL = re.compile(r"#\d+$")
 
 
 class Placeholder(ov.Op):
@@ -75,62 +75,6 @@ class _Form(Enum):
     FLOAT_WEIGHT = auto()
 
 
-@contextmanager
-def labelled(model: nn.Module) -> Iterator[dict[str, FakeQuantizer]]:
-    """Fake quantizers by a label unique in ``model``: the name, else the module path."""
-    found = fake_quantizers(model)
-    names = {path: quantizer.name for path, quantizer in found.items()}
-    labels = _labels(names)
-    try:
-        for path, quantizer in found.items():
-            quantizer.name = labels[path]
-        yield {labels[path]: quantizer for path, quantizer in found.items()}
-    finally:
-        for path, quantizer in found.items():
-            quantizer.name = names[path]
-
-
-def _labels(names: Mapping[str, str]) -> dict[str, str]:
-    """Labels by path, none of which :func:`call_label` gives another one of them."""
-    counts = Counter(names.values())
-    labels: dict[str, str] = {}
-    for path, name in names.items():
-        label = name if name and counts[name] == 1 else path
-        while _CALL.search(label) or label in labels.values():
-            label += "_"
-        labels[path] = label
-    return labels
-
-
-def call_label(label: str, call: int) -> str:
-    """Label of the ``call``-th use of a quantizer in one forward pass."""
-    return label if call == 0 else f"{label}#{call}"
-
-
-@contextmanager
-def _labelled_calls(model: nn.Module) -> Iterator[None]:
-    """Labels are given where the simulation counts: calls of no consequence are not in the graph."""
-    calls: Counter[FakeQuantizer] = Counter()
-    with labelled(model) as quantizers:
-        labels = {quantizer: label for label, quantizer in quantizers.items()}
-
-        def enter(quantizer: FakeQuantizer, _inputs: tuple[Tensor, ...]) -> None:
-            quantizer.name = call_label(labels[quantizer], calls[quantizer])
-            calls[quantizer] += 1
-
-        handles = [q.register_forward_pre_hook(enter) for q in quantizers.values()]
-        # A tracer reads parametrized weights before the forward pass.
-        handles.append(model.register_forward_pre_hook(lambda *_: calls.clear()))
-        try:
-            handles.append(
-                model.register_forward_hook(lambda m, _, output: check_output(m, output))
-            )
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-
 def convert(
     model: nn.Module,
     example_input: Tensor,
@@ -153,7 +97,8 @@ def convert(
             shape.
         static: keep the example's height and width.
         isa: instruction set that the graph is fast on; it is right on all.
-        binary_kernel: of binarized convolutions; ``"u1"`` needs ``static``.
+        binary_kernel: of binarized convolutions; ``"u1"`` needs ``static``, and to be compiled with
+            ``INFERENCE_PRECISION_HINT=f32`` or ``EXECUTION_MODE_HINT=ACCURACY``.
 
     Raises:
         InputError: if OpenVINO cannot convert the model, or it is not float32 with one output.
@@ -173,9 +118,8 @@ def convert(
 
     def mark_signs(context: Any) -> list[ov.Output]:
         threshold, label = (context.get_values_from_const_input(i) for i in (1, 2))
-        placed = f"{label or 'binarizer'}.{len(binarizers)}"
-        binarizers[placed] = Binarizer(placed, np.array(threshold, np.float32))
-        return Placeholder([context.get_input(0)], placed).outputs()
+        binarizers[label] = Binarizer(label, np.array(threshold, np.float32))
+        return Placeholder([context.get_input(0)], label).outputs()
 
     def mark(context: Any) -> list[ov.Output]:
         lower, step, zero = (
@@ -196,7 +140,7 @@ def convert(
     ]
     was_training = model.training
     try:
-        with _labelled_calls(model.eval()):
+        with labelled_calls(model.eval()):
             converted = from_torch(
                 model,
                 example_input,
@@ -283,7 +227,7 @@ def _name_rotations(converted: ov.Model, model: nn.Module) -> None:
     with labelled(model) as quantizers:
         rotating = {label for label, quantizer in quantizers.items() if quantizer.rotates}
     for node in converted.get_ordered_ops():
-        if isinstance(node, Placeholder) and _CALL.sub("", node.label) in rotating:
+        if isinstance(node, Placeholder) and without_call(node.label) in rotating:
             layer = node.label.removesuffix(".input")
             node.input_value(0).get_node().set_friendly_name(f"{layer}.rotation")
 

@@ -59,7 +59,7 @@ def test_zero_is_minus_one_as_what_a_relu_has_cut_off():
 
 @pytest.mark.parametrize("learned", [True, False])
 def test_tracing_writes_one_operator_of_the_same_values(learned):
-    binarizer = ActivationBinarizer(3, learned=learned, name="here")
+    binarizer = ActivationBinarizer(3, learned=learned)
     if learned:
         torch.nn.init.normal_(binarizer.threshold)
     x = torch.randn(1, 3, 8, 8)
