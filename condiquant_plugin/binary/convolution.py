@@ -49,6 +49,8 @@ class BinarizedConv2d(nn.Module):
         self.padding, self.scaled = kernel_size // 2, scaled
         self.name = ""
         """Label of its signs and its weight in exported graphs."""
+        self.enabled = True
+        """False: the float convolution of this shape, to set the binarized one beside."""
         self.binarizer = ActivationBinarizer(in_channels, gradient, learned=learned_threshold)
         self.weight = nn.Parameter(
             torch.empty(out_channels, in_channels, kernel_size, kernel_size)
@@ -56,9 +58,16 @@ class BinarizedConv2d(nn.Module):
         nn.init.kaiming_uniform_(self.weight, a=5**0.5)
 
     def forward(self, x: Tensor) -> Tensor:
+        if not self.enabled:
+            return F.conv2d(x, self.weight, padding=self.padding)
         signs = self.binarizer(x, self.name)
         sums = F.conv2d(signs, weight_signs(self.weight, f"{self.name}.weight"), padding=self.padding)
         return sums * weight_scale(self.weight).view(1, -1, 1, 1) if self.scaled else sums
+
+
+def binarized_convolutions(model: nn.Module) -> dict[str, BinarizedConv2d]:
+    """Every binarized convolution of a model by module name."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, BinarizedConv2d)}
 
 
 class RPReLU(nn.Module):

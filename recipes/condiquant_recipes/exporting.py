@@ -23,6 +23,7 @@ from condiquant_openvino.running.upscaling import compile_ir, next_multiple
 from condiquant_openvino.writing.conversion import InstructionSet
 from condiquant_openvino.writing.from_torch import from_torch
 from condiquant_plugin import __version__
+from condiquant_plugin.binary.convolution import binarized_convolutions
 from condiquant_plugin.errors import InputError
 from condiquant_plugin.layerwise import precision
 from condiquant_plugin.uniform.fake_quantizer import fake_quantizers
@@ -157,7 +158,7 @@ def saying(more: str) -> Iterator[None]:
 
 
 def compared_to_float(model: nn.Module, ir: Path, image: Tensor) -> dict[str, float]:
-    """An IR beside that of the network without its quantizers.
+    """An IR beside that of the network without its quantizers, its binarized convolutions in float.
 
     Args:
         image: what both are run on, of the IR's size if it is static.
@@ -165,7 +166,8 @@ def compared_to_float(model: nn.Module, ir: Path, image: Tensor) -> dict[str, fl
     Returns:
         ``latency_ratio``, both run in turns on this CPU, and ``float_bin_bytes``.
     """
-    quantizers = [q for q in fake_quantizers(model).values() if q.enabled]
+    convolutions = binarized_convolutions(model).values()
+    quantizers = [q for q in (*fake_quantizers(model).values(), *convolutions) if q.enabled]
     with TemporaryDirectory() as folder:
         for quantizer in quantizers:
             quantizer.enabled = False

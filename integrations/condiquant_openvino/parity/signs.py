@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from condiquant_openvino.parity.cutting import Runner
 from condiquant_openvino.parity.layers import LayerParity, largest_error
 from condiquant_openvino.writing.binarization import SIGNS
-from condiquant_openvino.writing.labels import binarized_convolutions
+from condiquant_openvino.writing.labels import labelled_convolutions
 from condiquant_plugin.binary.binarizers import weight_signs
 from condiquant_plugin.binary.convolution import BinarizedConv2d
 
@@ -52,7 +52,7 @@ def check_signs(
 
 @torch.no_grad()
 def _record(model: nn.Module, image: Tensor) -> dict[str, _Seen]:
-    convolutions, seen = binarized_convolutions(model), {}
+    convolutions, seen = labelled_convolutions(model), {}
 
     def keep(label: str, convolution: BinarizedConv2d, x: Tensor) -> None:
         if label not in seen:

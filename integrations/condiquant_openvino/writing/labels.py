@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from condiquant_plugin import FakeQuantizer, fake_quantizers
-from condiquant_plugin.binary.convolution import BinarizedConv2d
+from condiquant_plugin.binary.convolution import BinarizedConv2d, binarized_convolutions
 from condiquant_plugin.intake import check_output
 
 _CALL = re.compile(r"#\d+$")
@@ -34,7 +34,7 @@ def labelled(model: nn.Module) -> Iterator[dict[str, FakeQuantizer]]:
 
 @contextmanager
 def _named_convolutions(model: nn.Module) -> Iterator[dict[str, BinarizedConv2d]]:
-    found = binarized_convolutions(model)
+    found = labelled_convolutions(model)
     try:
         yield found
     finally:
@@ -42,10 +42,9 @@ def _named_convolutions(model: nn.Module) -> Iterator[dict[str, BinarizedConv2d]
             convolution.name = ""
 
 
-def binarized_convolutions(model: nn.Module) -> dict[str, BinarizedConv2d]:
-    """By module path, which is their label."""
-    modules = model.named_modules()
-    return {n or "convolution": m for n, m in modules if isinstance(m, BinarizedConv2d)}
+def labelled_convolutions(model: nn.Module) -> dict[str, BinarizedConv2d]:
+    """Binarized convolutions by their label, the module path."""
+    return {path or "convolution": m for path, m in binarized_convolutions(model).items()}
 
 
 def _labels(names: Mapping[str, str]) -> dict[str, str]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import condiquant_nncf as nncf_host
 from condiquant_basicsr import pad_multiple
 from condiquant_basicsr import training as basicsr_training
+from condiquant_basicsr.preflight import check_network
 from condiquant_basicsr.quantizer import ENTRY, TrainableNetwork, read_quantized
 from condiquant_plugin import __version__
 from condiquant_plugin.errors import InputError
@@ -21,6 +22,7 @@ from condiquant_recipes import settings
 from condiquant_recipes.exporting import check_convertible, check_overflow
 from condiquant_recipes.recipe import QUANTIZATION_KEYS, Recipe, recorded
 from condiquant_recipes.recipe_errors import explain
+from condiquant_recipes.recipe_files import training_path
 from condiquant_recipes.run import rebuild
 from condiquant_recipes.training.options import (
     MODEL_TYPE,
@@ -47,8 +49,11 @@ def train(
     Raises:
         InputError: see there; unknown keys or values out of range.
     """
+    file = training_path(file)
     options = load_options(file, force_yml)
     quantizer = _for_training(options)
+    if quantizer is None:
+        check_network(options)
     basicsr_training.train(
         options, file, quantizer, launcher=launcher, auto_resume=auto_resume, debug=debug
     )
@@ -65,6 +70,7 @@ def evaluate(
         InputError: see :func:`condiquant_basicsr.training.test`; a float checkpoint, or options that
             contradict the checkpoint.
     """
+    file = training_path(file)
     options = load_options(file, force_yml)
     if isinstance(datasets := options.get("datasets"), dict):
         datasets.pop("train", None)
