@@ -48,15 +48,23 @@ def check_network(opt: Mapping[str, Any]) -> None:
     """Build the network of a training with one of BasicSR's own models once, on the CPU.
 
     Raises:
-        InputError: what BasicSR would end with a traceback for, or a BiDRNSR of another scale than ``scale``.
+        InputError: what BasicSR would end with a traceback for; a BiDRNSR of another scale than ``scale``, or
+            with buffers, which BasicSR's moving average leaves as they were at the start.
     """
     section = opt.get("network_g")
     if not isinstance(section, Mapping):
         return
     network = build_network(dict(section))
-    if isinstance(network, BiDRNSR) and network.upscale != opt.get("scale"):
+    if not isinstance(network, BiDRNSR):
+        return
+    if network.upscale != opt.get("scale"):
         raise InputError(
             f"scale={opt.get('scale')}, but network_g.upscale={network.upscale}: make them the same"
+        )
+    decay = (opt.get("train") or {}).get("ema_decay")
+    if decay and any(True for _ in network.buffers()):
+        raise InputError(
+            f"train.ema_decay={decay} averages no statistics, which block e2fif and tail_bits 8 have: set 0"
         )
 
 

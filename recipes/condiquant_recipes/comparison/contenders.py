@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,12 +16,14 @@ from condiquant_openvino.running.upscaling import compile_ir
 from condiquant_openvino.writing.passes.compaction import compact
 from condiquant_openvino.writing.passes.simplification import simplify
 from condiquant_plugin.errors import InputError
+from condiquant_plugin.layerwise import precision
 from condiquant_plugin.layerwise.precision import FLOAT_BITS, LayerBits
 from condiquant_recipes.comparison import neural_compressor
 from condiquant_recipes.comparison import nncf as comparison_nncf
 from condiquant_recipes.comparison.job import Calibrated, Contender, Group, Job
 from condiquant_recipes.recipe import Recipe, ReconditionSection
 from condiquant_recipes.run import calibrate_network, distill_network
+from condiquant_recipes.training.experiment import is_experiment, trained_network
 
 _LOW_BITS = (4, 3, 2)
 _FLOAT = LayerBits(FLOAT_BITS, FLOAT_BITS)
@@ -105,6 +108,26 @@ def all_contenders(recipe: Recipe) -> list[Contender]:
         *_low_bit("condiquant", "CondiQuant", "condiquant", [_SMALL], _fake_quantized),
     ]
     return [*found, *(contender for contender in presets if contender.id not in ids)]
+
+
+def trained_contender(experiment: Path) -> Contender:
+    """The network of an experiment of ``condiquant train`` beside the methods, as it is.
+
+    Raises:
+        InputError: no experiment, or one of a float network.
+    """
+    if not is_experiment(experiment):
+        raise InputError(f"--also {experiment} is no experiment of `condiquant train`")
+    recipe, network, origin = trained_network(experiment)
+
+    def take(job: Job) -> Calibrated:
+        if recipe.scale != job.recipe.scale:
+            raise InputError(f"{recipe.name} is of scale {recipe.scale}, not {job.recipe.scale}")
+        exported = recipe.model_copy(update={"export": job.recipe.export})
+        return Calibrated(network, exported, notes=[f"trained beforehand: {origin}"])
+
+    bits = precision.usual(precision.layer_bits(network))
+    return Contender(f"trained-{recipe.name}", recipe.name, "trained", bits, take)
 
 
 def choose(methods: Iterable[Contender], ids: Iterable[str]) -> list[Contender]:

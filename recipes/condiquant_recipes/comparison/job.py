@@ -24,6 +24,7 @@ Group = Literal[
     "neural-compressor",
     "2dquant",
     "condiquant",
+    "trained",
 ]
 
 
