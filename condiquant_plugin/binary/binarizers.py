@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from condiquant_plugin.errors import check_choice, check_count
 
 Gradient = Literal["hardtanh", "polynomial", "straight_through"]
-"""Of the sign: ``"hardtanh"`` is BiDRN's, ``sign(Hardtanh(x))`` straight through, 1 where ``|x| <= 1`` and 0
-outside; ``"polynomial"`` is Bi-Real Net's (arXiv 1808.00278, equation 8), ``2 - 2 |x|`` there, which BBCU and
-E2FIF use; ``"straight_through"`` is 1 everywhere."""
+"""Of the sign: ``"hardtanh"`` is BiDRN's, ``sign(Hardtanh(x))`` straight through, 1 where ``|x| <= 1`` and
+0 outside; ``"polynomial"`` is Bi-Real Net's (arXiv 1808.00278), ``2 - 2 |x|`` there, which BBCU and E2FIF
+use; ``"straight_through"`` is 1 everywhere."""
 
 
 class _Sign(torch.autograd.Function):
@@ -40,6 +40,11 @@ class _Sign(torch.autograd.Function):
 
 def _signs(x: Tensor) -> Tensor:
     return torch.where(x > 0, 1.0, -1.0).to(x.dtype)
+
+
+def _straight_through(x: Tensor, gradient: Gradient) -> Tensor:
+    signs: Tensor = _Sign.apply(x, gradient)
+    return signs
 
 
 def surrogate(x: Tensor, gradient: Gradient) -> Tensor:
@@ -105,8 +110,7 @@ class ActivationBinarizer(nn.Module):
             return signs
         if self.threshold is not None:
             x = x - self.threshold.view(1, -1, 1, 1)
-        signs = _Sign.apply(x, self.gradient)
-        return signs
+        return _straight_through(x, self.gradient)
 
     def extra_repr(self) -> str:
         return f"{self.channels}, {self.gradient!r}, learned={self.threshold is not None}"
@@ -117,8 +121,7 @@ def weight_signs(weight: Tensor, name: str = "") -> Tensor:
     if torch.jit.is_tracing():
         signs: Tensor = binarize_op(weight, torch.zeros(1), name)
         return signs
-    signs = _Sign.apply(weight, "hardtanh")
-    return signs
+    return _straight_through(weight, "hardtanh")
 
 
 def weight_scale(weight: Tensor) -> Tensor:

@@ -135,7 +135,7 @@ class BiDRB(nn.Module):
 
 
 class PlainBlock(nn.Module):
-    """SRResNet's block without normalization, its convolutions binarized: ``x + BiConv(ReLU(BiConv(x)))``."""
+    """SRResNet's block without normalization, binarized: ``x + BiConv(ReLU(BiConv(x)))``."""
 
     def __init__(self, channels: int, gradient: Gradient = "hardtanh") -> None:
         super().__init__()
@@ -162,7 +162,7 @@ class FloatBlock(nn.Module):
 
 
 class E2FIFBlock(nn.Module):
-    """E2FIF's (arXiv 2207.06893): ``LeakyReLU`` between two units ``BatchNorm(BiConv(x)) + x``, no scales."""
+    """E2FIF's (arXiv 2207.06893): LeakyReLU between two units ``BatchNorm(BiConv(x)) + x``, no scales."""
 
     def __init__(self, channels: int, gradient: Gradient = "polynomial") -> None:
         super().__init__()

@@ -52,16 +52,16 @@ class BinarizedConv2d(nn.Module):
         self.enabled = True
         """False: the float convolution of this shape, to set the binarized one beside."""
         self.binarizer = ActivationBinarizer(in_channels, gradient, learned=learned_threshold)
-        self.weight = nn.Parameter(
-            torch.empty(out_channels, in_channels, kernel_size, kernel_size)
-        )
+        self.weight = nn.Parameter(torch.empty(out_channels, in_channels, kernel_size, kernel_size))
         nn.init.kaiming_uniform_(self.weight, a=5**0.5)
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.enabled:
             return F.conv2d(x, self.weight, padding=self.padding)
         signs = self.binarizer(x, self.name)
-        sums = F.conv2d(signs, weight_signs(self.weight, f"{self.name}.weight"), padding=self.padding)
+        sums = F.conv2d(
+            signs, weight_signs(self.weight, f"{self.name}.weight"), padding=self.padding
+        )
         return sums * weight_scale(self.weight).view(1, -1, 1, 1) if self.scaled else sums
 
 
@@ -71,7 +71,7 @@ def binarized_convolutions(model: nn.Module) -> dict[str, BinarizedConv2d]:
 
 
 class RPReLU(nn.Module):
-    """``PReLU(y - shift) + offset``, all three per channel (ReActNet, arXiv 2003.03488, equation 5)."""
+    """``PReLU(y - shift) + offset``, all three per channel (ReActNet, arXiv 2003.03488)."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()

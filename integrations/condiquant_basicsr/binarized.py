@@ -91,10 +91,11 @@ class BiDRNSR(nn.Module):
         self.body = nn.Sequential(*(BLOCKS[block](num_feat, **options) for _ in range(num_block)))
         _check_keeps_shape(self.body[0], num_feat, forms)
         tail = _EightBitConv2d if tail_bits == 8 else nn.Conv2d
-        self.tail = tail(num_feat, num_out_ch * upscale**2, 3, padding=1)
+        self.tail: nn.Conv2d = tail(num_feat, num_out_ch * upscale**2, 3, padding=1)
         with torch.no_grad():  # it begins near the interpolated image
             self.tail.weight.mul_(0.1)
-            nn.init.zeros_(self.tail.bias)
+            assert self.tail.bias is not None
+            self.tail.bias.zero_()
         self.shuffle = nn.PixelShuffle(upscale)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -48,8 +48,8 @@ def check_network(opt: Mapping[str, Any]) -> None:
     """Build the network of a training with one of BasicSR's own models once, on the CPU.
 
     Raises:
-        InputError: what BasicSR would end with a traceback for; a BiDRNSR of another scale than ``scale``, or
-            with buffers, which BasicSR's moving average leaves as they were at the start.
+        InputError: what BasicSR would end with a traceback for; a BiDRNSR of another scale than
+            ``scale``, or with buffers, which BasicSR's moving average leaves as they were at the start.
     """
     section = opt.get("network_g")
     if not isinstance(section, Mapping):

@@ -23,10 +23,10 @@ from condiquant_openvino.running.upscaling import compile_ir, next_multiple
 from condiquant_openvino.writing.conversion import InstructionSet
 from condiquant_openvino.writing.from_torch import from_torch
 from condiquant_plugin import __version__
-from condiquant_plugin.binary.convolution import binarized_convolutions
+from condiquant_plugin.binary.convolution import BinarizedConv2d, binarized_convolutions
 from condiquant_plugin.errors import InputError
 from condiquant_plugin.layerwise import precision
-from condiquant_plugin.uniform.fake_quantizer import fake_quantizers
+from condiquant_plugin.uniform.fake_quantizer import FakeQuantizer, fake_quantizers
 from condiquant_recipes.progress import Progress
 from condiquant_recipes.recipe import Recipe, with_export
 
@@ -166,8 +166,9 @@ def compared_to_float(model: nn.Module, ir: Path, image: Tensor) -> dict[str, fl
     Returns:
         ``latency_ratio``, both run in turns on this CPU, and ``float_bin_bytes``.
     """
-    convolutions = binarized_convolutions(model).values()
-    quantizers = [q for q in (*fake_quantizers(model).values(), *convolutions) if q.enabled]
+    switched: list[FakeQuantizer | BinarizedConv2d] = [*fake_quantizers(model).values()]
+    switched += binarized_convolutions(model).values()
+    quantizers = [each for each in switched if each.enabled]
     with TemporaryDirectory() as folder:
         for quantizer in quantizers:
             quantizer.enabled = False

@@ -105,7 +105,11 @@ def train(block: str, seed: int, training: Training, photographs: Photographs, u
     ).train()
     optimizer = torch.optim.Adam(network.parameters(), lr=training.rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, training.iterations)
-    best, started, every = (-np.inf, 0, None), time.perf_counter(), training.iterations // VALIDATIONS
+    best, started, every = (
+        (-np.inf, 0, None),
+        time.perf_counter(),
+        training.iterations // VALIDATIONS,
+    )
     for iteration in range(1, training.iterations + 1):
         lr, hr = photographs.batch(chance, training.batch, training.crop)
         loss = F.l1_loss(network(lr), hr)
@@ -135,9 +139,7 @@ def train(block: str, seed: int, training: Training, photographs: Photographs, u
 
 
 def scores(run, data: Path, scale: int) -> dict[str, float]:
-    return {
-        name: evaluate(run, test_pairs(data, name, scale), scale)["psnr"] for name in SETS
-    }
+    return {name: evaluate(run, test_pairs(data, name, scale), scale)["psnr"] for name in SETS}
 
 
 def bicubic(image: torch.Tensor, scale: int) -> torch.Tensor:
@@ -167,7 +169,9 @@ def row(
         "seed": seed,
         "training": asdict(training),
         **report,
-        "psnr": scores(partial(upscale, network, scale=training.scale, multiple=1), data, training.scale),
+        "psnr": scores(
+            partial(upscale, network, scale=training.scale, multiple=1), data, training.scale
+        ),
     }
     with replacing(path.with_suffix(".pth")) as temporary:
         torch.save({"params": network.state_dict()}, temporary)
@@ -177,7 +181,10 @@ def row(
 
 def table(rows: list[dict], data: Path, scale: int) -> str:
     """Mean and half of the spread over the seeds, by block."""
-    lines = [f"| block | {' | '.join(SETS)} | held out | seconds |", "|---|" + "---|" * (len(SETS) + 2)]
+    lines = [
+        f"| block | {' | '.join(SETS)} | held out | seconds |",
+        "|---|" + "---|" * (len(SETS) + 2),
+    ]
     base = scores(partial(bicubic, scale=scale), data, scale)
     lines.append(f"| bicubic | {' | '.join(f'{base[name]:.2f}' for name in SETS)} | | |")
     for block in BLOCKS:

@@ -27,9 +27,7 @@ class _Seen:
     sums: Tensor
 
 
-def check_signs(
-    model: nn.Module, ir: ov.Model, image: Tensor, runner: Runner
-) -> list[LayerParity]:
+def check_signs(model: nn.Module, ir: ov.Model, image: Tensor, runner: Runner) -> list[LayerParity]:
     """Run the signs and the convolution of every one, cut out at its input; of its first call.
 
     Sums of ±1 are exact in any order: what differs is a sign, a weight or the padding.

@@ -6,9 +6,10 @@ each, looked up in a table.
 
 In front of a convolution whose weights are exactly ±1 the plugin makes of such signs a BinaryConvolution of
 one bit. That takes one fixed size alone, where height or width are open it does not compile; and float
-operators in f32, as in bfloat16 OpenVINO 2026.4 refuses it, or gives NaN. A second FakeQuantize of 256 levels,
-which changes nothing, leads to int8 kernels instead, which know neither limit. In both forms sums are whole
-numbers, and a scale has to stand behind the convolution: in the weights it would leave float kernels.
+operators in f32, as in bfloat16 OpenVINO 2026.4 refuses it, or gives NaN. A second FakeQuantize of 256
+levels, which changes nothing, leads to int8 kernels instead, which know neither limit. In both forms sums
+are whole numbers, and a scale has to stand behind the convolution: in the weights it would leave float
+kernels.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ from condiquant_openvino.markers import constant_values
 from condiquant_openvino.writing.quantizer_graphs import redirect
 
 BinaryKernel = Literal["u1", "int8"]
-"""``"int8"``: right with all properties, at any size. ``"u1"``: XNOR and popcount, for IRs of a fixed size that
-are compiled with float operators in f32."""
+"""``"int8"``: right with all properties, at any size. ``"u1"``: XNOR and popcount, for IRs of a fixed size
+that are compiled with float operators in f32."""
 SIGNS = "signs"
 """How friendly names of FakeQuantize nodes of two levels begin, before a slash and the label."""
 _SMALLEST = np.float32(1e-30)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from enum import Enum, auto
 from typing import Any, Literal, get_args
@@ -19,7 +17,7 @@ from torch import Tensor, nn
 from condiquant_openvino import markers
 from condiquant_openvino.running.reading import set_metadata
 from condiquant_openvino.writing import quantizer_graphs
-from condiquant_openvino.writing.binarization import BinaryKernel, Binarizer, write_binarizers
+from condiquant_openvino.writing.binarization import Binarizer, BinaryKernel, write_binarizers
 from condiquant_openvino.writing.from_torch import from_torch
 from condiquant_openvino.writing.labels import labelled, labelled_calls, without_call
 from condiquant_openvino.writing.overflow import inexact_in_int8
@@ -30,9 +28,9 @@ from condiquant_openvino.writing.passes.rearranging import collapse
 from condiquant_openvino.writing.passes.separating import separate
 from condiquant_openvino.writing.passes.simplification import simplify
 from condiquant_openvino.writing.quantizer_graphs import Quantizer, redirect
-from condiquant_plugin import FakeQuantizer, InputError, fake_quantizers
+from condiquant_plugin import InputError, fake_quantizers
 from condiquant_plugin.errors import check_choice
-from condiquant_plugin.intake import check_is_float32, check_output
+from condiquant_plugin.intake import check_is_float32
 from condiquant_plugin.uniform import grid
 
 InstructionSet = Literal["vnni", "avx2"]

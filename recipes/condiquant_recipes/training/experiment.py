@@ -27,8 +27,8 @@ def trained_network(
 ) -> tuple[Recipe, nn.Module, str]:
     """The recipe of an experiment, its network, and the file and entry this is from.
 
-    A network with binarized convolutions is BasicSR's own, of any ``model_type``: of it the recipe says name,
-    scale and ``network_g``, as the option file in the folder has them.
+    A network with binarized convolutions may be of any ``model_type`` of BasicSR: of it the recipe says
+    name, scale and ``network_g``, as the option file in the folder has them.
 
     Args:
         folder: BasicSR's experiment.
@@ -63,7 +63,7 @@ def trained_network(
 
 
 def _binarized(folder: Path, file: Path) -> tuple[Recipe, nn.Module] | None:
-    """The untrained network of an experiment if it has binarized convolutions, and a recipe that says so."""
+    """A recipe and the untrained network of an experiment; None without binarized convolutions."""
     for written in sorted(folder.glob("*.yml"), key=lambda path: -path.stat().st_mtime_ns):
         options = read_yaml(written)
         if not isinstance(options.get("network_g"), dict):

@@ -22,7 +22,6 @@ from condiquant_recipes import settings
 from condiquant_recipes.exporting import check_convertible, check_overflow
 from condiquant_recipes.recipe import QUANTIZATION_KEYS, Recipe, recorded
 from condiquant_recipes.recipe_errors import explain
-from condiquant_recipes.recipe_files import training_path
 from condiquant_recipes.run import rebuild
 from condiquant_recipes.training.options import (
     MODEL_TYPE,
@@ -49,7 +48,6 @@ def train(
     Raises:
         InputError: see there; unknown keys or values out of range.
     """
-    file = training_path(file)
     options = load_options(file, force_yml)
     quantizer = _for_training(options)
     if quantizer is None:
@@ -70,7 +68,6 @@ def evaluate(
         InputError: see :func:`condiquant_basicsr.training.test`; a float checkpoint, or options that
             contradict the checkpoint.
     """
-    file = training_path(file)
     options = load_options(file, force_yml)
     if isinstance(datasets := options.get("datasets"), dict):
         datasets.pop("train", None)

@@ -136,7 +136,7 @@ def test_a_sign_that_differs_is_found():
 
 
 def test_kernels_of_one_bit_take_one_size_alone():
-    with pytest.raises(InputError, match="binary_kernel='u1'.*one size.*static"):
+    with pytest.raises(InputError, match=r"binary_kernel='u1'.*one size.*static"):
         convert(BinarizedConv2d(8, 8), torch.rand(1, 8, 8, 8), binary_kernel="u1")
 
 

@@ -60,7 +60,9 @@ def test_an_untouched_yaml_trains_resumes_exports_and_is_compared(job, condiquan
         "compare", other.write(), "--methods", "float", "--also", experiment, "--out", "out",
         "-q", "--set", "export.tile=16",
     )  # fmt: skip
-    rows = {row["id"]: row for row in json.loads((job.folder / "out/compare.json").read_text())["rows"]}
+    rows = {
+        row["id"]: row for row in json.loads((job.folder / "out/compare.json").read_text())["rows"]
+    }
     row = rows[f"trained-{job.options['name']}"]
     assert row["reason"] is None
     assert (row["weight_bits"], row["activation_bits"]) == (1, 1)
