@@ -116,10 +116,14 @@ def layer_bits(model: nn.Module) -> dict[str, LayerBits]:
     """Bits of every quantized layer with a weight, by its name.
 
     Args:
-        model: with fake quantizers named after their layer, ``<layer>.weight`` and ``<layer>.input``.
+        model: with fake quantizers named after their layer, ``<layer>.weight`` and ``<layer>.input``, or
+            binarized convolutions.
     """
+    from condiquant_plugin.binary.convolution import binarized_convolutions
+
+    binarized = dict.fromkeys(binarized_convolutions(model), LayerBits(1, 1))
     weights, inputs = _bits_by_owner(model, "weight"), _bits_by_owner(model, "activation")
-    return {
+    return binarized | {
         layer: LayerBits(weights.get(_first_use(layer), FLOAT_BITS), inputs.get(layer, FLOAT_BITS))
         for layer in dict.fromkeys((*inputs, *weights))
     }

@@ -11,6 +11,7 @@ try:
 except ModuleNotFoundError as error:
     raise MissingExtraError("condiquant_basicsr", "BasicSR", "basicsr") from error
 
+from condiquant_basicsr.binarized import BiDRNSR
 from condiquant_basicsr.checkpoints import load_state_dict, read_checkpoint
 from condiquant_basicsr.data.datasets import (
     Pair,
@@ -48,6 +49,7 @@ forward(
 )
 
 __all__ = [
+    "BiDRNSR",
     "CondiQuantModel",
     "Pair",
     "QuantizedModel",

@@ -46,6 +46,8 @@ def build_network(network_g: dict[str, Any]) -> nn.Module:
             )
     try:
         network = architecture(**arguments)
+    except InputError as error:
+        raise InputError(f"network_g: {error}") from error
     except Exception as error:
         message = " ".join(f"{type(error).__name__}: {error}".split())
         raise InputError(

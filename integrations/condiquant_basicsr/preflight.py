@@ -13,9 +13,10 @@ from basicsr.metrics import METRIC_REGISTRY
 from basicsr.models.base_model import BaseModel
 from torch import nn
 
+from condiquant_basicsr.binarized import BiDRNSR
 from condiquant_basicsr.checkpoints import read_checkpoint
 from condiquant_basicsr.data.training_data import one_line
-from condiquant_basicsr.networks import input_channels
+from condiquant_basicsr.networks import build_network, input_channels
 from condiquant_basicsr.quantizer import ENTRY
 from condiquant_basicsr.sizes import check_crop_size, pad_multiple
 from condiquant_basicsr.weights import load_network, resolve
@@ -41,6 +42,30 @@ def check_start(opt: Mapping[str, Any]) -> None:
     if opt.get("val"):
         check_validation(opt["val"])
     check_crops(opt, float_network(opt))
+
+
+def check_network(opt: Mapping[str, Any]) -> None:
+    """Build the network of a training with one of BasicSR's own models once, on the CPU.
+
+    Raises:
+        InputError: what BasicSR would end with a traceback for; a BiDRNSR of another scale than
+            ``scale``, or with buffers, which BasicSR's moving average leaves as they were at the start.
+    """
+    section = opt.get("network_g")
+    if not isinstance(section, Mapping):
+        return
+    network = build_network(dict(section))
+    if not isinstance(network, BiDRNSR):
+        return
+    if network.upscale != opt.get("scale"):
+        raise InputError(
+            f"scale={opt.get('scale')}, but network_g.upscale={network.upscale}: make them the same"
+        )
+    decay = (opt.get("train") or {}).get("ema_decay")
+    if decay and any(True for _ in network.buffers()):
+        raise InputError(
+            f"train.ema_decay={decay} averages no statistics, which block e2fif and tail_bits 8 have: set 0"
+        )
 
 
 def check_validation(validation: Mapping[str, Any]) -> None:

@@ -297,6 +297,10 @@ def compare(
     ] = "",
     data: DataOption = None,
     sets: SetsOption = "",
+    also: Annotated[
+        list[Path] | None,
+        typer.Option(help="An experiment of `condiquant train`: its network is a row, as it is."),
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Output folder (default: out/<name>_compare).")
     ] = None,
@@ -324,6 +328,7 @@ def compare(
         out,
         sets=split(sets),
         methods=split(methods),
+        also=also or [],
         resume=resume,
         overwrite=overwrite,
         command=shlex.join(["condiquant", *sys.argv[1:]]),

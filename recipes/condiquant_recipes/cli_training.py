@@ -12,7 +12,10 @@ from condiquant_plugin.errors import InputError
 from condiquant_recipes.hosts import load
 
 OptOption = Annotated[
-    Path, typer.Option("-opt", "--opt", metavar="FILE", help="BasicSR's option file (YAML).")
+    Path,
+    typer.Option(
+        "-opt", "--opt", metavar="FILE", help="BasicSR's option file (YAML), or bidrn/x4.yml."
+    ),
 ]
 
 
@@ -54,7 +57,7 @@ def train(
     """
     overrides = _forced(force_yml, more)
     load("training.jobs").train(
-        opt, overrides, launcher=launcher.value, auto_resume=auto_resume, debug=debug
+        _option_file(opt), overrides, launcher=launcher.value, auto_resume=auto_resume, debug=debug
     )
 
 
@@ -68,8 +71,14 @@ def evaluate(
 ) -> None:
     """BasicSR's test.py with CondiQuantModel: scores of a trained checkpoint."""
     load("training.jobs").evaluate(
-        opt, _forced(force_yml, more), launcher=launcher.value, debug=debug
+        _option_file(opt), _forced(force_yml, more), launcher=launcher.value, debug=debug
     )
+
+
+def _option_file(path: Path) -> Path:
+    from condiquant_recipes.recipe_files import training_path
+
+    return training_path(path)
 
 
 def _forced(force_yml: list[str] | None, more: list[str] | None) -> list[str]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import condiquant_basicsr as basicsr_host
 from condiquant_plugin import fake_quantizers
+from condiquant_plugin.binary.convolution import binarized_convolutions
 from condiquant_plugin.errors import InputError
 from condiquant_recipes.exporting import example_image, export, tile_size
 from condiquant_recipes.float_export import export_float_of
@@ -80,6 +81,8 @@ def export_again(
         raise InputError(
             f"{folder} is no experiment of `condiquant train`: leave out --iteration and --ema"
         )
+    if also_float and binarized_convolutions(model):
+        raise InputError(f"{folder} was trained with one bit: there is no network for --float")
     if changes.get("device") == "NPU":
         changes = {"static": None, **changes}
     recipe = with_export(calibrated, changes)

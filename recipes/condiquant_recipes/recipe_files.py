@@ -29,9 +29,25 @@ def recipe_path(name: str | Path) -> Path:
     raise InputError(f"recipe {path} does not exist; ready ones: {', '.join(ready_recipes())}")
 
 
+def training_path(name: str | Path) -> Path:
+    """An option file of BasicSR by path, or by the name of one that comes with the package."""
+    path = Path(name)
+    return _FOLDER / path if not path.is_file() and path.as_posix() in ready_trainings() else path
+
+
 def ready_recipes() -> list[str]:
     """Names of the recipes that come with the package."""
-    return sorted(file.relative_to(_FOLDER).as_posix() for file in _FOLDER.glob("*/*.yml"))
+    return _names(training=False)
+
+
+def ready_trainings() -> list[str]:
+    """Names of the option files for ``condiquant train`` that come with the package."""
+    return _names(training=True)
+
+
+def _names(training: bool) -> list[str]:
+    files = (f for f in _FOLDER.glob("*/*.yml") if is_training(read_yaml(f)) == training)
+    return sorted(file.relative_to(_FOLDER).as_posix() for file in files)
 
 
 def find_recipe(name: str | Path, overrides: Sequence[str] = ()) -> Recipe:

@@ -42,6 +42,7 @@ from condiquant_openvino.parity.example import (
 )
 from condiquant_openvino.parity.layers import F32, check_layers
 from condiquant_openvino.parity.outcome import InputParity, Parity
+from condiquant_openvino.parity.signs import check_signs
 from condiquant_openvino.parity.simulation import Rounding
 from condiquant_openvino.running.instruction_sets import (
     lower_instruction_sets,
@@ -215,6 +216,9 @@ def _parity(
     with_codes: bool = True,
 ) -> Parity:
     parity = _measured(ir, network, examples, runner, allowance, max_layers, with_codes)
+    if max_layers != 0:
+        binarized = check_signs(model, ir, examples[0].tensor, runner)
+        parity = replace(parity, layers=[*parity.layers, *binarized[:max_layers]])
     images = [example.tensor for example in examples]
     bisect = partial(find_first_difference, model, ir, images, runner, allowance.rounding)
     sums = largest_pair_sums(ir) if _overflow(ir) == "safe" else {}

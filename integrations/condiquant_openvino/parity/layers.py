@@ -72,16 +72,17 @@ def check_layers(
         outputs = exported.run(ports, image, runner)
         references = reference.run(float_ports, image, in_float)
         for index, layer in enumerate(some):
-            error = _error(outputs[index], references[index])
+            error = largest_error(outputs[index], references[index])
             if error > _SUSPICIOUS:  # with several outputs the plugin may overwrite one
                 (output,) = exported.run([ports[index]], image, runner)
                 (expected,) = reference.run([float_ports[index]], image, in_float)
-                error = _error(output, expected)
+                error = largest_error(output, expected)
             results.append(LayerParity(layer.name, layer.operator, error))
     return results
 
 
-def _error(output: Array, expected: Array) -> float:
+def largest_error(output: Array, expected: Array) -> float:
+    """Absolute, over the value range of ``expected``."""
     return float(np.abs(output - expected).max()) / value_range(expected)
 
 

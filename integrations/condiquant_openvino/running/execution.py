@@ -30,7 +30,7 @@ from condiquant_openvino.markers import (
 
 INT8 = "int8"
 _BYTES = {"u8", "i8"}
-_KERNELS = {"Convolution", "Deconvolution", "FullyConnected", "MatMul"}
+_KERNELS = {"BinaryConvolution", "Convolution", "Deconvolution", "FullyConnected", "MatMul"}
 _FUSED = {"Subgraph", "ScaledDotProductAttention"}
 _ATTENTION = "ScaledDotProductAttention"
 _ENDS = {*PRODUCTS, _ATTENTION, "Result"}

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from enum import Enum, auto
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
-import numpy as np
 import openvino as ov
 import openvino.opset13 as ops
-from openvino.frontend.pytorch import ConversionExtension
 from torch import Tensor, nn
 
 from condiquant_openvino import markers
 from condiquant_openvino.running.reading import set_metadata
 from condiquant_openvino.writing import quantizer_graphs
-from condiquant_openvino.writing.from_torch import from_torch
-from condiquant_openvino.writing.labels import CALL, labelled, labelled_calls
+from condiquant_openvino.writing.binarization import Binarizer, BinaryKernel, write_binarizers
 from condiquant_openvino.writing.overflow import inexact_in_int8
 from condiquant_openvino.writing.passes.compaction import compact
 from condiquant_openvino.writing.passes.joining import join
@@ -27,40 +24,12 @@ from condiquant_openvino.writing.passes.rearranging import collapse
 from condiquant_openvino.writing.passes.separating import separate
 from condiquant_openvino.writing.passes.simplification import simplify
 from condiquant_openvino.writing.quantizer_graphs import Quantizer, redirect
-from condiquant_plugin import InputError, fake_quantizers
-from condiquant_plugin.errors import check_choice
-from condiquant_plugin.intake import check_is_float32
+from condiquant_openvino.writing.tracing import Placeholder, Traced, trace, without_placeholders
+from condiquant_plugin.errors import InputError, check_choice
 from condiquant_plugin.uniform import grid
 
 InstructionSet = Literal["vnni", "avx2"]
 """What the kernels that are meant are fast on: with VNNI or without."""
-
-
-class Placeholder(ov.Op):
-    """Stands for a fake quantizer while OpenVINO simplifies the graph around it."""
-
-    def __init__(self, inputs: list[ov.Output] | None = None, label: str = "") -> None:
-        super().__init__(self, inputs)
-        self.label = label
-        if inputs is not None:
-            self.constructor_validate_and_infer_types()
-
-    def validate_and_infer_types(self) -> None:
-        self.set_output_type(0, self.get_input_element_type(0), self.get_input_partial_shape(0))
-
-    def clone_with_new_inputs(self, new_inputs: list[ov.Output]) -> Placeholder:
-        return Placeholder(new_inputs, self.label)
-
-    def has_evaluate(self) -> bool:
-        return False
-
-    def evaluate(self, outputs: Any, inputs: Any) -> bool:
-        """Refuses, or weights would be folded."""
-        return False
-
-    def visit_attributes(self, visitor: Any) -> bool:
-        visitor.on_attributes({"label": self.label})
-        return True
 
 
 class _Form(Enum):
@@ -78,6 +47,7 @@ def convert(
     *,
     static: bool = False,
     isa: InstructionSet = "vnni",
+    binary_kernel: BinaryKernel = "int8",
     input_names: Sequence[str] = ("image",),
     output_names: Sequence[str] = ("upscaled",),
 ) -> ov.Model:
@@ -93,12 +63,19 @@ def convert(
             shape.
         static: keep the example's height and width.
         isa: instruction set that the graph is fast on; it is right on all.
+        binary_kernel: of binarized convolutions; ``"u1"`` needs ``static``, and to be compiled with
+            ``INFERENCE_PRECISION_HINT=f32`` or ``EXECUTION_MODE_HINT=ACCURACY``.
 
     Raises:
         InputError: if OpenVINO cannot convert the model, or it is not float32 with one output.
     """
-    traced = _traced(model, example_input, static, input_names, output_names)
-    return write_quantizers(*traced, isa)
+    check_choice("binary_kernel", binary_kernel, get_args(BinaryKernel))
+    if binary_kernel == "u1" and not static:
+        raise InputError(
+            "binary_kernel='u1' takes images of one size alone: set static, or use 'int8'"
+        )
+    traced = trace(model, example_input, static, input_names, output_names)
+    return _written(traced, isa, binary_kernel)
 
 
 def convert_beside_float(
@@ -110,74 +87,19 @@ def convert_beside_float(
     input_names: Sequence[str] = ("image",),
     output_names: Sequence[str] = ("upscaled",),
 ) -> tuple[ov.Model, ov.Model]:
-    """As :func:`convert`, and from the same trace the network without its quantizers and rotations.
+    """As :func:`convert`, and from the same trace the network without quantizers, rotations and signs.
 
     Behind a rotation that one has the products of the network as trained, though not its values.
     """
-    traced, quantizers, overflow = _traced(model, example_input, static, input_names, output_names)
-    in_float = traced.clone()
-    for node in in_float.get_ordered_ops():
-        if isinstance(node, Placeholder):
-            source = node.input_value(0)
-            if source.get_node().get_friendly_name() == _rotation_name(node.label):
-                source = source.get_node().input_value(0)
-            node.output(0).replace(source)
-    in_float.validate_nodes_and_infer_types()
-    return write_quantizers(traced, quantizers, overflow, isa), in_float
+    traced = trace(model, example_input, static, input_names, output_names)
+    in_float = without_placeholders(traced.graph)
+    return _written(traced, isa, "int8"), in_float
 
 
-def _traced(
-    model: nn.Module,
-    example_input: Tensor,
-    static: bool,
-    input_names: Sequence[str],
-    output_names: Sequence[str],
-) -> tuple[ov.Model, dict[str, Quantizer], grid.Overflow]:
-    """OpenVINO's graph with placeholders, their quantizers by label, and what these allow to overflow."""
-    example_input = example_input[:1].float()
-    check_is_float32(model)
-    shape: list[int] = list(example_input.shape)
-    if not static and len(shape) == 4:
-        shape[2:] = [-1, -1]
-    quantizers: dict[str, Quantizer] = {}
-
-    def mark(context: Any) -> list[ov.Output]:
-        lower, step, zero = (
-            np.array(context.get_values_from_const_input(i), dtype).reshape(
-                tuple(context.get_input(i).get_shape())
-            )
-            for i, dtype in ((1, np.float32), (2, np.float32), (3, np.int32))
-        )
-        bits, kind, label, refinement = (
-            context.get_values_from_const_input(i) for i in (4, 5, 6, 7)
-        )
-        quantizers[label] = Quantizer(label, lower, step, zero, int(bits), kind, int(refinement))
-        return Placeholder([context.get_input(0)], label).outputs()
-
-    extension = ConversionExtension("condiquant::fake_quantize", mark)
-    was_training = model.training
-    try:
-        with labelled_calls(model.eval()):
-            converted = from_torch(
-                model,
-                example_input,
-                input=[ov.PartialShape(shape)],
-                extension=[extension],
-                share_weights=False,
-            )
-    except RuntimeError as error:
-        reason = str(error).strip().splitlines()[-1]
-        raise InputError(f"OpenVINO cannot convert {type(model).__name__}: {reason}") from error
-    finally:
-        model.train(was_training)
-    for port, name in zip(converted.inputs, input_names, strict=False):
-        port.get_tensor().set_names({name})
-    for port, name in zip(converted.outputs, output_names, strict=False):
-        port.get_tensor().set_names({name})
-    converted.set_friendly_name(type(model).__name__)
-    _name_rotations(converted, model)
-    overflow = {quantizer.overflow for quantizer in fake_quantizers(model).values()}
-    return converted, quantizers, "vnni" if "vnni" in overflow else "safe"
+def _written(traced: Traced, isa: InstructionSet, binary_kernel: BinaryKernel) -> ov.Model:
+    return write_quantizers(
+        traced.graph, traced.quantizers, traced.overflow, isa, traced.binarizers, binary_kernel
+    )
 
 
 def write_quantizers(
@@ -185,6 +107,8 @@ def write_quantizers(
     quantizers: dict[str, Quantizer],
     overflow: grid.Overflow,
     isa: InstructionSet,
+    binarizers: Mapping[str, Binarizer] | None = None,
+    binary_kernel: BinaryKernel = "int8",
 ) -> ov.Model:
     """Replace placeholders by what int8 kernels compute, weights packed; ``model`` is used up.
 
@@ -193,6 +117,8 @@ def write_quantizers(
         overflow: ``"safe"`` leaves products to float kernels whose integers might overflow in int8.
         isa: without VNNI linear layers are faster in float, and a whole attention is one kernel in
             float only; convolutions are int8 in both.
+        binarizers: of binarized convolutions, by the labels of their placeholders.
+        binary_kernel: for them.
 
     Raises:
         InputError: an instruction set that is not known.
@@ -200,6 +126,7 @@ def write_quantizers(
     check_choice("isa", isa, get_args(InstructionSet))
     name = model.get_friendly_name()
     simplify(model)
+    write_binarizers(_binarizers(model, binarizers or {}), binary_kernel)
     _absorb_transposes(model, quantizers)
     _replace_placeholders(model, quantizers, overflow, linear_in_float=isa == "avx2")
     model = propagate(model)
@@ -216,17 +143,15 @@ def write_quantizers(
     return model
 
 
-def _name_rotations(converted: ov.Model, model: nn.Module) -> None:
-    """After the layers whose inputs they rotate."""
-    with labelled(model) as quantizers:
-        rotating = {label for label, quantizer in quantizers.items() if quantizer.rotates}
-    for node in converted.get_ordered_ops():
-        if isinstance(node, Placeholder) and CALL.sub("", node.label) in rotating:
-            node.input_value(0).get_node().set_friendly_name(_rotation_name(node.label))
-
-
-def _rotation_name(label: str) -> str:
-    return f"{label.removesuffix('.input')}.rotation"
+def _binarizers(
+    model: ov.Model, binarizers: Mapping[str, Binarizer]
+) -> list[tuple[ov.Node, Binarizer]]:
+    """With the placeholders that stand for them."""
+    return [
+        (node, binarizers[node.label])
+        for node in model.get_ordered_ops()
+        if isinstance(node, Placeholder) and node.label in binarizers
+    ]
 
 
 def _keep_names_apart(model: ov.Model) -> None:

@@ -1,4 +1,4 @@
-"""Labels of fake quantizers, unique in a network, and of their calls."""
+"""Names for what quantizes and binarizes, unique in a network, while it is traced or simulated."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 from torch import Tensor, nn
 
 from condiquant_plugin import FakeQuantizer, fake_quantizers
+from condiquant_plugin.binary.convolution import BinarizedConv2d, binarized_convolutions
 from condiquant_plugin.intake import check_output
 
-CALL = re.compile(r"#\d+$")
-"""What :func:`call_label` adds."""
+_CALL = re.compile(r"#\d+$")
 
 
 @contextmanager
@@ -31,13 +32,28 @@ def labelled(model: nn.Module) -> Iterator[dict[str, FakeQuantizer]]:
             quantizer.name = names[path]
 
 
+@contextmanager
+def _named_convolutions(model: nn.Module) -> Iterator[dict[str, BinarizedConv2d]]:
+    found = labelled_convolutions(model)
+    try:
+        yield found
+    finally:
+        for convolution in found.values():
+            convolution.name = ""
+
+
+def labelled_convolutions(model: nn.Module) -> dict[str, BinarizedConv2d]:
+    """Binarized convolutions by their label, the module path."""
+    return {path or "convolution": m for path, m in binarized_convolutions(model).items()}
+
+
 def _labels(names: Mapping[str, str]) -> dict[str, str]:
     """Labels by path, none of which :func:`call_label` gives another one of them."""
     counts = Counter(names.values())
     labels: dict[str, str] = {}
     for path, name in names.items():
         label = name if name and counts[name] == 1 else path
-        while CALL.search(label) or label in labels.values():
+        while _CALL.search(label) or label in labels.values():
             label += "_"
         labels[path] = label
     return labels
@@ -51,15 +67,16 @@ def call_label(label: str, call: int) -> str:
 @contextmanager
 def labelled_calls(model: nn.Module) -> Iterator[None]:
     """Labels are given where the simulation counts: calls of no consequence are not in the graph."""
-    calls: Counter[FakeQuantizer] = Counter()
-    with labelled(model) as quantizers:
-        labels = {quantizer: label for label, quantizer in quantizers.items()}
+    calls: Counter[nn.Module] = Counter()
+    with labelled(model) as quantizers, _named_convolutions(model) as convolutions:
+        labels: dict[Any, str] = {module: label for label, module in quantizers.items()}
+        labels |= {module: label for label, module in convolutions.items()}
 
-        def enter(quantizer: FakeQuantizer, _inputs: tuple[Tensor, ...]) -> None:
+        def enter(quantizer: Any, _inputs: tuple[Tensor, ...]) -> None:
             quantizer.name = call_label(labels[quantizer], calls[quantizer])
             calls[quantizer] += 1
 
-        handles = [q.register_forward_pre_hook(enter) for q in quantizers.values()]
+        handles = [module.register_forward_pre_hook(enter) for module in labels]
         # A tracer reads parametrized weights before the forward pass.
         handles.append(model.register_forward_pre_hook(lambda *_: calls.clear()))
         try:
@@ -70,3 +87,8 @@ def labelled_calls(model: nn.Module) -> Iterator[None]:
         finally:
             for handle in handles:
                 handle.remove()
+
+
+def without_call(label: str) -> str:
+    """Inverse of :func:`call_label`."""
+    return _CALL.sub("", label)

@@ -10,8 +10,9 @@ import openvino as ov
 from numpy.typing import NDArray
 
 from condiquant_openvino.markers import PRODUCTS, any_marker_of, only_rearranges, origin
-from condiquant_openvino.writing.conversion import InstructionSet, Placeholder, write_quantizers
+from condiquant_openvino.writing.conversion import InstructionSet, write_quantizers
 from condiquant_openvino.writing.quantizer_graphs import Quantizer, redirect
+from condiquant_openvino.writing.tracing import Placeholder
 from condiquant_plugin import InputError
 from condiquant_plugin.uniform import grid
 from condiquant_plugin.uniform.marking import Marker

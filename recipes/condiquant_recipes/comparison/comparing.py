@@ -18,7 +18,12 @@ from condiquant_plugin import __version__
 from condiquant_plugin.errors import InputError
 from condiquant_plugin.layerwise import precision
 from condiquant_plugin.layerwise.precision import LayerBits
-from condiquant_recipes.comparison.contenders import all_contenders, choose, condiquant_id
+from condiquant_recipes.comparison.contenders import (
+    all_contenders,
+    choose,
+    condiquant_id,
+    trained_contender,
+)
 from condiquant_recipes.comparison.crops import CROPS, worst_places, write_crops
 from condiquant_recipes.comparison.job import Calibrated, Contender, Job
 from condiquant_recipes.comparison.measuring import measured
@@ -47,6 +52,7 @@ def compare(
     *,
     sets: Sequence[str] = (),
     methods: Sequence[str] = (),
+    also: Sequence[Path] = (),
     resume: bool = False,
     overwrite: bool = False,
     command: str = "",
@@ -63,6 +69,7 @@ def compare(
             training set.
         sets: test sets instead of the recipe's.
         methods: ids of :func:`condiquant_recipes.comparison.contenders.all_contenders`; by default all.
+        also: experiments of ``condiquant train``, whose networks become rows as they are.
         resume: keep the methods that an earlier call with the same recipe, folder and versions finished;
             those of a finished comparison are kept anyway.
         overwrite: drop what another comparison left in ``out``, or the same one.
@@ -75,7 +82,8 @@ def compare(
         InputError: on bad input, before anything is computed where possible.
     """
     progress = progress or Progress()
-    chosen = choose(all_contenders(recipe), methods)
+    trained = [trained_contender(experiment) for experiment in also]
+    chosen = [*choose(all_contenders(recipe), methods), *trained]
     _check_export(recipe)
     names = list(dict.fromkeys(sets or recipe.datasets.test))
     if not names:
@@ -83,7 +91,8 @@ def compare(
             "there is no test set: name one in datasets.test or with --sets, or add datasets.val"
         )
     source = load_source(recipe, data, names, progress)
-    folders = {method.id: out / "methods" / method.id for method in all_contenders(recipe)}
+    known = [*all_contenders(recipe), *trained]
+    folders = {method.id: out / "methods" / method.id for method in known}
     versions = {
         "openvino": ov.get_version(),
         "nncf": nncf.__version__,
@@ -101,6 +110,7 @@ def compare(
         also={
             "export": recipe.export.model_dump(),
             "versions": versions,
+            "also": [str(experiment.resolve()) for experiment in also],
             **code_digest(recipe),
         },
         stale=(*folders.values(), *old),

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from condiquant_openvino.running.upscaling import compile_ir
 from condiquant_openvino.writing.passes.compaction import compact
 from condiquant_openvino.writing.passes.simplification import simplify
 from condiquant_plugin.errors import InputError
+from condiquant_plugin.layerwise import precision
 from condiquant_plugin.layerwise.precision import FLOAT_BITS, LayerBits
 from condiquant_recipes.comparison import neural_compressor
 from condiquant_recipes.comparison import nncf as comparison_nncf
@@ -23,6 +25,7 @@ from condiquant_recipes.comparison.job import MIXED, Calibrated, Contender, Grou
 from condiquant_recipes.precision.search import INPUT_BITS, with_bits
 from condiquant_recipes.recipe import Recipe, ReconditionSection
 from condiquant_recipes.run import calibrate_network, distill_network
+from condiquant_recipes.training.experiment import is_experiment, trained_network
 
 _LOW_BITS = (4, 3, 2)
 _FLOAT = LayerBits(FLOAT_BITS, FLOAT_BITS)
@@ -117,6 +120,26 @@ def all_contenders(recipe: Recipe) -> list[Contender]:
         for width in MIXED
     ]
     return [*found, *(contender for contender in presets if contender.id not in ids), *mixed]
+
+
+def trained_contender(experiment: Path) -> Contender:
+    """The network of an experiment of ``condiquant train`` beside the methods, as it is.
+
+    Raises:
+        InputError: no experiment, or one of a float network.
+    """
+    if not is_experiment(experiment):
+        raise InputError(f"--also {experiment} is no experiment of `condiquant train`")
+    recipe, network, origin = trained_network(experiment)
+
+    def take(job: Job) -> Calibrated:
+        if recipe.scale != job.recipe.scale:
+            raise InputError(f"{recipe.name} is of scale {recipe.scale}, not {job.recipe.scale}")
+        exported = recipe.model_copy(update={"export": job.recipe.export})
+        return Calibrated(network, exported, notes=[f"trained beforehand: {origin}"])
+
+    bits = precision.usual(precision.layer_bits(network))
+    return Contender(f"trained-{recipe.name}", recipe.name, "trained", bits, take)
 
 
 def choose(methods: Iterable[Contender], ids: Iterable[str]) -> list[Contender]:

@@ -28,6 +28,7 @@ Group = Literal[
     "neural-compressor",
     "2dquant",
     "condiquant",
+    "trained",
 ]
 
 

@@ -27,6 +27,7 @@ GROUPS = {
     "neural-compressor": "Intel Neural Compressor",
     "2dquant": "2DQuant",
     "condiquant": "CondiQuant",
+    "trained": "Trained with few bits from the start",
 }
 
 

@@ -32,6 +32,7 @@ STYLES = {
     "neural-compressor": ("X", "#7a6ad8"),
     "2dquant": ("P", "#00815e"),
     "condiquant": ("D", "#d1490b"),
+    "trained": ("p", "#8c564b"),
 }
 """Marker and colour of each group of methods, those of the page's table."""
 _ANGLES = (150, 120, 180, 90, 60, 30, 0, 330, 300, 270, 240, 210)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import condiquant_nncf as nncf_host
 from condiquant_basicsr import pad_multiple
 from condiquant_basicsr import training as basicsr_training
+from condiquant_basicsr.preflight import check_network
 from condiquant_basicsr.quantizer import ENTRY, TrainableNetwork, read_quantized
 from condiquant_plugin import __version__
 from condiquant_plugin.errors import InputError
@@ -49,6 +50,8 @@ def train(
     """
     options = load_options(file, force_yml)
     quantizer = _for_training(options)
+    if quantizer is None:
+        check_network(options)
     basicsr_training.train(
         options, file, quantizer, launcher=launcher, auto_resume=auto_resume, debug=debug
     )

@@ -22,7 +22,6 @@ from condiquant_openvino.running.instruction_sets import (
     warn_of_overflow,
 )
 from condiquant_openvino.running.upscaling import compile_ir
-from condiquant_openvino.writing.conversion import Placeholder
 from condiquant_openvino.writing.overflow import (
     LARGEST_SUM,
     inexact_in_int8,
@@ -30,6 +29,7 @@ from condiquant_openvino.writing.overflow import (
     largest_pair_sums,
 )
 from condiquant_openvino.writing.quantizer_graphs import Quantizer
+from condiquant_openvino.writing.tracing import Placeholder
 from condiquant_plugin import FakeQuantizer, InputError
 from condiquant_plugin.uniform import grid
 from openvino_kernels import needs_vnni
