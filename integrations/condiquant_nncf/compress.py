@@ -27,7 +27,7 @@ _DEFAULT_GROUP = CompressionConfig.group_size
 
 
 class CompressWeightsMode(StrEnum):
-    """Modes beside those of ``nncf.CompressWeightsMode``; docs/weights.md says what each costs."""
+    """Modes beside those of ``nncf.CompressWeightsMode``; docs/weight_compression.md says what each costs."""
 
     ROUNDING = "rounding"
     BILLM = "billm"
