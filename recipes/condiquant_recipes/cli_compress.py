@@ -17,7 +17,7 @@ def compress(
     out: Annotated[Path, typer.Option("--out", "-o", help="Output folder.")],
     method: Annotated[
         str,
-        typer.Option(help="arb_rc, pbs2p, adasvd, arb, arb_x, billm or rounding."),
+        typer.Option(help="arb_rc, pbs2p, adasvd, arb, arb_x, billm, rounding, gptq, magnitude."),
     ] = "arb_rc",
     ratio: Annotated[
         float | None, typer.Option(help="adasvd: of the parameters, retained (default 0.8).")
@@ -25,7 +25,10 @@ def compress(
     group_size: Annotated[
         int, typer.Option(help="Weights of a row that share scales; -1: all of it.")
     ] = 64,
-    pattern: Annotated[str, typer.Option(help="pbs2p: N of every M weights kept.")] = "4:8",
+    bits: Annotated[int | None, typer.Option(help="gptq: of a weight (default 4).")] = None,
+    pattern: Annotated[
+        str, typer.Option(help="pbs2p, magnitude: N of every M weights kept.")
+    ] = "4:8",
     bitmaps: Annotated[
         bool, typer.Option("--bitmaps", help="As in the papers; no kernel keeps them packed.")
     ] = False,
@@ -52,6 +55,7 @@ def compress(
         bitmaps=bitmaps,
         residual_rank=residual_rank,
         rounds=rounds,
+        bits=bits,
     )
     result = application.compress(
         model,

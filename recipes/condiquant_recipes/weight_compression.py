@@ -15,6 +15,7 @@ import nncf
 import torch
 
 import condiquant_nncf
+from condiquant_nncf.backends.openvino_weights import PACKED
 from condiquant_plugin.compression import (
     CompressionConfig,
     bits_per_weight,
@@ -134,11 +135,15 @@ def notes(result: dict[str, Any]) -> list[str]:
             "it is compiled: no kernel has bitmaps or offsets (arb_rc and pbs2p without bitmaps stay "
             "packed)"
         )
-    codes = sum("u2" in kind for kind in stored.values())
+    if result["settings"]["mode"] == "magnitude" and stored:
+        said.append("the IR holds float16 with zeros: no kernel skips them")
+    codes = sum(any(k in kind for k in PACKED) for kind in stored.values())
     if (packed := result.get("ir", {}).get("packed_products", 0)) < codes:
         said.append(
-            f"of {codes} layers of u2 this CPU plugin keeps {packed} packed, and unfolds the rest"
+            f"of {codes} layers of integers this CPU plugin keeps {packed} packed, and unfolds the rest"
         )
+    if result["settings"]["bits"] == 3 and codes:
+        said.append("codes of 3 bits take 4 in the IR: no kernel has 3")
     bits = result["bits_per_weight"]
     if bits > 4:
         said.append(f"{bits:.2f} bits a weight, all counted: compare it with plain int4")

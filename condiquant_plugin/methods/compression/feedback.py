@@ -23,7 +23,7 @@ class Fitted(Protocol):
         """``(batch, rows, columns)``."""
 
 
-_Fitted = TypeVar("_Fitted", bound=Fitted)
+FittedT = TypeVar("FittedT", bound=Fitted)
 
 
 @dataclass(frozen=True)
@@ -77,11 +77,11 @@ def compress_by_blocks(
     weight: Tensor,
     gram: Tensor,
     columns: int,
-    fit: Callable[[Block], _Fitted],
+    fit: Callable[[Block], FittedT],
     *,
     compensation: Compensation,
     damping: float,
-) -> list[_Fitted]:
+) -> list[FittedT]:
     """What each block of columns became, from left to right.
 
     Args:
