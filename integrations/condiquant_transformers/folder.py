@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,19 +39,37 @@ def read_folder(folder: Path) -> LanguageModel:
         raise InputError(f"{folder} has no config.json: give a Hugging Face folder")
     if not any(list(folder.glob(pattern)) for pattern in _WEIGHTS):
         raise InputError(f"{folder} has no weights: put model.safetensors there")
-    if not any((folder / name).is_file() for name in _TOKENIZERS):
-        raise InputError(f"{folder} has no tokenizer: put tokenizer.json there")
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    tokenizer = read_tokenizer(folder)
+    from transformers import AutoModelForCausalLM
 
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    with _naming(folder):
         model = AutoModelForCausalLM.from_pretrained(
             folder, local_files_only=True, dtype=torch.float32
         )
+    return LanguageModel(model.eval(), tokenizer)
+
+
+def read_tokenizer(folder: Path) -> Any:
+    """That of a folder.
+
+    Raises:
+        InputError: there is none, or of an unknown kind.
+    """
+    if not any((folder / name).is_file() for name in _TOKENIZERS):
+        raise InputError(f"{folder} has no tokenizer: put tokenizer.json there")
+    from transformers import AutoTokenizer
+
+    with _naming(folder):
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+@contextmanager
+def _naming(folder: Path) -> Iterator[None]:
+    try:
+        yield
     except (ValueError, OSError, KeyError) as error:
         said = " ".join(str(error).split())
         raise InputError(f"transformers cannot read {folder} ({said}): check the folder") from error
-    return LanguageModel(model.eval(), tokenizer)
 
 
 def save_folder(language_model: LanguageModel, folder: Path) -> None:

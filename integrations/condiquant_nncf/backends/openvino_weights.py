@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -82,6 +83,44 @@ def packed_products(model: Any) -> int:
     nodes = [dict(n.get_rt_info()) for n in compiled.get_runtime_model().get_ordered_ops()]
     kinds = [(str(n["layerType"].value), str(n["runtimePrecision"].value)) for n in nodes]
     return sum(kinds.count(("FullyConnected", kind)) for kind in PACKED)
+
+
+def ir_bits_per_weight(model: Any) -> float:
+    """Of all matrix products with constant weights but the last: codes, scales and zero points as stored.
+
+    Args:
+        model: an ``ov.Model``, of ``nncf.compress_weights`` for example.
+
+    Raises:
+        InputError: a model with fewer than two such products.
+    """
+    stored = [
+        _bits_of(node) for node in model.get_ordered_ops() if node.get_type_name() == "MatMul"
+    ]
+    layers = [each for each in stored if each is not None][:-1]
+    if not layers:
+        raise InputError("the IR has no matrix products beside its last: give a language model's")
+    return sum(bits for bits, _ in layers) / sum(weights for _, weights in layers)
+
+
+def _bits_of(product: Any) -> tuple[int, int] | None:
+    """Bits of the constants that a product's weight is computed from, and its entries; None for others."""
+    port = product.input_value(1)
+    if not port.get_partial_shape().is_static or len(port.get_shape()) != 2:
+        return None
+    bits, rest = 0, [port]
+    while rest:
+        node = rest.pop().get_node()
+        kind = node.get_type_name()
+        if kind == "Constant":
+            bits += node.get_element_type().bitwidth * math.prod(node.get_output_shape(0))
+        elif kind in ("Convert", "Reshape"):  # of which the second input is a shape
+            rest.append(node.input_value(0))
+        elif kind in ("Multiply", "Subtract"):
+            rest += [node.input_value(0), node.input_value(1)]
+        else:
+            return None
+    return bits, math.prod(port.get_shape())
 
 
 def product_errors(forms: Mapping[str, CompressedWeight]) -> dict[str, float]:
