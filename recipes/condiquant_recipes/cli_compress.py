@@ -1,13 +1,21 @@
-"""The command ``condiquant compress``."""
+"""The commands ``condiquant compress`` and ``condiquant compare-weights``."""
 
 from __future__ import annotations
 
+import shlex
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from condiquant_recipes.cli_options import OverwriteOption, QuietOption, progress
+from condiquant_recipes.cli_options import (
+    OverwriteOption,
+    QuietOption,
+    console,
+    progress,
+    split,
+)
 from condiquant_recipes.hosts import load
 
 
@@ -81,3 +89,48 @@ def compress(
             f"{out / application.IR}: {written['bin_bytes'] / 2**20:.1f} MiB, logits within "
             f"{written['logits_error']:.1e} of torch's"
         )
+
+
+def compare_weights(
+    model: Annotated[Path, typer.Argument(help="A Hugging Face folder of a language model.")],
+    calibration: Annotated[Path, typer.Option(help="Text file to calibrate on.")],
+    text: Annotated[Path, typer.Option(help="Text file to score on, another one.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Output folder; a rerun goes on.")],
+    methods: Annotated[
+        str, typer.Option(help="Ids, comma-separated (default: all); help lists them.")
+    ] = "",
+    group_size: Annotated[int, typer.Option(help="Weights of a row that share scales.")] = 64,
+    windows: Annotated[int, typer.Option(help="Of the calibration text.")] = 16,
+    scored: Annotated[int, typer.Option(help="Windows of the text to score on.")] = 12,
+    length: Annotated[int, typer.Option(help="Tokens of a window.")] = 512,
+    overwrite: OverwriteOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Perplexity, real bits, memory and speed of a language model by every method, side by side."""
+    page = load("weight_comparison.page")
+    if methods == "help":
+        known = load("weight_comparison.contenders").all_contenders(group_size)
+        console().print(load("comparison.table").method_table(known))
+        return
+    job = load("weight_comparison.job").WeightJob(
+        str(model.resolve()),
+        str(calibration.resolve()),
+        str(text.resolve()),
+        windows,
+        scored,
+        length,
+        group_size,
+    )
+    report = load("weight_comparison.comparing").compare_weights(
+        job,
+        out,
+        methods=split(methods),
+        overwrite=overwrite,
+        command=shlex.join(["condiquant", *sys.argv[1:]]),
+        progress=progress(quiet),
+    )
+    written = page.write_page(report, out)
+    console().print(page.table(report))
+    for remark in page.remarks(report):
+        print(remark)
+    print(f"figures: {out / 'compare.json'}\npage:    {written}")

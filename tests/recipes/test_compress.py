@@ -8,30 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from openvino import Core
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 import smollm2
 from command_line import fails
 from condiquant_recipes import cli
 from condiquant_transformers import LanguageModel, perplexity, read_folder, save_folder, windows
 from condiquant_transformers.ir import ir_logits
-from language_networks import VOCABULARY, llama, tokens
-
-WORDS = "the quick brown fox jumps over a lazy dog while it rains on the hill and the sea is calm\n"
-
-
-def word_tokenizer():
-    from transformers import PreTrainedTokenizerFast
-
-    words = sorted({f"Ġ{word}" for word in WORDS.split()})
-    vocabulary = {token: i for i, token in enumerate(["<unk>", "</s>", "Ċ", *words])}
-    assert len(vocabulary) < VOCABULARY
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel()
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<unk>", eos_token="</s>", pad_token="<unk>"
-    )
+from language_networks import WORDS, llama, tokens, word_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -218,3 +201,20 @@ def test_two_blocks_of_a_real_model_from_the_command_to_the_ir(tmp_path, run):
     zero_points = layers / 64
     embedding = 2 * 49152 * 576
     assert report["ir"]["bin_bytes"] < 1.02 * (embedding + codes + scales + zero_points)
+
+
+@pytest.mark.parametrize("count", [1, 3, 1000])
+def test_windows_of_a_part_of_a_text_are_those_of_all_of_it(tmp_path, count):
+    tokenizer, content = word_tokenizer(), WORDS * 80
+    (tmp_path / "text.txt").write_text(content)
+    ids = tokenizer(content, add_special_tokens=False).input_ids
+    seen = []
+
+    def given(text, **options):
+        seen.append(len(text))
+        return tokenizer(text, **options)
+
+    found = windows(given, tmp_path / "text.txt", length=32, count=count)
+    whole = torch.tensor(ids[: len(ids) // 32 * 32]).view(-1, 32)
+    assert torch.equal(found, whole[:count])
+    assert (max(seen) < len(content) / 3) == (count < 1000)

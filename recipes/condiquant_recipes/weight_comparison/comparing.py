@@ -7,7 +7,7 @@ import math
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -163,7 +163,7 @@ def _run(step: str, out: Path, name: str) -> Row:
     return {"reason": said[:_REASON_LENGTH]}
 
 
-def foresight(row: Row) -> float | None:
+def foresight(row: Mapping[str, Any]) -> float | None:
     """``-ln`` of the perplexity: higher is better; None where there is none."""
     value = row.get("perplexity")
     return None if value is None or not math.isfinite(value) else -math.log(value)

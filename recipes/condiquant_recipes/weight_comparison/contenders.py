@@ -65,18 +65,18 @@ def choose(contenders: Iterable[WeightContender], ids: Iterable[str]) -> list[We
 
 def _nncf(group_size: int) -> Iterator[WeightContender]:
     int4 = {"mode": "int4_sym", "group_size": group_size, "ratio": 1.0}
-    yield WeightContender("nncf-int8", "INT8_ASYM", "nncf-weights", nncf={"mode": "int8_asym"})
-    yield WeightContender("nncf-int4", "INT4_SYM", "nncf-weights", nncf=int4)
+    yield WeightContender("nncf-int8", "NNCF INT8_ASYM", "nncf-weights", nncf={"mode": "int8_asym"})
+    yield WeightContender("nncf-int4", "NNCF INT4_SYM", "nncf-weights", nncf=int4)
     for name, key in (("AWQ", "awq"), ("scale estimation", "scale_estimation"), ("GPTQ", "gptq")):
         extra = {key: True, "dataset": True}
-        label = f"INT4_SYM, {name}"
+        label = f"NNCF INT4_SYM, {name}"
         yield WeightContender(
             f"nncf-int4-{key.partition('_')[0]}", label, "nncf-weights", nncf=int4 | extra
         )
     for mode in ("nf4", "int2_sym"):
         settings = int4 | {"mode": mode}
         name = f"nncf-{mode.removesuffix('_sym')}"
-        yield WeightContender(name, mode.upper(), "nncf-weights", nncf=settings)
+        yield WeightContender(name, f"NNCF {mode.upper()}", "nncf-weights", nncf=settings)
 
 
 def _low_rank() -> Iterator[WeightContender]:
@@ -96,9 +96,9 @@ def _own(group_size: int) -> Iterator[WeightContender]:
         return CompressionConfig(mode, group_size=group_size, **settings)
 
     for bits in _BITS:
-        yield WeightContender(f"gptq-{bits}", f"{bits} bits", "gptq", made("gptq", bits=bits))
+        yield WeightContender(f"gptq-{bits}", f"GPTQ, {bits} bits", "gptq", made("gptq", bits=bits))
     low = made("gptq", bits=2, residual_rank=_RANK)
-    yield WeightContender(f"gptq-2-rank-{_RANK}", f"2 bits, rank {_RANK} beside", "gptq", low)
+    yield WeightContender(f"gptq-2-rank-{_RANK}", f"GPTQ, 2 bits, rank {_RANK} beside", "gptq", low)
     plain = made("rounding", compensation="none")
     yield WeightContender("rounding", "rounding to signs", "one-bit", plain)
     for mode, label in _ONE_BIT.items():

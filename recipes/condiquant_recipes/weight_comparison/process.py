@@ -26,6 +26,7 @@ from condiquant_plugin.compression import (
     compress_blocks,
     compressed_weights,
 )
+from condiquant_plugin.errors import InputError
 from condiquant_recipes.weight_comparison.contenders import WeightContender, all_contenders
 from condiquant_recipes.weight_comparison.job import FLOAT, MODEL, ROWS, WeightJob
 from condiquant_transformers import read_folder, read_tokenizer, windows
@@ -117,7 +118,10 @@ def main(step: str, out: Path, name: str) -> None:
     """One step of one row."""
     job = WeightJob.read(out)
     contender = next(c for c in all_contenders(job.group_size) if c.id == name)
-    found = {"compress": compress, "measure": measure}[step](contender, job, out)
+    try:
+        found = {"compress": compress, "measure": measure}[step](contender, job, out)
+    except InputError as error:
+        found = {"reason": str(error)}
     print(json.dumps(found))
 
 
