@@ -163,7 +163,7 @@ def compress_blocks(
 
     def write(layer: nn.Module, solution: Solution) -> None:
         write_dense(layer, solution)
-        setattr(layer, _ATTRIBUTE, solution.form)
+        keep_form(layer, solution)
 
     reports = solve_block_by_block(
         model,
@@ -175,6 +175,11 @@ def compress_blocks(
         progress=progress,
     )
     return cast(dict[str, CompressionReport], reports)
+
+
+def keep_form(layer: nn.Module, solution: Solution) -> None:
+    """Let :func:`compressed_weights` find the form of a layer's weight."""
+    setattr(layer, _ATTRIBUTE, solution.form)
 
 
 def compressed_weights(model: nn.Module) -> dict[str, CompressedWeight]:
