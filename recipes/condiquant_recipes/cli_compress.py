@@ -20,7 +20,9 @@ from condiquant_recipes.hosts import load
 
 
 def compress(
-    model: Annotated[Path, typer.Argument(help="A Hugging Face folder of a language model.")],
+    model: Annotated[
+        Path, typer.Argument(help="Hugging Face folder of a language model, or a GGUF file.")
+    ],
     text: Annotated[Path, typer.Option(help="Text file to calibrate on.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Output folder.")],
     method: Annotated[
@@ -92,7 +94,9 @@ def compress(
 
 
 def compare_weights(
-    model: Annotated[Path, typer.Argument(help="A Hugging Face folder of a language model.")],
+    model: Annotated[
+        Path, typer.Argument(help="Hugging Face folder of a language model, or a GGUF file.")
+    ],
     calibration: Annotated[Path, typer.Option(help="Text file to calibrate on.")],
     text: Annotated[Path, typer.Option(help="Text file to score on, another one.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Output folder; a rerun goes on.")],

