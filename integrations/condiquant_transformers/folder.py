@@ -38,7 +38,7 @@ def read_folder(folder: Path) -> LanguageModel:
     """A model from a folder or a GGUF file, whose weights are dequantized; nothing from elsewhere.
 
     Raises:
-        InputError: no folder, or without a model, weights or tokenizer, or of an unknown kind.
+        InputError: no folder, or without a model, weights or tokenizer, or of an unknown kind; NaN or Inf.
         MissingExtraError: what reads GGUF is not installed.
     """
     if not _is_gguf(folder):
@@ -55,6 +55,9 @@ def read_folder(folder: Path) -> LanguageModel:
 
     with _naming(folder):
         model = AutoModelForCausalLM.from_pretrained(**_source(folder), dtype=torch.float32)
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise InputError(f"NaN or Inf in {name}: check the checkpoint")
     return LanguageModel(model.eval(), tokenizer)
 
 

@@ -55,7 +55,10 @@ def compress(
     overwrite: OverwriteOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """A language model with weights of one or two bits, or of low rank."""
+    """A language model with weights of one or two bits, or of low rank.
+
+    In two processes: torchrun --nproc_per_node=2 -m condiquant_recipes compress MODEL --text FILE --out OUT
+    """
     application = load("weight_compression")
     config = application.configuration(
         method,
@@ -67,18 +70,21 @@ def compress(
         rounds=rounds,
         bits=bits,
     )
-    result = application.compress(
-        model,
-        text,
-        out,
-        config,
-        count=windows,
-        length=length,
-        score=score,
-        ir=ir,
-        overwrite=overwrite,
-        progress=progress(quiet),
-    )
+    with application.of_torchrun():
+        result = application.compress(
+            model,
+            text,
+            out,
+            config,
+            count=windows,
+            length=length,
+            score=score,
+            ir=ir,
+            overwrite=overwrite,
+            progress=progress(quiet or not application.is_first()),
+        )
+        if not application.is_first():
+            return
     for note in application.notes(result):
         print(f"note: {note}")
     said = f"{out}: {result['bits_per_weight']:.2f} bits a weight"

@@ -2,6 +2,7 @@
 
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -113,11 +114,45 @@ def test_a_second_run_needs_overwrite_and_leaves_the_first_result_when_it_fails(
     assert not (job / ".again.part").exists()
 
 
+def test_processes_of_torchrun_share_the_work_and_write_once(job, run):
+    (job / "long.txt").write_text(WORDS * 160)
+    run(
+        "--out", "alone", "--no-ir", "--method", "pbs2p", "--score", "text.txt", "--windows", 80,
+        text="long.txt",
+    )  # fmt: skip
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone",
+        "-m", "condiquant_recipes", "compress", "model", "--text", "long.txt", "--length", "32",
+        "--group-size", "16", "--method", "pbs2p", "--score", "text.txt", "--no-ir", "-q",
+        "--windows", "80", "--out", "shared",
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("bits a weight") == 1
+    alone, shared = (
+        json.loads((job / name / "compression.json").read_text()) for name in ("alone", "shared")
+    )
+    assert alone["windows"] > 64  # two batches: each process has one
+    assert shared["perplexity"] == pytest.approx(alone["perplexity"], rel=1e-3)
+    for mine, theirs in zip(alone["layers"], shared["layers"], strict=True):
+        assert mine["output_error"] == pytest.approx(theirs["output_error"], rel=1e-2)
+    models = [read_folder(job / name).model.state_dict() for name in ("alone", "shared")]
+    for name, value in models[0].items():
+        assert float((models[1][name] != value).double().mean()) < 0.02, name
+
+
 def _without(name):
     def change(folder):
         (folder / name).unlink()
 
     return change
+
+
+def _other_layers(folder):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=96, n_embd=16, n_layer=2, n_head=2))
+    model.save_pretrained(folder)  # whose layers are no nn.Linear
 
 
 def _with_nan(folder):
@@ -134,6 +169,7 @@ def _with_nan(folder):
         ([], _without("config.json"), "has no config.json: give a Hugging Face folder"),
         ([], _without("model.safetensors"), "has no weights: put model.safetensors there"),
         ([], _with_nan, "NaN or Inf in model.layers.0.mlp.up_proj.weight: check the checkpoint"),
+        ([], _other_layers, "GPT2LMHeadModel has no list of blocks with linear layers"),
         (["--length", 5000], None, "less than one window of 5000: give a longer text"),
         (["--length", 1], None, "length=1: use at least 2 tokens"),
         (["--windows", 0], None, "windows=0: use at least 1"),
