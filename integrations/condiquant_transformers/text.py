@@ -57,9 +57,13 @@ def _tokens(tokenizer: Any, content: str, count: int) -> list[int]:
 
 
 def batches_of(ids: Tensor) -> list[dict[str, Any]]:
-    """Arguments of a model for windows, some 2048 tokens at a time, without a cache."""
+    """Arguments of a model for windows, some 2048 tokens at a time, without a cache.
+
+    The first has one window: it goes through the whole model once more, to see how its blocks are called.
+    """
     at_once = max(_TOKENS_AT_ONCE // ids.shape[1], 1)
-    return [{"input_ids": part, "use_cache": False} for part in ids.split(at_once)]
+    parts = [ids[:1], *ids[1:].split(at_once)]
+    return [{"input_ids": part, "use_cache": False} for part in parts if len(part)]
 
 
 @torch.no_grad()
