@@ -17,6 +17,8 @@ from condiquant_transformers import LanguageModel, perplexity, read_folder, save
 from condiquant_transformers.ir import ir_logits
 from language_networks import WORDS, llama, tokens, word_tokenizer
 
+PROMPT = "The weather today is"
+
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory):
@@ -258,6 +260,24 @@ def test_a_gguf_file_that_is_cut_off_is_named_and_nothing_is_written(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.gguf", "text.txt"]
 
 
+def generated(folder):
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    tokenizer = read_folder(folder).tokenizer
+    ids = torch.tensor([tokenizer(PROMPT, add_special_tokens=False).input_ids])
+    found = model.generate(ids, max_new_tokens=8, do_sample=False)[0, ids.shape[1] :]
+    return tokenizer.decode(found, skip_special_tokens=True)
+
+
+def generated_by_genai(folder):
+    openvino_genai = pytest.importorskip("openvino_genai")
+    settings = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"}
+    pipeline = openvino_genai.LLMPipeline(folder, "CPU", **settings)
+    options = {"max_new_tokens": 8, "do_sample": False, "apply_chat_template": False}
+    return str(pipeline.generate(PROMPT, **options))
+
+
 @real
 def test_two_blocks_of_a_real_model_from_the_command_to_the_ir(tmp_path, run, real_text):
     smollm2.save_model(tmp_path / "model", blocks=2)
@@ -272,6 +292,7 @@ def test_two_blocks_of_a_real_model_from_the_command_to_the_ir(tmp_path, run, re
     assert 0 < max(errors) < 0.25
     assert set(report["ir"]["storage"].values()) == {"u2"}
     assert report["ir"]["logits_error"] < 2e-3
+    assert generated(tmp_path / "out") == generated_by_genai(tmp_path / "out" / "openvino")
     layers = sum(layer["parameters"] for layer in report["layers"])
     scales, codes = 2 * layers / 64, layers / 4
     zero_points = layers / 64
