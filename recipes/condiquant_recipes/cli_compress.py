@@ -46,6 +46,10 @@ def compress(
     rounds: Annotated[
         int | None, typer.Option(help="Of refinement (default: the method's).")
     ] = None,
+    inputs: Annotated[
+        str,
+        typer.Option(help="original: solved on the float model's values; compressed: on its own."),
+    ] = "original",
     windows: Annotated[int, typer.Option(help="Of the text, to calibrate on.")] = 16,
     length: Annotated[int, typer.Option(help="Tokens of a window.")] = 512,
     score: Annotated[
@@ -69,6 +73,7 @@ def compress(
         residual_rank=residual_rank,
         rounds=rounds,
         bits=bits,
+        inputs=inputs,
     )
     with application.of_torchrun():
         result = application.compress(

@@ -179,6 +179,16 @@ def _with_nan(folder):
         (["--method", "adasvd", "--ratio", 1.1], None, "ratio=1.1: use more than 0 and at most 1"),
         (["--method", "pbs2p", "--pattern", "8:8"], None, "pattern=8:8 keeps 8 of every 8"),
         (["--method", "pbs2p", "--pattern", "4of8"], None, "pattern='4of8': give N:M, as in 4:8"),
+        (
+            ["--inputs", "other"],
+            None,
+            "inputs='other' is not known: use 'original' or 'compressed'",
+        ),
+        (
+            ["--method", "gptq", "--bits", 1],
+            None,
+            "bits=1 is not supported: use an integer from 2 to 8",
+        ),
         (["--method", "int4_sym"], None, "method='int4_sym' is not known (NNCF's own"),
         (["--method", "gptq3"], None, "method='gptq3' is not known: use rounding, billm"),
         (
