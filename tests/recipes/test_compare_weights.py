@@ -87,6 +87,7 @@ def test_rows_are_measured_kept_and_shown(job, monkeypatch, capsys):
         (["--scored", "0"], "scored=0: use at least 1"),
         (["--length", "4000"], "less than one window of 4000: give a longer text"),
         (["--text", "no.txt"], "cannot read no.txt (No such file or directory)"),
+        (["--text", "valid.txt"], "valid.txt is the calibration text, too: score on another"),
         (["--group-size", "0"], "group_size=0: use at least 1"),
     ],
 )

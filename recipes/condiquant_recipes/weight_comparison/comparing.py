@@ -94,6 +94,8 @@ def compare_weights(
 
 def _check_texts(job: WeightJob) -> dict[str, int]:
     """How many windows the texts have, of those asked for."""
+    if Path(job.calibration).resolve() == Path(job.text).resolve():
+        raise InputError(f"{job.text} is the calibration text, too: score on another")
     tokenizer = read_tokenizer(Path(job.model))
     asked = {"calibration": job.windows, "text": job.scored}
     return {
