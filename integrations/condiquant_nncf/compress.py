@@ -88,7 +88,8 @@ def compress_weights(
         subset_size: how many items of it to use.
         bitmaps, pattern, rounds, residual_rank, inputs, bits: see
             :class:`condiquant_plugin.compression.CompressionConfig`.
-        adaptive: likewise; of an ``ov.Model``, whose blocks are not known, it must stay off.
+        adaptive: likewise. Of an ``ov.Model``, whose blocks are not known, it must stay off, and layers are
+            solved on the float model's values.
         progress: called with the name of each finished block of a torch model.
 
     Raises:
@@ -140,10 +141,11 @@ def compress_weights(
     if pattern is not None and own not in _PRUNING:
         raise InputError(f"pattern={pattern}: only pbs2p and magnitude prune, leave it out")
     is_torch = _is_torch(model)
-    if adaptive and not is_torch:
-        raise InputError(
-            "adaptive=True needs the blocks of a torch model: give it, or leave it out"
-        )
+    for name, value in (("adaptive", adaptive), ("inputs", inputs)):
+        if value in (True, "compressed") and not is_torch:
+            raise InputError(
+                f"{name}={value!r} needs the blocks of a torch model: give it, or leave it out"
+            )
     config = CompressionConfig(
         own.value,
         ratio,

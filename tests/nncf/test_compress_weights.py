@@ -297,6 +297,11 @@ def with_nan():
             {"mode": "adasvd", "adaptive": True},
             "adaptive=True needs the blocks of a torch",
         ),
+        (
+            converted,
+            {"mode": "arb_rc", "inputs": "compressed"},
+            "inputs='compressed' needs the blocks of a torch model",
+        ),
     ],
 )
 def test_bad_input_is_named_in_one_line(model, arguments, words):
