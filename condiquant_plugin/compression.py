@@ -25,10 +25,14 @@ from condiquant_plugin.methods.arb.method import ARB, Refinement
 from condiquant_plugin.methods.compression.feedback import Compensation
 from condiquant_plugin.methods.compression.form import CompressedWeight
 from condiquant_plugin.methods.compression.stacks import CompressionReport
+from condiquant_plugin.methods.gptq.integers import IntegerGPTQ
+from condiquant_plugin.methods.pbs2p.magnitude import Magnitude
 from condiquant_plugin.methods.pbs2p.method import PBS2P
 from condiquant_plugin.methods.pbs2p.search import patterns_for
 
-Mode = Literal["rounding", "billm", "arb", "arb_x", "arb_rc", "pbs2p", "adasvd"]
+Mode = Literal[
+    "rounding", "billm", "arb", "arb_x", "arb_rc", "pbs2p", "adasvd", "gptq", "magnitude"
+]
 MODES: tuple[Mode, ...] = get_args(Mode)
 _SPREAD_OF_RATIOS = 0.2
 """What the least important layer may lose of the ratio."""
@@ -47,22 +51,24 @@ class CompressionConfig:
     ratio: float | None = None
     """Only ``"adasvd"``: of the parameters of all layers, retained (0.8 by default)."""
     group_size: int = 64
-    """Columns that share scales; -1 is a whole row. Not ``"adasvd"``."""
+    """Columns that share scales; -1 is a whole row. Not ``"adasvd"``, ``"magnitude"``."""
     bitmaps: bool = False
     """Groups of elements with scales of their own, which no kernel knows: BiLLM's for ``"billm"``, column
     and group bitmaps for ARB, salient columns and two scales for ``"pbs2p"``."""
     pattern: tuple[int, int] = (4, 8)
-    """Only ``"pbs2p"``: N of every M weights kept."""
+    """Only ``"pbs2p"``, ``"magnitude"``: N of every M weights kept."""
     adaptive: bool = True
     """Ranks or patterns by what each block does to its input, the average as asked for."""
     rounds: int | None = None
     """Of refinement; None is the method's own."""
     residual_rank: int = 0
-    """Of a low-rank matrix for what is left. Not ``"adasvd"``."""
+    """Of a low-rank matrix for what is left. Not ``"adasvd"``, ``"magnitude"``."""
     compensation: Compensation = "exact"
-    """Of the error of a block of columns by later ones. Not ``"adasvd"``."""
+    """Of the error of a block of columns by later ones. Not ``"adasvd"``, ``"magnitude"``."""
     inputs: Inputs = "original"
     """Whose values layers are solved on; see :data:`condiquant_plugin.layerwise.blocks.Inputs`."""
+    bits: int | None = None
+    """Only ``"gptq"``: of a code (4 by default)."""
 
     def __post_init__(self) -> None:
         check_choice("mode", self.mode, MODES)
@@ -77,10 +83,18 @@ class CompressionConfig:
             raise InputError(
                 f"residual_rank={self.residual_rank}: adasvd is a low rank itself, raise ratio"
             )
-        if self.mode == "adasvd" and self.bitmaps:
-            raise InputError("bitmaps=True: adasvd has none, leave it out")
+        if self.mode == "magnitude" and self.residual_rank:
+            raise InputError(
+                f"residual_rank={self.residual_rank}: magnitude only prunes, leave it out"
+            )
+        if self.mode in ("adasvd", "gptq", "magnitude") and self.bitmaps:
+            raise InputError(f"bitmaps=True: {self.mode} has none, leave it out")
         if self.mode == "rounding" and self.bitmaps:
             raise InputError("bitmaps=True: rounding has none, use billm")
+        if self.bits is not None and self.mode != "gptq":
+            raise InputError(f"bits={self.bits}: only gptq has a choice, leave it out")
+        if self.rounds is not None and self.mode in ("gptq", "magnitude"):
+            raise InputError(f"rounds={self.rounds}: {self.mode} has none, leave it out")
         self.method()
 
     @property
@@ -88,15 +102,20 @@ class CompressionConfig:
         """Of the parameters, for ``"adasvd"``."""
         return 0.8 if self.ratio is None else self.ratio
 
-    def method(self) -> AdaSVD | ARB | PBS2P:
+    def method(self) -> AdaSVD | ARB | PBS2P | IntegerGPTQ | Magnitude:
         """The same for all layers."""
         if self.mode == "adasvd":
             return AdaSVD(self.retained, self.rounds)
+        if self.mode == "magnitude":
+            return Magnitude(self.pattern)
         common: dict[str, Any] = {
             "group_size": self.group_size,
             "compensation": self.compensation,
             "residual_rank": self.residual_rank,
         }
+        if self.mode == "gptq":
+            bits = IntegerGPTQ.bits if self.bits is None else self.bits
+            return IntegerGPTQ(**common, bits=bits)
         if self.mode == "pbs2p":
             if self.bitmaps:
                 common |= {"salient_share": 0.1, "large_quantile": 0.8}
@@ -144,7 +163,7 @@ def compress_blocks(
 
     def write(layer: nn.Module, solution: Solution) -> None:
         write_dense(layer, solution)
-        setattr(layer, _ATTRIBUTE, solution.form)
+        keep_form(layer, solution)
 
     reports = solve_block_by_block(
         model,
@@ -156,6 +175,11 @@ def compress_blocks(
         progress=progress,
     )
     return cast(dict[str, CompressionReport], reports)
+
+
+def keep_form(layer: nn.Module, solution: Solution) -> None:
+    """Let :func:`compressed_weights` find the form of a layer's weight."""
+    setattr(layer, _ATTRIBUTE, solution.form)
 
 
 def compressed_weights(model: nn.Module) -> dict[str, CompressedWeight]:

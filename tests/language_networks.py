@@ -1,6 +1,7 @@
-"""A small Llama of transformers' own architecture, and token ids for it."""
+"""A small Llama of transformers' own architecture, and token ids and a tokenizer for it."""
 
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 
 from condiquant_transformers.compatibility import heal
@@ -58,3 +59,20 @@ class Logits(nn.Module):
             input_ids=input_ids, attention_mask=mask, position_ids=places, use_cache=False
         ).last_hidden_state
         return self.lm_head(hidden)
+
+
+WORDS = "the quick brown fox jumps over a lazy dog while it rains on the hill and the sea is calm\n"
+
+
+def word_tokenizer():
+    from transformers import PreTrainedTokenizerFast
+
+    words = sorted({f"Ġ{word}" for word in WORDS.split()})
+    vocabulary = {token: i for i, token in enumerate(["<unk>", "</s>", "Ċ", *words])}
+    assert len(vocabulary) < VOCABULARY
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel()
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", eos_token="</s>", pad_token="<unk>"
+    )

@@ -60,6 +60,26 @@ def tokenizer():
     )
 
 
+def save_gguf(file, blocks):
+    """The first blocks as a GGUF file, tensors as they are."""
+    from gguf import GGUFWriter
+
+    writer = GGUFWriter(file, "llama")
+    for key, field in _reader().fields.items():
+        if not key.startswith("GGUF.") and key != "general.architecture":
+            value = blocks if key == "llama.block_count" else field.contents()
+            writer.add_key_value(key, value, field.types[0], field.types[-1])
+    for tensor in _reader().tensors:
+        part, _, rest = tensor.name.partition(".")
+        if part != "blk" or int(rest.partition(".")[0]) < blocks:
+            writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return file
+
+
 def save_model(folder, blocks=None):
     """The model, or its first blocks, and its tokenizer."""
     from gguf.quants import dequantize

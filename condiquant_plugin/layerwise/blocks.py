@@ -1,8 +1,9 @@
 """Layers solved block by block: one block's moments in memory, whatever the depth of the network.
 
-Beside the network, the peak is: the inputs of one block for all batches (of two networks where the method
-fits quantized inputs to float ones), what one block computes of one batch, and the moments of one block's
-layers: ``f**2 + f`` numbers of a layer with ``f`` features, ``3 f**2 + 2 f`` with quantized inputs.
+Beside the network, the peak is: what one block computes of one batch; the moments of one block's layers,
+``f**2 + f`` numbers of a layer with ``f`` features, ``3 f**2 + 2 f`` with quantized inputs; and 256 MiB for
+the inputs of one block for all batches (twice that where quantized inputs are fitted to float ones): what
+they take more lies on disk.
 """
 
 from __future__ import annotations
@@ -15,11 +16,12 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
 
 from condiquant_plugin.errors import InputError, check_choice
 from condiquant_plugin.forward_pass import run as run_model
 from condiquant_plugin.layerwise import distributed
-from condiquant_plugin.layerwise.chain import check_chain, first_of
+from condiquant_plugin.layerwise.chain import check_chain, equal_arguments, first_of
 from condiquant_plugin.layerwise.moments import LayerGeometry, Moments, moments_of, no_moments
 from condiquant_plugin.layerwise.problem import (
     LayerProblem,
@@ -28,6 +30,7 @@ from condiquant_plugin.layerwise.problem import (
     Solution,
     fused_blocks,
 )
+from condiquant_plugin.layerwise.shelf import Shelf
 
 LAYERS = (
     nn.Linear,
@@ -152,9 +155,9 @@ def solve_block_by_block(
     mine = distributed.share(batches)
     with distributed.failing_together("reading the blocks"):
         check_chain(model, names, batches[0])
-        calls = [_call_of(model, names[0], batch) for batch in mine]
-    run = _Run(method, inputs, input_quantizers or {}, calls)
-    del calls
+        run = _Run(method, inputs, input_quantizers or {})
+        for batch in mine:
+            run.add(_call_of(model, names[0], batch))
     reports: dict[str, LayerReport] = {}
     for name in names:
         block = model.get_submodule(name)
@@ -215,12 +218,27 @@ class _Run:
         method: Method,
         inputs: Inputs,
         quantizers: Mapping[str, Callable[[Tensor], Tensor]],
-        calls: Sequence[_Call],
     ) -> None:
-        self.method, self.quantizers, self.calls = method, quantizers, calls
+        self.method, self.quantizers = method, quantizers
         self.follows_compressed = inputs == "compressed"
         self.needs_both = self.follows_compressed and method.needs_quantized_inputs
-        self.originals = [call.hidden for call in calls] if self.needs_both else []
+        self.arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        self.hidden, self.originals = Shelf(), Shelf()
+
+    def add(self, call: _Call) -> None:
+        """A batch."""
+        number, arguments = len(self.arguments), (call.others, call.keywords)
+        if number and equal_arguments(tree_flatten(arguments), tree_flatten(self.arguments[0])):
+            arguments = self.arguments[0]  # position embeddings, masks: once for all batches
+        self.arguments.append(arguments)
+        self.hidden.put(number, call.hidden)
+        if self.needs_both:
+            self.originals.put(number, call.hidden)
+
+    def calls(self) -> Iterator[tuple[int, _Call]]:
+        """Arguments of the current block, batch by batch."""
+        for number, (others, keywords) in enumerate(self.arguments):
+            yield number, _Call(self.hidden.get(number), others, keywords)
 
     def collect(self, block: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, Moments]:
         """Moments of this process' batches."""
@@ -234,12 +252,12 @@ class _Run:
             )
             for name, layer in layers.items()
         }
-        for index, call in enumerate(self.calls):
+        for number, call in self.calls():
             floats: dict[str, list[Tensor]] = {name: [] for name in layers}
             seen: list[tuple[Tensor, LayerGeometry, Moments]] = []
             if self.needs_both:
                 with _observed(layers, partial(_keep, floats)):
-                    self.originals[index] = call.run(block, self.originals[index])
+                    self.originals.put(number, call.run(block, self.originals.get(number)))
 
             def add(
                 name: str,
@@ -261,15 +279,15 @@ class _Run:
                 with _observed(layers, add), self._quantizing(layers):
                     output = call.run(block, call.hidden)
                 if not self.follows_compressed:
-                    call.hidden = output
+                    self.hidden.put(number, output)
         return moments
 
     def advance(self, block: nn.Module, layers: Mapping[str, nn.Module]) -> None:
         """To the inputs of the next block, past the compressed one."""
         if self.follows_compressed:
-            for call in self.calls:
+            for number, call in self.calls():
                 with self._quantizing(layers):
-                    call.hidden = call.run(block, call.hidden)
+                    self.hidden.put(number, call.run(block, call.hidden))
 
     def _quantized(self, name: str, x: Tensor) -> Tensor:
         return self.quantizers[name](x) if name in self.quantizers else x

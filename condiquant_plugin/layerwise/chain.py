@@ -34,7 +34,7 @@ def check_chain(model: nn.Module, blocks: Sequence[str], batch: Any) -> None:
             raise InputError(
                 f"{name} does not take what {blocks[position - 1]} returns: its blocks are no chain"
             )
-        if position and not _equal(others, common[0]):
+        if position and not equal_arguments(others, common[0]):
             raise InputError(f"{name} takes other arguments than {blocks[0]}: name like blocks")
         common[:] = common or [others]
 
@@ -60,7 +60,8 @@ def first_of(output: Any) -> Any:
     return output[0] if isinstance(output, tuple | list) else output
 
 
-def _equal(a: tuple[list[Any], Any], b: tuple[list[Any], Any]) -> bool:
+def equal_arguments(a: tuple[list[Any], Any], b: tuple[list[Any], Any]) -> bool:
+    """Whether arguments, as ``tree_flatten`` gives them, are the same values."""
     if a[1] != b[1]:
         return False
     return all(

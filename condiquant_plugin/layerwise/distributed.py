@@ -6,6 +6,7 @@ that the group's backend moves: a GPU for NCCL.
 
 from __future__ import annotations
 
+import os
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -38,6 +39,24 @@ _PEER_IS_GONE = re.compile(
 def world_size() -> int:
     """Number of processes; 1 without a process group."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def is_first() -> bool:
+    """Whether this is process 0, or the only one."""
+    return _rank() == 0
+
+
+@contextmanager
+def of_torchrun() -> Iterator[None]:
+    """The processes of ``torchrun`` as a group, on CPUs; nothing without it, or within a group."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or world_size() > 1:
+        yield
+        return
+    dist.init_process_group("gloo")
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
 
 
 def share(items: Sequence[_Item]) -> Sequence[_Item]:

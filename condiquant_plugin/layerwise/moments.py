@@ -17,6 +17,8 @@ from torch import Tensor
 
 from condiquant_plugin.errors import check_finite
 
+_STRIPS = 4
+"""That a Gram matrix is computed in: 10 of 16 parts of the work."""
 _CHUNK = 8192
 
 
@@ -201,8 +203,22 @@ def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     result = a.new_zeros(a.shape[0], a.shape[2], b.shape[2], dtype=dtype)
     for left, right in zip(a.split(_CHUNK, 1), b.split(_CHUNK, 1), strict=True):
         m, n = (part.mean(1, keepdim=True) for part in (left, right))
-        result += (left - m).mT @ (right - n)
+        if a is b:
+            _add_gram(result, left - m)
+        else:
+            result += (left - m).mT @ (right - n)
         m, n = m.to(dtype), n.to(dtype)
         beside_m = left.sum(1, keepdim=True, dtype=dtype) - left.shape[1] * m
         result += m.mT @ right.sum(1, keepdim=True, dtype=dtype) + beside_m.mT @ n
     return result
+
+
+def _add_gram(result: Tensor, rows: Tensor) -> None:
+    """Add ``rows^T rows`` strip by strip: what lies left of the diagonal is mirrored."""
+    features = rows.shape[-1]
+    width = -(-features // _STRIPS)
+    for start in range(0, features, width):
+        end = min(start + width, features)
+        strip = rows[..., start:end].mT @ rows[..., start:]
+        result[..., start:end, start:] += strip
+        result[..., end:, start:end] += strip[..., end - start :].mT

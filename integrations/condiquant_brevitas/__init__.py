@@ -8,6 +8,7 @@ except ModuleNotFoundError as error:
     raise MissingExtraError("condiquant_brevitas", "Brevitas", "brevitas") from error
 
 import condiquant_brevitas.pickling  # noqa: F401
+from condiquant_brevitas.compression_mode import weight_compression_mode
 from condiquant_brevitas.fake_quantizers import to_fake_quantizers
 from condiquant_brevitas.mode import condiquant_mode
 from condiquant_brevitas.moments_hook import LayerReconditioner
@@ -47,4 +48,5 @@ __all__ = [
     "quantize_sr",
     "to_fake_quantizers",
     "trainable_weights",
+    "weight_compression_mode",
 ]

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from condiquant_brevitas.moments_hook import LayerReconditioner, has_weight_quantizer
 from condiquant_plugin.errors import InputError
-from condiquant_plugin.layerwise.problem import LayerReport, fused_blocks
+from condiquant_plugin.layerwise.problem import LayerProblem, LayerReport, Solution, fused_blocks
 from condiquant_plugin.methods.condiquant.reconditioning import (
     Objective,
     ReconditioningConfig,
@@ -240,9 +240,12 @@ class condiquant_mode(gpxq_mode):
         """Recondition the layers that the batches since the last update have reached."""
         names = [name for name in self.gpxq_layers if name in self.current_layer.layer_names]
         layers = [self.gpxq_layers[name] for name in names]
-        solutions = recondition([layer.problem() for layer in layers], self.config)
+        solutions = self._solved([layer.problem() for layer in layers])
         for name, layer, solution in zip(names, layers, solutions, strict=True):
             layer.single_layer_update(solution, update_bias=self.update_bias)
             self.report[name] = solution.report
             self.hook_dict[name].remove()
         self.current_layer.layer_names.clear()
+
+    def _solved(self, problems: Sequence[LayerProblem]) -> list[Solution]:
+        return recondition(problems, self.config)

@@ -16,8 +16,7 @@ from torch import Tensor, nn
 
 from condiquant_plugin.errors import InputError
 from condiquant_plugin.layerwise.moments import LayerGeometry, Moments, moments_of
-from condiquant_plugin.layerwise.problem import LayerProblem, Solution
-from condiquant_plugin.methods.condiquant.reconditioning import ReconditioningConfig
+from condiquant_plugin.layerwise.problem import LayerProblem, Method, Solution
 
 
 class LayerReconditioner(GPxQ):
@@ -33,7 +32,7 @@ class LayerReconditioner(GPxQ):
         self,
         layer: nn.Module,
         name: str,
-        config: ReconditioningConfig,
+        config: Method,
         *,
         row_blocks: int = 1,
         input_quantizer: Callable[[Tensor], Tensor] | None = None,

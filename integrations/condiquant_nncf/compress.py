@@ -27,7 +27,7 @@ _DEFAULT_GROUP = CompressionConfig.group_size
 
 
 class CompressWeightsMode(StrEnum):
-    """Modes beside those of ``nncf.CompressWeightsMode``; docs/weights.md says what each costs."""
+    """Modes beside those of ``nncf``; docs/weight_compression.md says what each costs."""
 
     ROUNDING = "rounding"
     BILLM = "billm"
@@ -36,6 +36,11 @@ class CompressWeightsMode(StrEnum):
     ARB_RC = "arb_rc"
     PBS2P = "pbs2p"
     ADASVD = "adasvd"
+    GPTQ = "gptq"
+    MAGNITUDE = "magnitude"
+
+
+_PRUNING = (CompressWeightsMode.PBS2P, CompressWeightsMode.MAGNITUDE)
 
 
 def compress_weights(
@@ -62,6 +67,7 @@ def compress_weights(
     rounds: int | None = None,
     residual_rank: int = 0,
     inputs: Inputs | None = None,
+    bits: int | None = None,
     progress: Callable[[str], object] | None = None,
 ) -> Any:
     """``nncf.compress_weights``, with the modes of :class:`CompressWeightsMode` beside NNCF's.
@@ -80,9 +86,10 @@ def compress_weights(
         ignored_scope: NNCF's, matched against its node names.
         dataset: token ids as the model takes them: needed in the modes of this project.
         subset_size: how many items of it to use.
-        bitmaps, pattern, rounds, residual_rank, inputs: see
+        bitmaps, pattern, rounds, residual_rank, inputs, bits: see
             :class:`condiquant_plugin.compression.CompressionConfig`.
-        adaptive: likewise; of an ``ov.Model``, whose blocks are not known, it must stay off.
+        adaptive: likewise. Of an ``ov.Model``, whose blocks are not known, it must stay off, and layers are
+            solved on the float model's values.
         progress: called with the name of each finished block of a torch model.
 
     Raises:
@@ -109,6 +116,7 @@ def compress_weights(
             "rounds": rounds,
             "residual_rank": residual_rank,
             "inputs": inputs,
+            "bits": bits,
         }
         for name, value in extra.items():
             if value:
@@ -130,13 +138,14 @@ def compress_weights(
     if compression_format != nncf.CompressionFormat.DQ:
         raise InputError(f"compression_format={compression_format!r} is for NNCF's modes: use DQ")
     check_count("subset_size", subset_size)
-    if pattern is not None and own is not CompressWeightsMode.PBS2P:
-        raise InputError(f"pattern={pattern}: only pbs2p prunes, leave it out")
+    if pattern is not None and own not in _PRUNING:
+        raise InputError(f"pattern={pattern}: only pbs2p and magnitude prune, leave it out")
     is_torch = _is_torch(model)
-    if adaptive and not is_torch:
-        raise InputError(
-            "adaptive=True needs the blocks of a torch model: give it, or leave it out"
-        )
+    for name, value in (("adaptive", adaptive), ("inputs", inputs)):
+        if value in (True, "compressed") and not is_torch:
+            raise InputError(
+                f"{name}={value!r} needs the blocks of a torch model: give it, or leave it out"
+            )
     config = CompressionConfig(
         own.value,
         ratio,
@@ -147,6 +156,7 @@ def compress_weights(
         rounds,
         residual_rank,
         inputs=inputs or CompressionConfig.inputs,
+        bits=bits,
     )
     if dataset is None:
         raise InputError(f"mode={own} needs a dataset: give nncf.Dataset(token ids)")

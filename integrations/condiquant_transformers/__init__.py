@@ -11,7 +11,12 @@ from condiquant_transformers.compatibility import heal
 
 heal()
 
-from condiquant_transformers.folder import LanguageModel, read_folder, save_folder  # noqa: E402
+from condiquant_transformers.folder import (  # noqa: E402
+    LanguageModel,
+    read_folder,
+    read_tokenizer,
+    save_folder,
+)
 from condiquant_transformers.text import perplexity, windows  # noqa: E402
 
 __all__ = [
@@ -19,6 +24,7 @@ __all__ = [
     "heal",
     "perplexity",
     "read_folder",
+    "read_tokenizer",
     "save_folder",
     "windows",
 ]

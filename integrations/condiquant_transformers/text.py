@@ -16,6 +16,8 @@ from condiquant_transformers.folder import LanguageModel
 
 _TOKENS_AT_ONCE = 2048
 """In one forward pass."""
+_CHARACTERS, _UNSURE = 5, 64
+"""Of a token, to begin with; tokens at the end of a part of a text."""
 
 
 def windows(tokenizer: Any, text: Path, *, length: int, count: int) -> Tensor:
@@ -32,7 +34,7 @@ def windows(tokenizer: Any, text: Path, *, length: int, count: int) -> Tensor:
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8"
         raise InputError(f"cannot read {text} ({reason}): give a text file") from error
-    ids = torch.tensor(tokenizer(content, add_special_tokens=False).input_ids)
+    ids = torch.tensor(_tokens(tokenizer, content, length * count))
     found = min(len(ids) // length, count)
     if found == 0:
         raise InputError(
@@ -42,10 +44,26 @@ def windows(tokenizer: Any, text: Path, *, length: int, count: int) -> Tensor:
     return ids[: found * length].view(found, length)
 
 
+def _tokens(tokenizer: Any, content: str, count: int) -> list[int]:
+    """The first ``count`` tokens of a text, of all of it if there are fewer: no more is tokenized."""
+    end = _CHARACTERS * count
+    while True:
+        end = len(content) if end >= len(content) else content.find("\n", end) + 1 or len(content)
+        found: list[int] = tokenizer(content[:end], add_special_tokens=False).input_ids
+        # What follows may change the last tokens of a part.
+        if end == len(content) or len(found) >= count + _UNSURE:
+            return found[:count]
+        end *= 2
+
+
 def batches_of(ids: Tensor) -> list[dict[str, Any]]:
-    """Arguments of a model for windows, some 2048 tokens at a time, without a cache."""
+    """Arguments of a model for windows, some 2048 tokens at a time, without a cache.
+
+    The first has one window: it goes through the whole model once more, to see how its blocks are called.
+    """
     at_once = max(_TOKENS_AT_ONCE // ids.shape[1], 1)
-    return [{"input_ids": part, "use_cache": False} for part in ids.split(at_once)]
+    parts = [ids[:1], *ids[1:].split(at_once)]
+    return [{"input_ids": part, "use_cache": False} for part in parts if len(part)]
 
 
 @torch.no_grad()

@@ -201,6 +201,7 @@ app.command()(cli_recipe.recipe)
 app.command()(cli_quantize.quantize)
 app.command()(cli_upscale.upscale)
 app.command()(cli_compress.compress)
+app.command()(cli_compress.compare_weights)
 app.command()(cli_training.train)
 app.command("test")(cli_training.evaluate)
 
@@ -379,6 +380,7 @@ def main() -> None:
 
 def _interrupted() -> int:
     remedies = dict.fromkeys(("run", "quantize", "compare"), ": add --resume to go on")
+    remedies["compare-weights"] = ": run it again to go on"
     remedies |= {"train": ": add --auto_resume to go on", "upscale": ": run it again to go on"}
     return _fail("interrupted" + remedies.get("".join(sys.argv[1:2]), ""), 1)
 

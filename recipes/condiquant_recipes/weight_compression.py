@@ -15,6 +15,7 @@ import nncf
 import torch
 
 import condiquant_nncf
+from condiquant_nncf.backends.openvino_weights import PACKED
 from condiquant_plugin.compression import (
     CompressionConfig,
     bits_per_weight,
@@ -24,6 +25,7 @@ from condiquant_plugin.compression import (
 from condiquant_plugin.errors import InputError, check_count
 from condiquant_plugin.files import check_writable, write_atomic
 from condiquant_plugin.layerwise.blocks import find_blocks
+from condiquant_plugin.layerwise.distributed import is_first, of_torchrun
 from condiquant_recipes.progress import Progress
 from condiquant_transformers import LanguageModel, perplexity, read_folder, save_folder, windows
 from condiquant_transformers.ir import check_exporter, export_ir, ir_logits
@@ -32,6 +34,7 @@ from condiquant_transformers.text import batches_of
 IR = "openvino"
 """Folder of the IR, inside that of the result."""
 REPORT = "compression.json"
+__all__ = ["IR", "compress", "configuration", "is_first", "notes", "of_torchrun"]
 
 
 def compress(
@@ -50,8 +53,10 @@ def compress(
 ) -> dict[str, Any]:
     """Write ``out`` as a whole, or nothing.
 
+    Processes of one ``torch.distributed`` group share the work; the first scores and writes.
+
     Args:
-        source: a Hugging Face folder.
+        source: a Hugging Face folder or a GGUF file.
         text: to calibrate on; its first ``count`` windows of ``length`` tokens.
         out: gets the model with its dense float16 weights for transformers, ``compression.json``, and in
             ``openvino`` the IR with packed weights.
@@ -60,7 +65,7 @@ def compress(
         overwrite: put the result in the place of what ``out`` holds.
 
     Returns:
-        What ``compression.json`` holds.
+        What ``compression.json`` holds; in other processes of a group nothing of scores and IR.
 
     Raises:
         InputError: a folder or text that cannot be used; a setting that does not fit the model.
@@ -77,7 +82,6 @@ def compress(
     progress = progress or Progress()
     with progress.status(f"reading {source}"):
         language_model = read_folder(source)
-        _check_finite(language_model)
         calibration = windows(language_model.tokenizer, text, length=length, count=count)
         test = None
         if score is not None:
@@ -89,7 +93,7 @@ def compress(
         "windows": len(calibration),
         "length": length,
     }
-    if test is not None:
+    if test is not None and is_first():
         with progress.status("scoring the float model"):
             result["float_perplexity"] = perplexity(language_model, test)
     started = time.perf_counter()
@@ -100,6 +104,8 @@ def compress(
     result["seconds"] = time.perf_counter() - started
     result["bits_per_weight"] = bits_per_weight(reports)
     result["layers"] = [asdict(report) for report in reports.values()]
+    if not is_first():
+        return result
     if test is not None:
         with progress.status("scoring"):
             result["perplexity"] = perplexity(language_model, test)
@@ -134,21 +140,19 @@ def notes(result: dict[str, Any]) -> list[str]:
             "it is compiled: no kernel has bitmaps or offsets (arb_rc and pbs2p without bitmaps stay "
             "packed)"
         )
-    codes = sum("u2" in kind for kind in stored.values())
+    if result["settings"]["mode"] == "magnitude" and stored:
+        said.append("the IR holds float16 with zeros: no kernel skips them")
+    codes = sum(any(k in kind for k in PACKED) for kind in stored.values())
     if (packed := result.get("ir", {}).get("packed_products", 0)) < codes:
         said.append(
-            f"of {codes} layers of u2 this CPU plugin keeps {packed} packed, and unfolds the rest"
+            f"of {codes} layers of integers this CPU plugin keeps {packed} packed, and unfolds the rest"
         )
+    if result["settings"]["bits"] == 3 and codes:
+        said.append("codes of 3 bits take 4 in the IR: no kernel has 3")
     bits = result["bits_per_weight"]
     if bits > 4:
         said.append(f"{bits:.2f} bits a weight, all counted: compare it with plain int4")
     return said
-
-
-def _check_finite(language_model: LanguageModel) -> None:
-    for name, tensor in language_model.model.state_dict().items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise InputError(f"NaN or Inf in {name}: check the checkpoint")
 
 
 def _write_ir(language_model: LanguageModel, folder: Path, ids: torch.Tensor) -> dict[str, Any]:

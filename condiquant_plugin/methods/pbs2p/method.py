@@ -12,16 +12,17 @@ from torch import Tensor
 from condiquant_plugin.errors import InputError
 from condiquant_plugin.layerwise.problem import LayerProblem, Solution
 from condiquant_plugin.methods.adasvd.method import with_residual
-from condiquant_plugin.methods.arb.method import BinarySettings, FittedBlock, assembled
+from condiquant_plugin.methods.arb.method import FittedBlock, assembled
 from condiquant_plugin.methods.arb.refinement import Group, Plane, rounded, signs_of
 from condiquant_plugin.methods.compression.feedback import Block
 from condiquant_plugin.methods.compression.form import CompressedWeight
+from condiquant_plugin.methods.compression.settings import BlockSettings
 from condiquant_plugin.methods.compression.stacks import Stack, solve_in_stacks
 from condiquant_plugin.methods.pbs2p.pruning import pruning_score, spbo
 
 
 @dataclass(frozen=True)
-class PBS2P(BinarySettings):
+class PBS2P(BlockSettings):
     """N of every M weights, of one bit: a ternary weight with a fixed count of zeros.
 
     Raises:

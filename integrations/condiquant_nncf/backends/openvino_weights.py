@@ -3,12 +3,15 @@
 | form | in the model | in memory |
 |---|---|---|
 | -1, 0, 1 between scales | u2 codes 0, 1, 2, zero point 1, float16 scales | 2 bits |
+| integers | u2, u4 or u8 codes, zero points, float16 scales | 2, 4 or 8 bits; 3 bits as 4 |
 | low rank | two products, float16 factors | 16 bits a number of the factors |
+| pruned | float16 values | 16 or 32 bits a weight |
 | any other | float16 values | **unfolded**: 16 or 32 bits a weight |
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -22,20 +25,26 @@ from numpy.typing import NDArray
 from condiquant_plugin.errors import InputError
 from condiquant_plugin.methods.arb.form import BinaryWeight
 from condiquant_plugin.methods.compression.form import CompressedWeight, LowRank, Plain, Sum
+from condiquant_plugin.methods.gptq.integers import IntegerWeight
+from condiquant_plugin.methods.pbs2p.magnitude import PrunedWeight
 
+PACKED = ("u2", "u4", "u8")
+"""Kinds of :func:`storage_of` that kernels keep."""
 _ZERO_POINT = 1
 _TINY = 1e-30
 _EXACT = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0}
 
 
 def storage_of(form: CompressedWeight) -> str:
-    """``"u2"``, ``"low_rank"``, ``"float"``, ``"unfolded"``, or two of them with a ``+``."""
+    """``"u2"``, ``"u4"``, ``"u8"``, ``"low_rank"``, ``"float"``, ``"unfolded"``, or two with a ``+``."""
     if isinstance(form, Sum):
         return f"{storage_of(form.base)}+{storage_of(form.residual)}"
     if isinstance(form, LowRank):
         return "low_rank"
-    if isinstance(form, Plain):
+    if isinstance(form, Plain | PrunedWeight):
         return "float"
+    if isinstance(form, IntegerWeight):
+        return f"u{_code_bits(form.bits)}"
     return "u2" if isinstance(form, BinaryWeight) and form.has_kernel else "unfolded"
 
 
@@ -65,7 +74,7 @@ def write_compressed(model: Any, forms: Mapping[str, CompressedWeight]) -> dict[
 
 
 def packed_products(model: Any) -> int:
-    """How many matrix products of a model keep u2 weights when the CPU plugin compiles it.
+    """How many matrix products of a model keep u2, u4 or u8 weights when the CPU plugin compiles it.
 
     Args:
         model: an ``ov.Model``, or the path of one.
@@ -73,7 +82,45 @@ def packed_products(model: Any) -> int:
     compiled = ov.Core().compile_model(model, "CPU", _EXACT)
     nodes = [dict(n.get_rt_info()) for n in compiled.get_runtime_model().get_ordered_ops()]
     kinds = [(str(n["layerType"].value), str(n["runtimePrecision"].value)) for n in nodes]
-    return kinds.count(("FullyConnected", "u2"))
+    return sum(kinds.count(("FullyConnected", kind)) for kind in PACKED)
+
+
+def ir_bits_per_weight(model: Any) -> float:
+    """Of all matrix products with constant weights but the last: codes, scales and zero points as stored.
+
+    Args:
+        model: an ``ov.Model``, of ``nncf.compress_weights`` for example.
+
+    Raises:
+        InputError: a model with fewer than two such products.
+    """
+    stored = [
+        _bits_of(node) for node in model.get_ordered_ops() if node.get_type_name() == "MatMul"
+    ]
+    layers = [each for each in stored if each is not None][:-1]
+    if not layers:
+        raise InputError("the IR has no matrix products beside its last: give a language model's")
+    return sum(bits for bits, _ in layers) / sum(weights for _, weights in layers)
+
+
+def _bits_of(product: Any) -> tuple[int, int] | None:
+    """Bits of the constants that a product's weight is computed from, and its entries; None for others."""
+    port = product.input_value(1)
+    if not port.get_partial_shape().is_static or len(port.get_shape()) != 2:
+        return None
+    bits, rest = 0, [port]
+    while rest:
+        node = rest.pop().get_node()
+        kind = node.get_type_name()
+        if kind == "Constant":
+            bits += node.get_element_type().bitwidth * math.prod(node.get_output_shape(0))
+        elif kind in ("Convert", "Reshape"):  # of which the second input is a shape
+            rest.append(node.input_value(0))
+        elif kind in ("Multiply", "Subtract"):
+            rest += [node.input_value(0), node.input_value(1)]
+        else:
+            return None
+    return bits, math.prod(port.get_shape())
 
 
 def product_errors(forms: Mapping[str, CompressedWeight]) -> dict[str, float]:
@@ -131,7 +178,13 @@ def _apply(x: Any, form: CompressedWeight) -> Any:
     if isinstance(form, BinaryWeight) and form.has_kernel:
         if form.column_scales is not None:
             x = _scaled(x, form.column_scales[0].float().numpy())
-        return ops.matmul(x, _codes(form), False, True)
+        codes = (form.codes()[0] + _ZERO_POINT).to(torch.uint8)
+        scales = form.row_scales[0, ..., 0]
+        zero_points = torch.full_like(scales, _ZERO_POINT, dtype=torch.uint8)
+        return ops.matmul(x, _integers(codes, scales, zero_points, 2), False, True)
+    if isinstance(form, IntegerWeight):
+        parts = form.codes[0], form.scales[0], form.zero_points[0]
+        return ops.matmul(x, _integers(*parts, _code_bits(form.bits)), False, True)
     return ops.matmul(x, _half(form.matrices()[0].half()), False, True)
 
 
@@ -148,29 +201,43 @@ def _half(values: torch.Tensor) -> Any:
     return ops.convert(ops.constant(values.contiguous().numpy()), ov.Type.f32)
 
 
-def _codes(form: BinaryWeight) -> Any:
-    """-1, 0, 1 as u2, with scales of rows and groups, as the plugin keeps them packed."""
-    codes = (form.codes()[0] + _ZERO_POINT).to(torch.uint8).numpy()
+def _code_bits(bits: int) -> int:
+    """Of the narrowest codes that have a kernel."""
+    return next(width for width in (2, 4, 8) if bits <= width)
+
+
+def _integers(
+    codes: torch.Tensor, scales: torch.Tensor, zero_points: torch.Tensor, bits: int
+) -> Any:
+    """``(code - zero point) * scale`` as the plugin keeps it packed.
+
+    Args:
+        codes: uint8, ``(rows, features)``.
+        scales, zero_points: float16 and uint8, ``(rows, blocks)``.
+        bits: 2, 4 or 8, of a code.
+    """
     rows, features = codes.shape
-    scales = form.row_scales[0, ..., 0].numpy()  # (rows, blocks), float16
     blocks = scales.shape[1]
     shape = [rows, features] if blocks == 1 else [rows, blocks, features // blocks]
-    per_scale = scales if blocks == 1 else scales[..., None]
-    constant = _packed(codes.reshape(shape))
-    zero = np.full(per_scale.shape, _ZERO_POINT, np.uint8)
+    each = (scales if blocks == 1 else scales[..., None]).contiguous().numpy()
+    zero = zero_points.reshape(each.shape).contiguous().numpy()
+    constant = _packed(codes.reshape(shape).numpy(), bits)
     shifted = ops.subtract(
         ops.convert(constant, ov.Type.f16), ops.convert(ops.constant(zero), ov.Type.f16)
     )
-    weight = ops.multiply(shifted, ops.constant(per_scale))
+    weight = ops.multiply(shifted, ops.constant(each))
     if blocks > 1:
         weight = ops.reshape(weight, ops.constant(np.array([rows, features], np.int64)), False)
     return ops.convert(weight, ov.Type.f32)
 
 
-def _packed(codes: NDArray[np.uint8]) -> Any:
-    """Four to a byte, the first in the lowest bits."""
-    tensor = ov.Tensor(ov.Type.u2, ov.Shape(codes.shape))
-    fours = np.pad(codes.reshape(-1), (0, -codes.size % 4)).reshape(-1, 4)
-    packed = fours[:, 0] | fours[:, 1] << 2 | fours[:, 2] << 4 | fours[:, 3] << 6
+def _packed(codes: NDArray[np.uint8], bits: int) -> Any:
+    """As many to a byte as fit, the first in the lowest bits."""
+    if bits == 8:
+        return ops.constant(codes)
+    tensor = ov.Tensor(getattr(ov.Type, f"u{bits}"), ov.Shape(codes.shape))
+    each = 8 // bits
+    parts = np.pad(codes.reshape(-1), (0, -codes.size % each)).reshape(-1, each)
+    packed = np.bitwise_or.reduce(parts << (bits * np.arange(each, dtype=np.uint8)), axis=1)
     tensor.data.reshape(-1).view(np.uint8)[: packed.size] = packed
     return ov.op.Constant(tensor)

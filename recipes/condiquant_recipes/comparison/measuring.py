@@ -32,7 +32,7 @@ def measured(function: Callable[[], Result]) -> Measured[Result]:
     started = time.perf_counter()
     result = function()
     seconds = time.perf_counter() - started
-    peak = None if before is None else _memory("VmHWM") - before
+    peak = None if before is None else memory("VmHWM") - before
     return Measured(result, seconds, peak)
 
 
@@ -44,11 +44,14 @@ def _reset_peak() -> int | None:
         ctypes.CDLL(None).malloc_trim(0)
     try:
         (_PROCESS / "clear_refs").write_text("5")
-        return _memory("VmRSS")
+        return memory("VmRSS")
     except OSError:
         return None
 
 
-def _memory(key: str) -> int:
+def memory(key: str) -> int:
+    """Of this process, in bytes: ``"VmRSS"`` now, ``"VmHWM"`` at most; 0 where there is no ``/proc``."""
+    if not (_PROCESS / "status").is_file():
+        return 0
     found = re.search(rf"^{key}:\s+(\d+) kB$", (_PROCESS / "status").read_text(), re.MULTILINE)
     return 1024 * int(found[1]) if found else 0

@@ -33,6 +33,10 @@ STYLES = {
     "2dquant": ("P", "#00815e"),
     "condiquant": ("D", "#d1490b"),
     "trained": ("p", "#8c564b"),
+    "gptq": ("s", "#0072b2"),
+    "low-rank": ("v", "#a87000"),
+    "one-bit": ("D", "#d1490b"),
+    "pruned": ("P", "#00815e"),
 }
 """Marker and colour of each group of methods, those of the page's table."""
 _ANGLES = (150, 120, 180, 90, 60, 30, 0, 330, 300, 270, 240, 210)
@@ -78,6 +82,7 @@ def scatter(
     x_label: str,
     y_label: str,
     log: bool = False,
+    y_text: Callable[[float], str] | None = None,
 ) -> Plot | None:
     """Accuracy (upwards) against a cost (to the right); None where no row has both values.
 
@@ -88,6 +93,7 @@ def scatter(
         value: cost and accuracy of a row.
         front: key of the rows' Pareto flag.
         log: logarithmic cost.
+        y_text: what stands at an accuracy's tick in the place of its value.
     """
     found: dict[int, tuple[float, float]] = {}
     for row in rows:
@@ -105,6 +111,8 @@ def scatter(
         axes.set(xlabel=x_label, ylabel=y_label, xscale="log" if log else "linear")
         axes.grid(alpha=0.25)
         axes.margins(0.08)
+        if y_text is not None:
+            axes.yaxis.set_major_formatter(lambda value, _: y_text(value))
         if log:
             axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axes.xaxis.set_major_formatter(ScalarFormatter())

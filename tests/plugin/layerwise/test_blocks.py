@@ -9,6 +9,7 @@ from torch import nn
 import networks
 import processes
 from condiquant_plugin import FakeQuantizer, InputError
+from condiquant_plugin.layerwise import shelf
 from condiquant_plugin.layerwise.blocks import (
     LAYERS,
     find_blocks,
@@ -231,9 +232,9 @@ class Halving:
         return [Solution(Dense(p.weight.mul_(0.5)), p.bias, LayerReport(p.name)) for p in problems]
 
 
-def peak(depth, dtype=torch.float64, width=64):
+def peak(depth, dtype=torch.float64, width=64, count=2):
     model = Decoder(depth, width)
-    data = batches(2)
+    data = batches(count)
     with LiveMemory() as memory:
         solve_block_by_block(model, data, Halving(dtype))
     return memory.peak
@@ -241,6 +242,48 @@ def peak(depth, dtype=torch.float64, width=64):
 
 def test_peak_memory_does_not_depend_on_depth():
     assert peak(24) == peak(4)
+
+
+@pytest.mark.parametrize("inputs", ["original", "compressed"])
+def test_peak_memory_does_not_depend_on_the_number_of_batches(monkeypatch, inputs):
+    def peak_of(count):
+        model, data = Decoder(3, 32), batches(count)
+        with LiveMemory() as memory:
+            solve_block_by_block(model, data, Halving(), inputs=inputs)
+        return memory.peak
+
+    assert peak_of(60) > peak_of(6)  # which fit in memory
+    monkeypatch.setattr(shelf, "BUDGET", 5000)
+    assert peak_of(60) == peak_of(6)
+
+
+@pytest.mark.parametrize("inputs", ["original", "compressed"])
+def test_inputs_on_disk_change_nothing(monkeypatch, inputs):
+    def solved():
+        torch.manual_seed(0)
+        model, data = Decoder(), batches(7)
+        solve_block_by_block(model, data, LEAST_SQUARES, inputs=inputs)
+        return model.state_dict()
+
+    expected = solved()
+    monkeypatch.setattr(shelf, "BUDGET", 3000)
+    found = solved()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def test_a_shelf_gives_back_what_was_put_there_last(monkeypatch):
+    monkeypatch.setattr(shelf, "BUDGET", 100)
+    kept = shelf.Shelf()
+    for turn in range(3):
+        tensors = [
+            torch.full((5, n), turn + n, dtype=dtype)
+            for n in range(1, 5)
+            for dtype in (torch.float32, torch.bfloat16)
+        ]
+        for key, tensor in enumerate(tensors):
+            kept.put(key, tensor)
+        assert all(torch.equal(kept.get(key), tensor) for key, tensor in enumerate(tensors))
+        assert kept.get(7).dtype == torch.bfloat16
 
 
 def test_peak_memory_follows_the_dtype_that_the_method_asks_for():

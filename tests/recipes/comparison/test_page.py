@@ -14,6 +14,7 @@ from matplotlib.text import Text
 from condiquant_basicsr import write_image
 from condiquant_recipes.comparison.page import GROUPS, write_page
 from condiquant_recipes.comparison.plots import MOST_LABELS, STYLES, layer_errors, scatter
+from condiquant_recipes.weight_comparison.contenders import GROUPS as WEIGHT_GROUPS
 
 VOID = {"meta", "link", "img", "input", "br", "wbr"}
 
@@ -221,7 +222,7 @@ def test_failure_leaves_the_page_as_it_was(report, tmp_path):
 
 
 def test_every_group_has_a_style():
-    assert STYLES.keys() == GROUPS.keys()
+    assert STYLES.keys() == GROUPS.keys() | WEIGHT_GROUPS.keys()
 
 
 def test_labels_are_anybodys_text(report, tmp_path):

@@ -94,3 +94,13 @@ def test_compensation_lowers_the_loss_of_rounding(kind):
         whole = torch.cat([part.values for part in parts], -1).double()
         losses[compensation] = float(output_loss(whole - weight, gram))
     assert losses[kind] < losses["none"]
+
+
+@pytest.mark.parametrize("features", [1, 128, 129, 300])
+def test_the_factor_is_that_of_the_inverse_whatever_the_size(features):
+    hessian = damped(matrices(0, features=features)[1].repeat(2, 1, 1), 0.01)
+    hessian[1] *= 3
+    factor = compensation_factor(hessian)
+    assert torch.equal(factor, factor.triu())
+    assert (factor.diagonal(dim1=-2, dim2=-1) > 0).all()
+    torch.testing.assert_close(factor.mT @ factor, torch.linalg.inv(hessian), rtol=1e-6, atol=1e-9)
