@@ -12,6 +12,7 @@ from condiquant_plugin import InputError
 from condiquant_recipes import cli
 from condiquant_recipes.weight_comparison.comparing import foresight
 from condiquant_recipes.weight_comparison.contenders import GROUPS, all_contenders, choose
+from condiquant_recipes.weight_comparison.job import WeightJob
 from condiquant_recipes.weight_comparison.page import front, table, write_page
 from condiquant_transformers import LanguageModel, perplexity, read_folder, save_folder, windows
 from language_networks import WORDS, llama, word_tokenizer
@@ -154,3 +155,18 @@ def test_the_page_escapes_names_and_the_plot_has_perplexities_at_its_axis(tmp_pa
     assert re.sub(r"\s", "", str([*table(report_of(rows)).columns[1].cells])) == (
         "['30','400','45','2.5e+12','–','35','36','37','38','–']"
     )
+
+
+def test_a_comparison_belongs_to_its_model_be_it_a_folder_or_a_file(job, tmp_path):
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    texts = {
+        key: str(job / f"{name}.txt") for key, name in (("calibration", "valid"), ("text", "test"))
+    }
+    folder, file = (
+        WeightJob(str(model), **texts).identity({})
+        for model in (job / "model", tmp_path / "model.gguf")
+    )
+    assert json.loads(file)["model"] == [["model.gguf", 4]]
+    assert ["config.json", (job / "model" / "config.json").stat().st_size] in json.loads(folder)[
+        "model"
+    ]

@@ -36,11 +36,9 @@ class WeightJob:
     def identity(self, versions: dict[str, str]) -> bytes:
         """Content of the file that says what a folder's rows were made of."""
         texts = {name: _digest(Path(getattr(self, name))) for name in ("calibration", "text")}
-        model = sorted(
-            [path.name, path.stat().st_size]
-            for path in Path(self.model).iterdir()
-            if path.is_file()
-        )
+        path = Path(self.model)
+        files = [path] if path.is_file() else filter(Path.is_file, path.iterdir())
+        model = sorted([file.name, file.stat().st_size] for file in files)
         content: dict[str, Any] = {"job": asdict(self), "versions": versions}
         return json.dumps(content | {"texts": texts, "model": model}, indent=1).encode()
 
