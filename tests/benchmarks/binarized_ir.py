@@ -17,7 +17,7 @@ import openvino as ov
 import psutil
 import torch
 
-from condiquant_basicsr import BiDRNSR, calibration_crops
+from condiquant_basicsr import BiDRNSR, calibration_crops, evaluate, test_pairs
 from condiquant_openvino import check_parity, convert, layer_executions, save
 from condiquant_openvino.running.instruction_sets import lower_instruction_sets, run_with
 from condiquant_openvino.running.upscaling import compile_ir
@@ -48,6 +48,10 @@ def write_irs(folder: Path, size: int) -> dict[str, Path]:
     photographs = Path(os.environ["CONDIQUANT_DATA"]) / "calibration" / "BSDS500_train"
     crops = calibration_crops([photographs], 4, 64, 16, seed=0)
     in_int8 = nncf.quantize(in_float, nncf.Dataset([crop[None].numpy() for crop in crops]))
+    compiled = compile_ir(in_int8)
+    pairs = test_pairs(Path(os.environ["CONDIQUANT_DATA"]), "Set5", 4)
+    found = evaluate(lambda x: torch.from_numpy(compiled([x.numpy()])[0]), pairs, 4)
+    print(f"NNCF int8 of the float body, Set5: {found['psnr']:.2f} dB", flush=True)
     for name, ir in (("float", in_float), ("NNCF int8", in_int8)):
         ir.reshape(list(image.shape))
         save(ir, paths[name])
