@@ -9,6 +9,7 @@ training, never on a test set. ``--minutes`` trains one seed of every block, as 
 
 import argparse
 import json
+import math
 import os
 import random
 import statistics
@@ -92,8 +93,11 @@ def held_out_psnr(network, photographs: Photographs) -> float:
     return float(np.mean([-10 * np.log10(error) for error in errors]))
 
 
-def train(block: str, seed: int, training: Training, photographs: Photographs, until: float):
-    """The network at its best checkpoint and what is to be said of it; ``until`` ends it early."""
+def train(block: str, seed: int, training: Training, photographs: Photographs, seconds: float):
+    """The network at its best checkpoint and what is to be said of it.
+
+    The rate falls along a cosine, over all iterations or over ``seconds``, which end it early.
+    """
     torch.manual_seed(seed)
     chance = random.Random(seed)
     network = BiDRNSR(
@@ -104,7 +108,6 @@ def train(block: str, seed: int, training: Training, photographs: Photographs, u
         **training.options,
     ).train()
     optimizer = torch.optim.Adam(network.parameters(), lr=training.rate)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, training.iterations)
     best, started, every = (
         (-np.inf, 0, None),
         time.perf_counter(),
@@ -116,8 +119,10 @@ def train(block: str, seed: int, training: Training, photographs: Photographs, u
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
-        schedule.step()
-        late = time.perf_counter() > until
+        share = (time.perf_counter() - started) / seconds
+        late, share = share >= 1, min(max(share, iteration / training.iterations), 1)
+        for group in optimizer.param_groups:
+            group["lr"] = training.rate * (1 + math.cos(math.pi * share)) / 2
         if iteration % max(every, 1) == 0 or late:
             score = held_out_psnr(network, photographs)
             state = {name: value.clone() for name, value in network.state_dict().items()}
@@ -161,9 +166,10 @@ def row(
     path = folder / f"{block}_{seed}.json"
     if path.is_file():
         found = json.loads(path.read_text())
-        if found["training"] == asdict(training):
+        whole = found["trained_iterations"] == training.iterations or seconds < float("inf")
+        if found["training"] == asdict(training) and whole:
             return found
-    network, report = train(block, seed, training, photographs, time.perf_counter() + seconds)
+    network, report = train(block, seed, training, photographs, seconds)
     result = {
         "block": block,
         "seed": seed,

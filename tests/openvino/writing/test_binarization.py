@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from condiquant_openvino import check_parity, convert, layer_executions, save
+from condiquant_openvino import check_parity, convert, halve, layer_executions, save
 from condiquant_openvino.running.instruction_sets import lower_instruction_sets, run_with
 from condiquant_openvino.running.reading import read_ir
 from condiquant_openvino.running.upscaling import compile_ir
@@ -133,6 +133,16 @@ def test_a_sign_that_differs_is_found():
     complaint = check_parity(network, ir, [x]).complaint()
     assert complaint is not None
     assert name in complaint
+
+
+def test_thresholds_stay_exact_where_floats_are_halved():
+    network, x = trained(Network("bidrb")), torch.rand(1, 3, 12, 20)
+    ir = convert(network, x)
+    halve(ir)
+    parity = check_parity(network, ir, [x])
+    parity.raise_if_broken()
+    assert [layer.error for layer in parity.layers] == [0.0] * 4
+    assert [layer.runs_as for layer in layer_executions(ir, compile_ir(ir))].count("int8") == 4
 
 
 def test_kernels_of_one_bit_take_one_size_alone():
