@@ -24,6 +24,7 @@ from condiquant_basicsr.data.images import matlab_downscale, read_image, write_i
 from condiquant_basicsr.data.metrics import evaluate, evaluate_pair, psnr
 from condiquant_basicsr.data.training_data import check_dataset, training_crops, validation_pairs
 from condiquant_basicsr.models.condiquant import CondiQuantModel
+from condiquant_basicsr.models.distilled import DistilledSRModel
 from condiquant_basicsr.models.quantized_base import QuantizedModel
 from condiquant_basicsr.networks import (
     build_network,
@@ -51,6 +52,7 @@ forward(
 __all__ = [
     "BiDRNSR",
     "CondiQuantModel",
+    "DistilledSRModel",
     "Pair",
     "QuantizedModel",
     "TestImage",

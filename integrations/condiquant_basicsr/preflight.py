@@ -24,6 +24,8 @@ from condiquant_plugin.errors import InputError
 
 _LOGGER = ("print_freq", "save_checkpoint_freq", "use_tb_logger")
 """Keys that BasicSR does not do without."""
+TEACHER, DISTILLATION = "teacher", "distillation_opt"
+"""The section of a DistilledSRModel's teacher, and the key of ``train`` with the loss to its output."""
 LOSS = {"type": "L1Loss"}
 """Where ``train.pixel_opt`` is left out."""
 
@@ -49,12 +51,15 @@ def check_network(opt: Mapping[str, Any]) -> None:
 
     Raises:
         InputError: what BasicSR would end with a traceback for; a BiDRNSR of another scale than
-            ``scale``, or with buffers, which BasicSR's moving average leaves as they were at the start.
+            ``scale``, or with buffers, which BasicSR's moving average leaves as they were at the start; a
+            teacher that is missing.
     """
     section = opt.get("network_g")
     if not isinstance(section, Mapping):
         return
     network = build_network(dict(section))
+    if opt.get("model_type") == "DistilledSRModel":
+        teacher_network(opt)
     if not isinstance(network, BiDRNSR):
         return
     if network.upscale != opt.get("scale"):
@@ -66,6 +71,31 @@ def check_network(opt: Mapping[str, Any]) -> None:
         raise InputError(
             f"train.ema_decay={decay} averages no statistics, which block e2fif and tail_bits 8 have: set 0"
         )
+
+
+def teacher_network(opt: Mapping[str, Any]) -> nn.Module:
+    """The float network that a DistilledSRModel learns from, frozen.
+
+    Raises:
+        InputError: it is missing, cannot be read or has another scale; no loss to it.
+    """
+    section = opt.get(TEACHER)
+    if not isinstance(section, Mapping) or not section.get("pretrain_network_g"):
+        raise InputError(
+            f"{TEACHER} is missing: give the float network as {TEACHER}.network_g and "
+            f"{TEACHER}.pretrain_network_g"
+        )
+    if not (opt.get("train") or {}).get(DISTILLATION):
+        raise InputError(f"train.{DISTILLATION} is missing: give a loss, as train.pixel_opt has it")
+    network_g = section.get("network_g")
+    network, _ = load_network(
+        network_g,
+        section["pretrain_network_g"],
+        param_key=section.get("param_key_g"),
+        scale=opt["scale"],
+        channels=3 if network_g is None else input_channels(network_g),
+    )
+    return network.eval().requires_grad_(False)
 
 
 def check_validation(validation: Mapping[str, Any]) -> None:

@@ -1,12 +1,14 @@
 """BiDRNSR from an untouched YAML of BasicSR to an IR and a row of a comparison."""
 
 import json
+import shutil
 from copy import deepcopy
 
 import pytest
 import torch
 import yaml
 
+from condiquant_basicsr import build_network
 from condiquant_openvino import inspect
 from condiquant_recipes.recipe_files import ready_recipes, ready_trainings, training_path
 from training_job import OPTIONS, TrainingJob
@@ -68,6 +70,54 @@ def test_an_untouched_yaml_trains_resumes_exports_and_is_compared(job, condiquan
     assert (row["weight_bits"], row["activation_bits"]) == (1, 1)
     assert row["bin_bytes"] < rows["float"]["bin_bytes"]
     assert 10 < row["psnr"]["Tiny"] < 60
+
+
+def taught(job, weight):
+    job.options["model_type"] = "DistilledSRModel"
+    teacher = build_network(NETWORK | {"block": "float", "tail_bits": 32})
+    with torch.no_grad():
+        for parameter in teacher.parameters():
+            parameter.mul_(1.5)
+    torch.save({"params": teacher.state_dict()}, job.folder / "teacher.pth")
+    job.options["teacher"] = {
+        "network_g": NETWORK | {"block": "float", "tail_bits": 32},
+        "pretrain_network_g": str(job.folder / "teacher.pth"),
+    }
+    job.options["train"]["distillation_opt"] = {"type": "L1Loss", "loss_weight": weight}
+    return teacher
+
+
+def test_a_float_network_teaches_and_training_resumes(job, condiquant):
+    taught(job, 0.0)
+    condiquant("train", "-opt", job.write())
+    alone = job.checkpoint("latest")["params"]
+    shutil.rmtree(job.experiment)
+    taught(job, 10.0)
+    condiquant("train", "-opt", job.write())
+    assert "l_distillation: " in job.log()
+    assert "l_images: " in job.log()
+    key = "body.0.steps.0.convolutions.0.weight"
+    assert not torch.equal(alone[key], job.checkpoint("latest")["params"][key])
+    assert not any("teacher" in name for name in job.checkpoint("latest")["params"])
+    job.forget_log()
+    condiquant("train", "-opt", job.write(), "--auto_resume", "--force_yml", "train:total_iter=5")
+    assert "iter:       5" in job.log()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda o: o.pop("teacher"), ["teacher is missing", "teacher.pretrain_network_g"]),
+        (lambda o: o["train"].pop("distillation_opt"), ["train.distillation_opt is missing"]),
+        (lambda o: o["teacher"].update(pretrain_network_g="no.pth"), ["no.pth"]),
+    ],
+)
+def test_a_teacher_that_cannot_be_used_takes_one_line(job, condiquant, change, words):
+    taught(job, 1.0)
+    change(job.options)
+    message = condiquant("train", "-opt", job.write(), code=2)
+    assert all(word in message for word in words), message
+    assert not (job.folder / "experiments").exists()
 
 
 @pytest.mark.parametrize(
