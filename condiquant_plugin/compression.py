@@ -65,7 +65,7 @@ class CompressionConfig:
     """Of a low-rank matrix for what is left. Not ``"adasvd"``, ``"magnitude"``."""
     compensation: Compensation = "exact"
     """Of the error of a block of columns by later ones. Not ``"adasvd"``, ``"magnitude"``."""
-    inputs: Inputs = "original"
+    inputs: Inputs = "compressed"
     """Whose values layers are solved on; see :data:`condiquant_plugin.layerwise.blocks.Inputs`."""
     bits: int | None = None
     """Only ``"gptq"``: of a code (4 by default)."""

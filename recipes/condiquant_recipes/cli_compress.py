@@ -18,6 +18,14 @@ from condiquant_recipes.cli_options import (
 )
 from condiquant_recipes.hosts import load
 
+InputsOption = Annotated[
+    str,
+    typer.Option(
+        help="What layers are solved on: compressed (what the blocks before give by then) or "
+        "original (the float model's values)."
+    ),
+]
+
 
 def compress(
     model: Annotated[
@@ -46,10 +54,7 @@ def compress(
     rounds: Annotated[
         int | None, typer.Option(help="Of refinement (default: the method's).")
     ] = None,
-    inputs: Annotated[
-        str,
-        typer.Option(help="original: solved on the float model's values; compressed: on its own."),
-    ] = "original",
+    inputs: InputsOption = "compressed",
     windows: Annotated[int, typer.Option(help="Of the text, to calibrate on.")] = 16,
     length: Annotated[int, typer.Option(help="Tokens of a window.")] = 512,
     score: Annotated[
@@ -115,6 +120,7 @@ def compare_weights(
         str, typer.Option(help="Ids, comma-separated (default: all); help lists them.")
     ] = "",
     group_size: Annotated[int, typer.Option(help="Weights of a row that share scales.")] = 64,
+    inputs: InputsOption = "compressed",
     windows: Annotated[int, typer.Option(help="Of the calibration text.")] = 16,
     scored: Annotated[int, typer.Option(help="Windows of the text to score on.")] = 12,
     length: Annotated[int, typer.Option(help="Tokens of a window.")] = 512,
@@ -135,6 +141,7 @@ def compare_weights(
         scored,
         length,
         group_size,
+        inputs,
     )
     report = load("weight_comparison.comparing").compare_weights(
         job,

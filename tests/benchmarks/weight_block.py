@@ -44,6 +44,7 @@ def main():
     parser.add_argument("mode")
     for name, value in (("width", 4096), ("hidden", 11008), ("heads", 32), ("tokens", 2048)):
         parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--bitmaps", action="store_true")
     given = parser.parse_args()
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -52,7 +53,7 @@ def main():
     )  # fmt: skip
     model = LlamaForCausalLM(config).eval()
     ids = torch.randint(96, (given.tokens // 512, 512))
-    method = Timed(CompressionConfig(given.mode, adaptive=False).method())
+    method = Timed(CompressionConfig(given.mode, bitmaps=given.bitmaps, adaptive=False).method())
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / GIB
     started = time.process_time()
     solve_block_by_block(
@@ -65,8 +66,8 @@ def main():
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / GIB
     parameters = sum(p.numel() for p in model.model.layers.parameters())
     print(
-        f"{given.mode}: {parameters / 1e6:.0f} M parameters, {given.tokens} tokens: passes and moments "
-        f"{busy - method.seconds:.0f} CPU s, solving {method.seconds:.0f} CPU s, peak {peak:.1f} GiB "
+        f"{given.mode}: {parameters / 1e6:.1f} M parameters, {given.tokens} tokens: passes and moments "
+        f"{busy - method.seconds:.1f} CPU s, solving {method.seconds:.1f} CPU s, peak {peak:.1f} GiB "
         f"({before:.1f} before)"
     )
 

@@ -27,7 +27,7 @@ def compressed(model, **settings):
 def test_one_shot_finds_what_the_blocks_give(method):
     expected, found = llama(2), llama(2)
     settings = {} if method == "adasvd" else {"group_size": 16}
-    config = CompressionConfig(method, adaptive=False, **settings)
+    config = CompressionConfig(method, adaptive=False, inputs="original", **settings)
     batches = [{"input_ids": ids, "use_cache": False} for ids in tokens(3)]
     reports = compress_blocks(expected, batches, config)
     mode = compressed(

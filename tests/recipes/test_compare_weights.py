@@ -89,6 +89,7 @@ def test_rows_are_measured_kept_and_shown(job, monkeypatch, capsys):
         (["--length", "4000"], "less than one window of 4000: give a longer text"),
         (["--text", "no.txt"], "cannot read no.txt (No such file or directory)"),
         (["--text", "valid.txt"], "valid.txt is the calibration text, too: score on another"),
+        (["--inputs", "float"], "inputs='float' is not known: use 'original' or 'compressed'"),
         (["--group-size", "0"], "group_size=0: use at least 1"),
     ],
 )
@@ -114,7 +115,7 @@ def test_ids_are_unique_and_the_float_network_is_always_there():
 def report_of(rows):
     return {
         "model": "a<b", "texts": {"calibration": "valid.txt", "text": "test.txt"},
-        "windows": {"calibration": 16, "text": 12}, "length": 512, "group_size": 64,
+        "windows": {"calibration": 16, "text": 12}, "length": 512, "group_size": 64, "inputs": "compressed",
         "versions": {"nncf": "3.4"}, "command": "condiquant <x>", "rows": rows,
     }  # fmt: skip
 

@@ -59,7 +59,7 @@ def compare_weights(
         InputError: a model, text or setting that cannot be used; ``out`` holds another comparison.
     """
     progress = progress or Progress()
-    chosen = choose(all_contenders(job.group_size), methods)
+    chosen = choose(all_contenders(job.group_size, job.inputs), methods)
     if job.length < 2:
         raise InputError(f"length={job.length}: use at least 2 tokens")
     check_count("scored", job.scored)
@@ -84,6 +84,7 @@ def compare_weights(
         "windows": counts,
         "length": job.length,
         "group_size": job.group_size,
+        "inputs": job.inputs,
         "versions": versions,
         "command": command,
         "rows": rows,

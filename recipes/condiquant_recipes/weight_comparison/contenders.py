@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from condiquant_plugin.compression import CompressionConfig, Mode
 from condiquant_plugin.errors import InputError
+from condiquant_plugin.layerwise.blocks import Inputs
 
 Group = Literal["float", "nncf-weights", "gptq", "low-rank", "one-bit", "pruned"]
 GROUPS: dict[Group, str] = {
@@ -36,17 +37,27 @@ class WeightContender:
     """Arguments of ``nncf.compress_weights``."""
 
 
-def all_contenders(group_size: int = 64) -> list[WeightContender]:
+def all_contenders(
+    group_size: int = 64, inputs: Inputs = CompressionConfig.inputs
+) -> list[WeightContender]:
     """Every row, in the order of the table.
 
     Args:
         group_size: of all methods that have one.
+        inputs: what this project's methods are solved on.
+
+    Raises:
+        InputError: one of them that is not allowed.
     """
-    return [
+    found = [
         WeightContender("float", "float", "float"),
         *_nncf(group_size),
         *_low_rank(),
         *_own(group_size),
+    ]
+    return [
+        c if c.config is None else replace(c, config=replace(c.config, inputs=inputs))
+        for c in found
     ]
 
 

@@ -8,6 +8,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from condiquant_plugin.compression import CompressionConfig
+from condiquant_plugin.layerwise.blocks import Inputs
+
 FLOAT, ROWS, MODEL = "float", "rows", "openvino_model.xml"
 _JOB = "job.json"
 
@@ -27,6 +30,7 @@ class WeightJob:
     length: int = 512
     """Tokens of a window."""
     group_size: int = 64
+    inputs: Inputs = CompressionConfig.inputs
 
     @classmethod
     def read(cls, out: Path) -> WeightJob:

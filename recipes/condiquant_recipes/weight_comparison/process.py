@@ -117,7 +117,7 @@ def measure(contender: WeightContender, job: WeightJob, out: Path) -> Row:
 def main(step: str, out: Path, name: str) -> None:
     """One step of one row."""
     job = WeightJob.read(out)
-    contender = next(c for c in all_contenders(job.group_size) if c.id == name)
+    contender = next(c for c in all_contenders(job.group_size, job.inputs) if c.id == name)
     try:
         found = {"compress": compress, "measure": measure}[step](contender, job, out)
     except InputError as error:
