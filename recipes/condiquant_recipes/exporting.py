@@ -39,6 +39,40 @@ def export(
     progress: Progress,
     moved: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
+    """Write ``model.xml`` as :func:`write_ir`, and set it beside the float network.
+
+    Returns:
+        As :func:`write_ir`; what each layer runs as on the CPU plugin, what :func:`compared_to_float`
+        gives.
+
+    Raises:
+        InputError, RuntimeError: as :func:`write_ir`.
+    """
+    figures, in_float, image = write_ir(model, recipe, multiple, out, progress, moved)
+    notes = figures.pop("notes")
+    with progress.status("running it beside the float network"):
+        compared, executions = compared_to_float(in_float, out / "model.xml", image)
+    if (ratio := compared["latency_ratio"]) > 1:
+        notes.append(
+            f"on this CPU the float network is faster: the IR takes {ratio:.2f} of its time"
+        )
+    return {
+        **figures,
+        **compared,
+        "int8_share": int8_share(executions),
+        "layer_executions": [asdict(layer) for layer in executions],
+        "notes": notes,
+    }
+
+
+def write_ir(
+    model: nn.Module,
+    recipe: Recipe,
+    multiple: int,
+    out: Path,
+    progress: Progress,
+    moved: Mapping[str, float] | None = None,
+) -> tuple[dict[str, Any], ov.Model, Tensor]:
     """Write ``model.xml`` and check that it computes what torch simulates.
 
     Parity is checked in f32, with the execution mode hint ACCURACY and with the plugin's default
@@ -51,8 +85,8 @@ def export(
             ``zero_on_grid_mean_abs`` and ``zero_on_grid_max_abs`` of the output.
 
     Returns:
-        Sizes, figures, what each layer runs as on the CPU plugin, what :func:`compared_to_float` gives,
-        and ``notes``: one-line sentences that the user should read.
+        Sizes, figures and ``notes``, one-line sentences that the user should read; the network without its
+        quantizers, for :func:`compared_to_float`, and an image to run both on.
 
     Raises:
         InputError: a network that must keep its traced size, with ``export.static: false``; grids that
@@ -111,20 +145,7 @@ def export(
     of_ir = {key: openvino_host.read_metadata(ir)[key] for key in ("overflow", "isa")}
     openvino_host.set_metadata(ir, metadata | of_ir | {"parity": figures})
     sizes = openvino_host.save(ir, out / "model.xml")
-    compared, executions = compared_to_float(in_float, out / "model.xml", images[-1])
-    if (ratio := compared["latency_ratio"]) > 1:
-        notes.append(
-            f"on this CPU the float network is faster: the IR takes {ratio:.2f} of its time"
-        )
-    return {
-        **sizes,
-        **figures,
-        **of_ir,
-        **compared,
-        "int8_share": int8_share(executions),
-        "layer_executions": [asdict(layer) for layer in executions],
-        "notes": notes,
-    }
+    return {**sizes, **figures, **of_ir, "notes": notes}, in_float, images[-1]
 
 
 def check_convertible(model: nn.Module, recipe: Recipe, multiple: int) -> None:

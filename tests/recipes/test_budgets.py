@@ -5,7 +5,7 @@ import pytest
 from condiquant_plugin.errors import InputError
 from condiquant_recipes.budgets import BUDGETS
 from condiquant_recipes.recipe import load_recipe, with_overrides
-from condiquant_recipes.recipe_files import _FOLDER, find_recipe
+from condiquant_recipes.recipe_files import find_recipe, ready_recipes, recipe_path
 
 
 def recipe(tmp_path, text="", *overrides):
@@ -61,8 +61,9 @@ def test_an_unknown_budget_is_named(tmp_path):
         with_overrides(recipe(tmp_path), ["budget=slow"])
 
 
-@pytest.mark.parametrize("path", sorted(_FOLDER.glob("*/*.yml")), ids=lambda path: path.parent.name)
-def test_ready_recipes_leave_time_to_the_budget(path):
+@pytest.mark.parametrize("ready", ready_recipes())
+def test_ready_recipes_leave_time_to_the_budget(ready):
+    path = recipe_path(ready)
     for name in BUDGETS:
         expected = find_recipe(path, [f"budget={name}"])
         assert cost(expected) != cost(find_recipe(path, ["budget=standard"])) or name == "standard"

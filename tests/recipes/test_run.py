@@ -224,7 +224,7 @@ def test_a_finished_run_is_exported_again_with_another_shape(finished_job):
 @pytest.mark.parametrize("wrong_when", [{}, {"static": True}])
 def test_a_failed_parity_check_leaves_no_ir(make_job, monkeypatch, offset, wrong_when):
     job = make_job("edsr")
-    convert = exporting.openvino_host.convert
+    convert = exporting.openvino_host.convert_beside_float
     job.recipe["export"]["static"] = wrong_when.get("static")
 
     def off_by_an_offset(model, image, **options):
@@ -236,7 +236,7 @@ def test_a_failed_parity_check_leaves_no_ir(make_job, monkeypatch, offset, wrong
             bias -= offset * is_wrong
         return converted
 
-    monkeypatch.setattr(exporting.openvino_host, "convert", off_by_an_offset)
+    monkeypatch.setattr(exporting.openvino_host, "convert_beside_float", off_by_an_offset)
     with pytest.raises(RuntimeError, match=r"differs from the simulation .* first layer"):
         run_recipe(load_recipe(job.write()), job.data, job.out)
     assert not (job.out / "model.xml").exists()

@@ -35,7 +35,7 @@ from condiquant_recipes.comparison.scoring import (
     measure_latency,
     score_set,
 )
-from condiquant_recipes.exporting import example_image, export, tile_size
+from condiquant_recipes.exporting import example_image, tile_size, write_ir
 from condiquant_recipes.float_export import float_ir
 from condiquant_recipes.progress import Progress
 from condiquant_recipes.recipe import Recipe, with_export
@@ -236,7 +236,7 @@ def _save(calibrated: Calibrated, method: Contender, job: Job, folder: Path) -> 
     """Write ``model.xml``; what is known about it afterwards."""
     if isinstance(calibrated.model, nn.Module):
         assert calibrated.recipe is not None
-        figures = export(
+        figures, *_ = write_ir(
             calibrated.model, calibrated.recipe, job.source.multiple, folder, job.progress
         )
         notes = figures["notes"]
