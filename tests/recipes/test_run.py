@@ -30,7 +30,10 @@ def test_a_run_ends_with_metrics_and_an_ir_that_follows_the_simulation(make_job,
     assert json.loads((job.out / "metrics.json").read_text()) == metrics
     assert set(metrics["float"]) == set(metrics["quantized"]) == {"Tiny"}
     assert metrics["quantized"]["Tiny"]["psnr"] != metrics["float"]["Tiny"]["psnr"]
-    assert metrics["ir"]["parity_mean_abs"] <= 3e-4  # ties go the other way
+    assert metrics["ir"]["parity_stretch_mean_abs"] <= 1e-6
+    assert (
+        metrics["ir"]["parity_mean_abs"] <= 5e-3
+    )  # one tie that goes the other way moves many codes
     assert metrics["ir"]["parity_layer_max"] <= 1e-5
     executions = metrics["ir"]["layer_executions"]
     assert all(e["runs_as"] == "int8" or e["reason"] for e in executions)

@@ -32,6 +32,9 @@ COLUMNS = (
     Column("peak_memory_bytes", "Peak, MiB", "{:,.0f}", _MIB),
 )
 
+_SHOWN = ("perplexity", "bits_per_weight", "bin_bytes", "memory_bytes", "cpu_seconds")
+"""Of them what 80 columns of a terminal hold."""
+
 
 def write_page(report: Mapping[str, Any], folder: Path) -> Path:
     """Write ``folder/compare.html`` from the content of ``compare.json``; names in it are escaped."""
@@ -79,15 +82,16 @@ def table(report: Mapping[str, Any]) -> Table:
     """One row per method; those that failed have no figures."""
     result = Table(title=f"weights of {report['model']}", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     result.add_column("method", overflow="fold")
-    for column in COLUMNS:
+    columns = [column for column in COLUMNS if column.key in _SHOWN]
+    for column in columns:
         result.add_column(column.head.replace("\u00ad", ""), justify="right")
     result.add_column("front")
     for row in report["rows"]:
-        cells = [column.cell(row)[1] for column in COLUMNS]
+        cells = [column.cell(row)[1] for column in columns]
         result.add_row(row["label"], *cells, "*" if row["pareto_bits"] else "")
     result.caption = (
-        "perplexity, file, memory and speed of the IR; bits of all that the compressed layers store; "
-        "s, CPU s and peak memory to compress; front: none has fewer bits and a lower perplexity"
+        "perplexity, file and memory of the IR; bits of all that the compressed layers store; CPU s to "
+        "compress; front: none has fewer bits and a lower perplexity; speed and more are in the page"
     )
     return result
 
