@@ -17,8 +17,8 @@ from torch import Tensor
 
 from condiquant_plugin.errors import check_finite
 
-_STRIPS = 4
-"""That a Gram matrix is computed in: 10 of 16 parts of the work."""
+_STRIPS, _WIDE = 4, 512
+"""That a Gram matrix of so many features is computed in: 10 of 16 parts of the work."""
 _CHUNK = 8192
 
 
@@ -203,7 +203,7 @@ def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     result = a.new_zeros(a.shape[0], a.shape[2], b.shape[2], dtype=dtype)
     for left, right in zip(a.split(_CHUNK, 1), b.split(_CHUNK, 1), strict=True):
         m, n = (part.mean(1, keepdim=True) for part in (left, right))
-        if a is b:
+        if a is b and a.shape[2] >= _WIDE:  # below, strips cost more than they save
             _add_gram(result, left - m)
         else:
             result += (left - m).mT @ (right - n)

@@ -22,7 +22,8 @@ from condiquant_plugin.layerwise.precision import FLOAT_BITS, LayerBits
 from condiquant_recipes.comparison import neural_compressor
 from condiquant_recipes.comparison import nncf as comparison_nncf
 from condiquant_recipes.comparison.job import MIXED, Calibrated, Contender, Group, Job
-from condiquant_recipes.precision.search import INPUT_BITS, with_bits
+from condiquant_recipes.precision.rules import with_bits
+from condiquant_recipes.precision.search import INPUT_BITS
 from condiquant_recipes.recipe import Recipe, ReconditionSection
 from condiquant_recipes.run import calibrate_network, distill_network
 from condiquant_recipes.training.experiment import is_experiment, trained_network

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import warnings
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import mean
@@ -26,13 +26,14 @@ import condiquant_nncf as nncf_host
 import condiquant_openvino as openvino_host
 from condiquant_openvino.writing.quantizer_graphs import stored_bytes
 from condiquant_plugin.errors import InputError
-from condiquant_plugin.layerwise.precision import FLOAT_BITS, LayerBits, LayerRule, usual
+from condiquant_plugin.layerwise.precision import FLOAT_BITS, LayerBits
 from condiquant_recipes import settings
 from condiquant_recipes.exporting import compared_to_float, example_image, tile_size
 from condiquant_recipes.precision.allocation import Option, allocate
+from condiquant_recipes.precision.rules import with_bits
 from condiquant_recipes.precision.target import Target, decibels
 from condiquant_recipes.progress import Progress
-from condiquant_recipes.recipe import Recipe, with_condiquant
+from condiquant_recipes.recipe import Recipe
 from condiquant_recipes.source import Source, held_out_hr
 
 INPUT_BITS = 8
@@ -134,26 +135,9 @@ def as_large_as(
     found = {}
     for width in widths:
         bits, fidelity = search.as_large_as(width)
-        label = f"the bytes of {width}-bit weights"
-        found[width] = search.precision(label, bits, {"fidelity": fidelity}, correlation)
+        reached = {"fidelity": fidelity}
+        found[width] = search.precision(f"{width}-bit size", bits, reached, correlation)
     return found
-
-
-def with_bits(recipe: Recipe, bits: Mapping[str, LayerBits], products: Collection[str]) -> Recipe:
-    """The recipe with the bits that most layers have, and a rule for every other layer or product.
-
-    Args:
-        products: which of the names in ``bits`` are products of activations, which have no weight.
-    """
-    common = usual({n: b for n, b in bits.items() if n not in products and b.weight != FLOAT_BITS})
-    rules = {
-        name: asdict(_rule(own))
-        for name, own in bits.items()
-        if own != common and not (name in products and own.activation == common.activation)
-    }
-    return with_condiquant(
-        recipe, weight_bits=common.weight, activation_bits=common.activation, layers=rules
-    )
 
 
 class _Search:
@@ -215,11 +199,7 @@ class _Search:
         return bits, self._figure(bits)
 
     def precision(
-        self,
-        target: str,
-        bits: dict[str, LayerBits],
-        reached: dict[str, float],
-        correlation: float,
+        self, target: str, bits: dict[str, LayerBits], reached: dict[str, float], correlation: float
     ) -> Precision:
         """The record of a choice."""
         found = self.sensitivity
@@ -411,12 +391,6 @@ class _Search:
             if with_float:
                 options[name].append(Option(in_float, 0.0, self.whole * _FLOAT_PENALTY))
         return options
-
-
-def _rule(bits: LayerBits) -> LayerRule:
-    if bits.weight == FLOAT_BITS:
-        return LayerRule("float", "float")
-    return LayerRule(bits.weight, bits.activation)
 
 
 def _worse_half(figures: Iterable[float], *, least: bool) -> float:

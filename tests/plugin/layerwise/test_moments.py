@@ -9,6 +9,7 @@ from condiquant_plugin import InputError
 from condiquant_plugin.layerwise.blocks import module_geometry
 from condiquant_plugin.layerwise.moments import (
     LayerGeometry,
+    _product,
     moments_of,
     no_moments,
     unfold,
@@ -148,3 +149,10 @@ def test_no_moments_add_nothing(quantized):
     assert total.samples == 5
     assert torch.equal(total.gram, seen.gram)
     assert (total.quantized_gram is not None) == quantized
+
+
+@pytest.mark.parametrize("features", [511, 512, 514])
+def test_gram_matrices_of_wide_layers_are_those_of_one_product(features):
+    x = torch.randn(2, 70, features, generator=torch.Generator().manual_seed(0))
+    found = _product(x, x, torch.float64)
+    torch.testing.assert_close(found, x.double().mT @ x.double(), rtol=1e-5, atol=1e-4)

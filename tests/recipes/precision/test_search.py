@@ -10,7 +10,8 @@ from condiquant_plugin.layerwise.precision import LayerBits, LayerRule
 from condiquant_recipes import cli
 from condiquant_recipes.front import run_front
 from condiquant_recipes.inspection import sensitivity_table
-from condiquant_recipes.precision.search import targeted, with_bits
+from condiquant_recipes.precision.rules import with_bits
+from condiquant_recipes.precision.search import targeted
 from condiquant_recipes.precision.target import Target
 from condiquant_recipes.progress import Progress
 from condiquant_recipes.recipe import load_recipe
