@@ -72,7 +72,7 @@ def test_a_photograph_teaches_every_block_more_than_bicubic(block, photograph_pa
     lr, hr = photograph_pair
     base = F.interpolate(lr, scale_factor=4, mode="bicubic", align_corners=False)
     optimizer = torch.optim.Adam(network.parameters(), 2e-3)
-    for _ in range(60):
+    for _ in range(100):
         optimizer.zero_grad()
         F.l1_loss(network(lr), hr).backward()
         optimizer.step()

@@ -3,9 +3,7 @@ import json
 import re
 import shutil
 import signal
-import subprocess
 import sys
-import time
 from math import cos, pi
 from pathlib import Path
 
@@ -18,6 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from condiquant_basicsr.models.condiquant import CondiQuantModel
 from condiquant_plugin import __version__
 from condiquant_recipes.training.experiment import trained_network
+from programs import started, wait_for
 from training_job import TrainingJob, real_options
 
 torch.set_num_threads(1)
@@ -326,20 +325,18 @@ def test_two_processes_train_as_one_and_survive_the_end_of_one(make_training, co
     job.options["datasets"]["train"] = section | {"num_worker_per_gpu": 1}
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command += ["-m", "condiquant_recipes", "train", "-opt", job.write(), "--launcher", "pytorch"]
-    with subprocess.Popen(
-        [sys.executable, *map(str, command)], stderr=subprocess.PIPE, text=True
-    ) as launched:
+    log = job.folder / "errors"
+    with started([sys.executable, *command], log) as launched:
         states = job.experiment / "training_states"
         wait_for(lambda: (states / "4.state").is_file(), launched)
         ranks = {c.environ().get("RANK"): c for c in psutil.Process(launched.pid).children()}
         (server,) = (c for c in ranks["1"].children() if "forkserver" in " ".join(c.cmdline()))
         orphans = [server, *server.children()]
         ranks["1"].kill()
-        errors = launched.communicate(timeout=60)[1]
-    assert launched.returncode != 0
+        assert launched.wait(60) != 0
     assert len(orphans) == 2
     assert not psutil.wait_procs(orphans, timeout=20)[1]
-    (line,) = [line for line in errors.splitlines() if "condiquant: error" in line]
+    (line,) = [line for line in log.read_text().splitlines() if "condiquant: error" in line]
     assert line.endswith(
         "another process ended training: look at its log, then run again with --auto_resume"
     )
@@ -368,11 +365,3 @@ def test_two_processes_train_as_one_and_survive_the_end_of_one(make_training, co
 def images(job: TrainingJob, folder: str, iteration: int) -> dict[str, Path]:
     found = (job.experiment / folder).glob(f"*/*_{iteration}.png")
     return {path.parent.name: path for path in found}
-
-
-def wait_for(condition, process, seconds: float = 120) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None, process.stderr.read()
-        assert time.monotonic() < end
-        time.sleep(0.05)

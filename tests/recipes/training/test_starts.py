@@ -5,7 +5,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import psutil
@@ -17,6 +16,7 @@ from condiquant_plugin.errors import InputError
 from condiquant_recipes import exporting
 from condiquant_recipes.training import jobs as training
 from networks import SECTIONS
+from programs import started, wait_for
 from training_job import TrainingJob
 
 torch.set_num_threads(1)
@@ -184,24 +184,15 @@ def test_a_signal_to_the_whole_job_saves_once(job):
     job.options["datasets"]["train"]["num_worker_per_gpu"] = 2
     job.options["train"]["total_iter"] = 10**6
     command = [sys.executable, "-m", "condiquant_recipes", "train", "-opt", str(job.write())]
-    with subprocess.Popen(
-        command,
-        start_new_session=True,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
-        end = time.monotonic() + 120
-        while not (job.experiment / "training_states" / "3.state").is_file():
-            assert process.poll() is None, process.stderr.read()
-            assert time.monotonic() < end
-            time.sleep(0.05)
+    log, state = job.folder / "errors", job.experiment / "training_states" / "3.state"
+    with started(command, log, start_new_session=True, stdout=subprocess.DEVNULL) as process:
+        wait_for(state.is_file, process)
         workers = psutil.Process(process.pid).children(recursive=True)
         for worker in workers:
             worker.send_signal(signal.SIGINT)  # of which the process gets its own in test_jobs.py
         os.killpg(process.pid, signal.SIGTERM)
-        errors = process.communicate(timeout=60)[1]
-    assert process.returncode == 1
+        assert process.wait(60) == 1
+    errors = log.read_text()
     assert errors.count("saving after this iteration") == 1
     assert errors.splitlines()[-1].endswith("interrupted: add --auto_resume to go on")
     last = max(int(state.stem) for state in job.experiment.glob("training_states/*"))

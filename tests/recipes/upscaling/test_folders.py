@@ -1,15 +1,15 @@
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import pyvips
 import skimage.data
+
+from programs import started, wait_for
 
 
 def loaded(path):
@@ -217,14 +217,10 @@ def test_a_run_that_was_killed_goes_on(tmp_path, model, upscale):
         crop = cat[60:124, 10 * number : 64 + 10 * number].copy()
         pyvips.Image.new_from_array(crop).write_to_file(str(source / f"{number:02}.png"))
     command = [sys.executable, "-m", "condiquant_recipes", "upscale", model, source, out, "-q"]
-    process = subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL)
-    deadline = time.monotonic() + 60
-    while len(list(out.glob("*.png"))) < 2:
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    options = {"env": environment(), "stdout": subprocess.DEVNULL}
+    with started(command, tmp_path / "errors", **options) as process:
+        wait_for(lambda: len(list(out.glob("*.png"))) >= 2, process)
+        process.kill()
     survived = {file: file.stat().st_mtime_ns for file in out.glob("*.png")}
     assert 2 <= len(survived) < 9
     (out / ".08.png.4711").write_bytes(b"half-written")

@@ -1,15 +1,14 @@
 import os
 import re
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import av
 import numpy as np
 import pytest
 
+from programs import started, wait_for
 from videos import RATE, make, with_subtitles
 
 
@@ -164,14 +163,10 @@ def test_a_run_that_was_killed_goes_on(tmp_path, model, upscale, monkeypatch):
     source, target = make(tmp_path / "in.mp4", 4), tmp_path / "out.mp4"
     parts = tmp_path / ".out.mp4.parts"
     command = [sys.executable, "-m", "condiquant_recipes", "upscale", model, source, target, "-q"]
-    process = subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL)
-    deadline = time.monotonic() + 60
-    while not (parts / "000000.nut").exists():
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    options = {"env": environment(), "stdout": subprocess.DEVNULL}
+    with started(command, tmp_path / "errors", **options) as process:
+        wait_for((parts / "000000.nut").exists, process)
+        process.kill()
     assert not target.exists()
     survived = len(list(parts.glob("*.nut")))
     assert survived == 1
