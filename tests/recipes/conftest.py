@@ -9,8 +9,10 @@ import pytest
 import skimage.data
 import torch
 import yaml
+from filelock import FileLock
 
 from condiquant_basicsr import write_image
+from condiquant_openvino.parity import check
 from condiquant_recipes import cli
 from condiquant_recipes.recipe import load_recipe
 from condiquant_recipes.run import run
@@ -65,6 +67,13 @@ def write_image_to(path: Path, image: torch.Tensor) -> None:
     write_image(path, image)
 
 
+@pytest.fixture(autouse=True)
+def _own_instruction_set_alone(request, monkeypatch):
+    """Lower sets are checked where ``lower_sets`` asks for it, and in tests/openvino/parity."""
+    if request.node.get_closest_marker("lower_sets") is None:
+        monkeypatch.setattr(check, "lower_instruction_sets", list)
+
+
 @pytest.fixture
 def make_job(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -76,17 +85,22 @@ def make_job(tmp_path, monkeypatch):
 
 
 @pytest.fixture(scope="session")
-def _finished_jobs(tmp_path_factory):
-    jobs = {}
+def _finished_jobs(tmp_path_factory, worker_id):
+    """Each job runs once for all workers."""
+    base = tmp_path_factory.getbasetemp()
+    shared = base if worker_id == "master" else base.parent
 
     def find(name, export):
-        key = (name, *export.items())
-        if key not in jobs:
-            job = Job(tmp_path_factory.mktemp(name), name)
+        key = "-".join([name, *(f"{key}={value}" for key, value in export.items())])
+        folder = shared / f"finished-{key}"
+        with FileLock(f"{folder}.lock"):
+            ran = (folder / "out" / "metrics.json").exists()
+            folder.mkdir(exist_ok=True)
+            job = Job(folder, name)
             job.recipe["export"] = export or job.recipe["export"]
-            run(load_recipe(job.write()), job.data, job.out)
-            jobs[key] = job
-        return jobs[key]
+            if not ran:
+                run(load_recipe(job.write()), job.data, job.out)
+        return job
 
     return find
 

@@ -21,6 +21,7 @@ def without_times(metrics):
     return {k: v for k, v in metrics.items() if k != "seconds"} | {"ir": ir}
 
 
+@pytest.mark.lower_sets
 @pytest.mark.parametrize(("name", "bits"), [("swinir", 4), ("dat", 2), ("edsr", 2), ("compact", 4)])
 def test_a_run_ends_with_metrics_and_an_ir_that_follows_the_simulation(make_job, name, bits):
     job = make_job(name)
@@ -189,12 +190,21 @@ def test_half_precision_leftovers_make_the_file_smaller_and_say_what_they_cost(f
 
 
 @pytest.mark.parametrize("name", ["swinir", "dat"])
-def test_masks_do_not_become_constants(make_job, name):
-    job = make_job(name)
+def test_masks_do_not_become_constants(make_job, monkeypatch, name):
+    """The network is traced once, at another size than its own."""
+    job, converted = make_job(name), []
+    once = exporting.openvino_host.convert_beside_float
+    monkeypatch.setattr(
+        exporting.openvino_host,
+        "convert_beside_float",
+        lambda *a, **k: converted.append(a[1].shape) or once(*a, **k),
+    )
     size = job.recipe["network_g"]["img_size"]  # traced at it, the IR is wrong at other sizes
     job.recipe["export"] = {"static": False, "tile": size}
     job.recipe["condiquant"]["distillation"]["iterations"] = 0
     metrics = run_recipe(load_recipe(job.write()), job.data, job.out)
+    ((_, _, height, width),) = converted
+    assert height != width
     assert not [note for note in metrics["ir"]["notes"] if "float network is faster" not in note]
     assert read_metadata(job.out / "model.xml")["static"] is False
     scores = ir.evaluate(job.out / "model.xml", job.data, ["Tiny"], "CPU", Progress())
