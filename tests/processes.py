@@ -18,7 +18,7 @@ def run(work: Callable[[int, Path], None], folder: Path, count: int) -> list[int
         _joined, (work, folder, count), nprocs=count, join=False, start_method="forkserver"
     )
     for process in context.processes:
-        process.join(60)
+        process.join(240)
         process.kill()
         process.join()
     return [process.exitcode for process in context.processes]

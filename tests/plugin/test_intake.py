@@ -41,7 +41,9 @@ def each(function):
 WRAPPED = {
     "compiled": lambda: torch.compile(network(), backend="eager"),
     "compiled in place": lambda: changed(lambda m: m.compile(backend="eager")),
-    "layer compiled": lambda: changed(lambda m: m.add_module("2", torch.compile(m[2]))),
+    "layer compiled": lambda: changed(
+        lambda m: m.add_module("2", torch.compile(m[2], backend="eager"))
+    ),
     "parallel": lambda: nn.DataParallel(network()),
     "both": lambda: nn.DataParallel(torch.compile(network(), backend="eager")),
     "layer parallel": lambda: changed(lambda m: m.add_module("0", nn.DataParallel(m[0]))),
