@@ -28,8 +28,10 @@ class Bitmaps:
     """1 for elements of large magnitude, ``(batch, rows, columns)``."""
 
     def among(self, x: Tensor) -> Tensor:
-        """The candidates' columns of ``(..., batch, rows, columns)``."""
-        return x.gather(-1, self.columns[:, None].expand(*x.shape[:-1], -1))
+        """The candidates' columns of ``(..., batch, rows, columns)``, each one's numbers side by side: of
+        few columns, sums and products are faster so."""
+        chosen = x.gather(-1, self.columns[:, None].expand(*x.shape[:-1], -1))
+        return chosen.mT.contiguous().mT
 
     def spread(self, x: Tensor, width: int) -> Tensor:
         """Inverse of :meth:`among`, zero elsewhere."""
@@ -38,8 +40,8 @@ class Bitmaps:
 
     def split(self, part: Tensor) -> Tensor:
         """Salient elements in a part and outside, ``(2, batch, rows, most)``."""
-        inside = self.salient * part
-        return torch.stack([inside, self.salient - inside])
+        inside = (self.salient * part).mT
+        return torch.stack([inside, self.salient.mT - inside]).mT
 
     def salient_columns(self, width: int) -> Tensor:
         """1 for salient columns, ``(batch, 1, columns)``."""

@@ -190,6 +190,8 @@ def arb_rc_error(W: Tensor, M: Tensor, weights: Tensor, rounds: int, planes: int
         M: ``(..., batch, rows or 1, columns)``.
         weights: ``w``, ``(batch, 1, columns)``.
     """
+    if M.shape[-2] == 1 and planes == 1:
+        return _error_of_columns(W.abs(), M, weights, rounds)
     sizes = W.abs() * M
     for plane in range(planes):
         rows, columns = row_column_scales(sizes, M, rounds)
@@ -198,6 +200,27 @@ def arb_rc_error(W: Tensor, M: Tensor, weights: Tensor, rounds: int, planes: int
     by_column = sizes.square().sum(-2, keepdim=True) - 2 * columns * (rows.mT @ sizes)
     by_column = by_column + columns.square() * _by_column(rows.square(), M)
     return (by_column * weights).sum((-2, -1))
+
+
+def _error_of_columns(sizes: Tensor, M: Tensor, weights: Tensor, rounds: int) -> Tensor:
+    """:func:`arb_rc_error` of masks of whole columns, all of them in one product.
+
+    Args:
+        sizes: ``|W|``.
+        M: ``(count, batch, 1, columns)``.
+    """
+    masks = M.squeeze(-2).transpose(0, 1)  # (batch, count, columns)
+    rows = (masks @ sizes.mT) / masks.sum(-1, keepdim=True).clamp_min(1)
+    columns = masks * (rows.clamp_min(_TINY).reciprocal() @ sizes) / sizes.shape[-2]
+    for _ in range(rounds):
+        squares = columns.square().sum(-1, keepdim=True).clamp_min(_TINY)
+        rows = (columns @ sizes.mT) / squares
+        squares = rows.square().sum(-1, keepdim=True)
+        columns = masks * (rows @ sizes) / squares.clamp_min(_TINY)
+    products = masks * (rows @ sizes)
+    by_column = masks * sizes.square().sum(-2, keepdim=True) - 2 * columns * products
+    by_column = by_column + columns.square() * rows.square().sum(-1, keepdim=True)
+    return (by_column * weights).sum(-1).mT
 
 
 def arb_rc_round(sizes: Tensor, M: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
