@@ -1,4 +1,4 @@
-"""The table of docs/weight_compression.md and its plot, of the folder that weight_compression.py has filled.
+"""The table of docs/weight_compression.md and its plot, of the folder that weight_compression.py fills.
 
 python tests/benchmarks/weight_table.py OUT [--svg docs/figures/weights.svg]
 """

@@ -203,14 +203,6 @@ def _with_nan(folder):
             "bits=1 is not supported: use an integer from 2 to 8",
         ),
         (["--signs", "u4"], None, "signs='u4' is not known: use 'u2' or 'u1'"),
-        *(
-            (
-                ["--signs", "u1", *more],
-                None,
-                "signs='u1' is for the IR of arb_rc or rounding without",
-            )
-            for more in (["--method", "pbs2p"], ["--bitmaps"], ["--no-ir"])
-        ),
         (["--method", "int4_sym"], None, "method='int4_sym' is not known (NNCF's own"),
         (["--method", "gptq3"], None, "method='gptq3' is not known: use rounding, billm"),
         (
@@ -238,6 +230,15 @@ def test_bad_input_is_one_line_and_nothing_is_written(
     line = fails(capsys, monkeypatch, "compress", model, "--out", tmp_path / "out", "-q", *options)
     assert words in line
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
+
+
+@pytest.mark.parametrize("more", [["--method", "pbs2p"], ["--bitmaps"], ["--no-ir"]])
+def test_signs_of_one_bit_need_an_ir_and_a_form_of_one_bit(job, capsys, monkeypatch, more):
+    monkeypatch.chdir(job)
+    command = ["compress", "model", "--text", "text.txt", "--out", "none", "--signs", "u1", "-q"]
+    line = fails(capsys, monkeypatch, *command, *more)
+    assert "signs='u1' is for the IR of arb_rc or rounding without bitmaps: leave it out" in line
+    assert not (job / "none").exists()
 
 
 def test_a_folder_that_is_not_there_is_named(tmp_path, capsys, monkeypatch):
