@@ -9,7 +9,7 @@ they take more lies on disk.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, get_args
@@ -22,7 +22,13 @@ from condiquant_plugin.errors import InputError, check_choice
 from condiquant_plugin.forward_pass import run as run_model
 from condiquant_plugin.layerwise import distributed
 from condiquant_plugin.layerwise.chain import check_chain, equal_arguments, first_of
-from condiquant_plugin.layerwise.moments import LayerGeometry, Moments, moments_of, no_moments
+from condiquant_plugin.layerwise.collecting import (
+    Collector,
+    ReachedError,
+    observed,
+    share_equal,
+)
+from condiquant_plugin.layerwise.moments import LayerGeometry, Moments
 from condiquant_plugin.layerwise.problem import (
     LayerProblem,
     LayerReport,
@@ -170,6 +176,7 @@ def solve_block_by_block(
         for full, seen in moments.items():
             if not seen.samples:
                 raise InputError(f"{full} is not called by its block as a module: exclude it")
+        share_equal(moments)
         problems = [_problem(full, layer, moments.pop(full)) for full, layer in layers.items()]
         for layer, solution in zip(
             layers.values(), distributed.solve(problems, method), strict=True
@@ -242,45 +249,32 @@ class _Run:
 
     def collect(self, block: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, Moments]:
         """Moments of this process' batches."""
-        quantized, dtype = self.method.needs_quantized_inputs, self.method.moments_dtype
-        moments = {
-            name: no_moments(
-                layer.weight,  # type: ignore[arg-type]
-                module_geometry(layer),
-                quantized=quantized,
-                dtype=dtype,
-            )
-            for name, layer in layers.items()
-        }
+        quantized = self.method.needs_quantized_inputs
+        collector = Collector(
+            layers,
+            {name: module_geometry(layer) for name, layer in layers.items()},
+            dtype=self.method.moments_dtype,
+            quantized=quantized,
+        )
         for number, call in self.calls():
             floats: dict[str, list[Tensor]] = {name: [] for name in layers}
-            seen: list[tuple[Tensor, LayerGeometry, Moments]] = []
             if self.needs_both:
-                with _observed(layers, partial(_keep, floats)):
+                with observed(layers, partial(_keep, floats)):
                     self.originals.put(number, call.run(block, self.originals.get(number)))
 
-            def add(
-                name: str,
-                x: Tensor,
-                floats: dict[str, list[Tensor]] = floats,
-                seen: list[tuple[Tensor, LayerGeometry, Moments]] = seen,
-            ) -> None:
+            def add(name: str, x: Tensor, floats: dict[str, list[Tensor]] = floats) -> None:
                 original = floats[name].pop(0) if self.needs_both else x
-                codes = self._quantized(name, x) if quantized else None
-                geometry = module_geometry(layers[name])
-                if codes is None and seen and seen[0][0] is x and seen[0][1] == geometry:
-                    new = seen[0][2]  # query, key and value take one tensor
-                else:
-                    new = moments_of(original, geometry, codes, name=name, dtype=dtype)
-                    seen[:] = [(x, geometry, new)]
-                moments[name] = moments[name] + new
+                collector.add(name, original, self._quantized(name, x) if quantized else None)
+                if self.follows_compressed and collector.has_all:
+                    raise ReachedError
 
+            collector.next_batch(call.hidden.numel())
             if layers or not self.follows_compressed:
-                with _observed(layers, add), self._quantizing(layers):
+                with suppress(ReachedError), observed(layers, add), self._quantizing(layers):
                     output = call.run(block, call.hidden)
                 if not self.follows_compressed:
                     self.hidden.put(number, output)
-        return moments
+        return collector.moments
 
     def advance(self, block: nn.Module, layers: Mapping[str, nn.Module]) -> None:
         """To the inputs of the next block, past the compressed one."""
@@ -320,43 +314,17 @@ def _keep(kept: dict[str, list[Tensor]], name: str, x: Tensor) -> None:
     kept[name].append(x)
 
 
-@contextmanager
-def _observed(
-    layers: Mapping[str, nn.Module], observe: Callable[[str, Tensor], object]
-) -> Iterator[None]:
-    """``observe(name, input)`` whenever a layer is called."""
-
-    def hook(
-        name: str, _module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]
-    ) -> None:
-        observe(name, args[0] if args else kwargs["input"])
-
-    hooks = [
-        layer.register_forward_pre_hook(partial(hook, name), with_kwargs=True)
-        for name, layer in layers.items()
-    ]
-    try:
-        yield
-    finally:
-        for handle in hooks:
-            handle.remove()
-
-
-class _ReachedError(Exception):
-    """Ends a forward pass at the first block."""
-
-
 def _call_of(model: nn.Module, first: str, batch: Any) -> _Call:
     found: list[_Call] = []
 
     def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         found.append(_Call(args[0], args[1:], kwargs))
-        raise _ReachedError
+        raise ReachedError
 
     handle = model.get_submodule(first).register_forward_pre_hook(stop, with_kwargs=True)
     try:
         run_model(model, batch)
-    except _ReachedError:
+    except ReachedError:
         pass
     finally:
         handle.remove()

@@ -1,7 +1,7 @@
 """CondiQuant as an algorithm of NNCF, for PyTorch models and for ``ov.Model``."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from condiquant_plugin.errors import MissingExtraError
 
@@ -37,12 +37,17 @@ from condiquant_plugin.layerwise.scope import Scope
 from condiquant_plugin.methods.compression.form import CompressedWeight
 from condiquant_plugin.moved import forward
 
+if TYPE_CHECKING:
+    from condiquant_nncf.backends.openvino_weights import Signs
 
-def write_compressed(model: Any, forms: Mapping[str, CompressedWeight]) -> dict[str, str]:
+
+def write_compressed(
+    model: Any, forms: Mapping[str, CompressedWeight], *, signs: "Signs" = "u2"
+) -> dict[str, str]:
     """See :func:`condiquant_nncf.backends.openvino_weights.write_compressed`; OpenVINO is loaded here."""
     from condiquant_nncf.backends import openvino_weights
 
-    return openvino_weights.write_compressed(model, forms)
+    return openvino_weights.write_compressed(model, forms, signs=signs)
 
 
 def packed_products(model: Any) -> int:
@@ -52,11 +57,13 @@ def packed_products(model: Any) -> int:
     return openvino_weights.packed_products(model)
 
 
-def product_errors(forms: Mapping[str, CompressedWeight]) -> dict[str, float]:
+def product_errors(
+    forms: Mapping[str, CompressedWeight], *, signs: "Signs" = "u2"
+) -> dict[str, float]:
     """See :func:`condiquant_nncf.backends.openvino_weights.product_errors`."""
     from condiquant_nncf.backends import openvino_weights
 
-    return openvino_weights.product_errors(forms)
+    return openvino_weights.product_errors(forms, signs=signs)
 
 
 forward(

@@ -61,6 +61,13 @@ def compress(
         Path | None, typer.Option(help="Text file for the perplexity before and after.")
     ] = None,
     ir: Annotated[bool, typer.Option("--ir/--no-ir", help="Write OpenVINO IR too.")] = True,
+    signs: Annotated[
+        str,
+        typer.Option(
+            help="arb_rc, rounding: type of signs in the IR, u2 or u1 (half of their file, the same "
+            "memory)."
+        ),
+    ] = "u2",
     overwrite: OverwriteOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -90,6 +97,7 @@ def compress(
             length=length,
             score=score,
             ir=ir,
+            signs=signs,
             overwrite=overwrite,
             progress=progress(quiet or not application.is_first()),
         )

@@ -9,20 +9,20 @@ import shutil
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast, get_args
 
 import nncf
 import torch
 
 import condiquant_nncf
-from condiquant_nncf.backends.openvino_weights import PACKED
+from condiquant_nncf.backends.openvino_weights import PACKED, Signs
 from condiquant_plugin.compression import (
     CompressionConfig,
     bits_per_weight,
     compress_blocks,
     compressed_weights,
 )
-from condiquant_plugin.errors import InputError, check_count
+from condiquant_plugin.errors import InputError, check_choice, check_count
 from condiquant_plugin.files import check_writable, write_atomic
 from condiquant_plugin.layerwise.blocks import find_blocks
 from condiquant_plugin.layerwise.distributed import is_first, of_torchrun
@@ -34,6 +34,8 @@ from condiquant_transformers.text import batches_of
 IR = "openvino"
 """Folder of the IR, inside that of the result."""
 REPORT = "compression.json"
+_ONE_BIT = ("arb_rc", "rounding")
+"""Modes whose forms are signs between scales, one matrix of them."""
 __all__ = ["IR", "compress", "configuration", "is_first", "notes", "of_torchrun"]
 
 
@@ -48,6 +50,7 @@ def compress(
     score: Path | None = None,
     scored: int = 12,
     ir: bool = True,
+    signs: str = "u2",
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
@@ -62,6 +65,7 @@ def compress(
             ``openvino`` the IR with packed weights.
         score: a text whose first ``scored`` windows are foreseen, before and after.
         ir: whether to write it.
+        signs: of the IR, :data:`condiquant_nncf.backends.openvino_weights.Signs`.
         overwrite: put the result in the place of what ``out`` holds.
 
     Returns:
@@ -77,6 +81,11 @@ def compress(
     if length < 2:
         raise InputError(f"length={length}: use at least 2 tokens")
     check_count("scored", scored)
+    check_choice("signs", signs, get_args(Signs))
+    if signs == "u1" and not (ir and config.mode in _ONE_BIT and not config.bitmaps):
+        raise InputError(
+            f"signs='u1' is for the IR of {' or '.join(_ONE_BIT)} without bitmaps: leave it out"
+        )
     if ir:
         check_exporter()
     progress = progress or Progress()
@@ -118,7 +127,7 @@ def compress(
         with progress.status(f"writing {out}"):
             save_folder(language_model, part)
             if ir:
-                result |= _write_ir(language_model, part, calibration[:1])
+                result |= _write_ir(language_model, part, calibration[:1], cast(Signs, signs))
             write_atomic(part / REPORT, json.dumps(result, indent=1).encode())
         if out.exists():
             shutil.rmtree(out)
@@ -155,17 +164,19 @@ def notes(result: dict[str, Any]) -> list[str]:
     return said
 
 
-def _write_ir(language_model: LanguageModel, folder: Path, ids: torch.Tensor) -> dict[str, Any]:
+def _write_ir(
+    language_model: LanguageModel, folder: Path, ids: torch.Tensor, signs: Signs
+) -> dict[str, Any]:
     """The IR of a saved model, and how near it is to it."""
     forms = compressed_weights(language_model.model)
     stored: dict[str, str] = {}
     export_ir(
         folder,
         folder / IR,
-        lambda model: stored.update(condiquant_nncf.write_compressed(model, forms)),
+        lambda model: stored.update(condiquant_nncf.write_compressed(model, forms, signs=signs)),
     )
     packed = condiquant_nncf.packed_products(folder / IR / "openvino_model.xml")
-    errors = condiquant_nncf.product_errors(forms)
+    errors = condiquant_nncf.product_errors(forms, signs=signs)
     worst = max(errors, key=errors.__getitem__)
     with torch.no_grad():
         model: Any = language_model.model

@@ -31,6 +31,7 @@ SIZE, COUNT = 2048, 12
 FORMS = {
     "float16": None,
     "arb_rc, u2": ARB(compensation="none"),
+    "arb_rc, u1": ARB(compensation="none"),
     "pbs2p, u2": PBS2P(compensation="none"),
     "pbs2p, u2, rank 32": PBS2P(compensation="none", residual_rank=32),
     "adasvd 0.5, float16 factors": AdaSVD(0.5),
@@ -62,7 +63,7 @@ def model_and_forms(method):
 
 def write(name, folder):
     model, forms = model_and_forms(FORMS[name])
-    condiquant_nncf.write_compressed(model, forms)
+    condiquant_nncf.write_compressed(model, forms, signs="u1" if name.endswith("u1") else "u2")
     ov.save_model(model, folder / "model.xml")
 
 

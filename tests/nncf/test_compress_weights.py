@@ -216,6 +216,35 @@ def test_kernels_keep_the_codes_packed(mode, bits, dims):
     assert np.abs(found - expected).max() < 2e-3 * np.abs(expected).max()
 
 
+@pytest.mark.parametrize("group_size", [16, -1])
+@pytest.mark.parametrize("residual_rank", [0, 4])
+def test_signs_of_one_bit_on_disk_are_two_in_the_kernel(tmp_path, group_size, residual_rank):
+    settings = {"group_size": group_size, "residual_rank": residual_rank}
+    model = host.compress_weights(llama(), mode="arb_rc", dataset=dataset(), **settings)
+    forms = compressed_weights(model)
+    sizes, results = {}, {}
+    for signs in ("u2", "u1"):
+        ir, file = converted().clone(), tmp_path / f"{signs}.xml"
+        stored = host.write_compressed(ir, forms, signs=signs)
+        assert {kind.partition("+")[0] for kind in stored.values()} == {signs}
+        ov.save_model(ir, file, compress_to_fp16=True)
+        assert host.packed_products(file) == len(forms)
+        sizes[signs] = file.with_suffix(".bin").stat().st_size
+        results[signs] = infer(ov.Core().read_model(file))
+    weights = sum(form.parameters for form in forms.values())
+    assert sizes["u2"] - sizes["u1"] >= weights / 8
+    assert np.abs(results["u1"] - results["u2"]).max() < 1e-5 * np.abs(results["u2"]).max()
+    assert max(host.product_errors(forms, signs="u1").values()) < 2e-3
+
+
+def test_pruned_signs_have_no_form_of_one_bit():
+    model = host.compress_weights(llama(1), mode="pbs2p", group_size=16, dataset=dataset())
+    ir = ov.convert_model(Logits(llama(1)), example_input=tokens(1)[0])
+    assert set(host.write_compressed(ir, compressed_weights(model), signs="u1").values()) == {"u2"}
+    with pytest.raises(InputError, match="signs='i1' is not known: use 'u2' or 'u1'"):
+        host.write_compressed(ir, {}, signs="i1")
+
+
 def test_codes_are_packed_four_to_a_byte(tmp_path):
     model = host.compress_weights(llama(), mode="arb_rc", group_size=16, dataset=dataset())
     forms = compressed_weights(model)

@@ -74,6 +74,19 @@ def test_the_result_loads_in_transformers_and_openvino_and_computes_the_same(job
     assert [path.name for path in job.glob(".*")] == []
 
 
+def test_signs_take_one_bit_on_disk_if_asked_to(job, run):
+    sizes = []
+    for signs in ("u2", "u1"):
+        out = run("--out", signs, "--method", "arb_rc", "--signs", signs)
+        assert "note:" not in out
+        report = json.loads((job / signs / "compression.json").read_text())["ir"]
+        assert set(report["storage"].values()) == {signs}
+        assert report["packed_products"] == 14
+        assert report["logits_error"] < 2e-3
+        sizes.append(report["bin_bytes"])
+    assert sizes[1] < sizes[0]
+
+
 def test_what_has_no_kernel_is_said(job, run):
     out = run("--out", "bitmaps", "--method", "arb_rc", "--bitmaps")
     assert "note: 14 layers are float16 in the IR, and unfold" in out
@@ -189,6 +202,7 @@ def _with_nan(folder):
             None,
             "bits=1 is not supported: use an integer from 2 to 8",
         ),
+        (["--signs", "u4"], None, "signs='u4' is not known: use 'u2' or 'u1'"),
         (["--method", "int4_sym"], None, "method='int4_sym' is not known (NNCF's own"),
         (["--method", "gptq3"], None, "method='gptq3' is not known: use rounding, billm"),
         (
@@ -216,6 +230,15 @@ def test_bad_input_is_one_line_and_nothing_is_written(
     line = fails(capsys, monkeypatch, "compress", model, "--out", tmp_path / "out", "-q", *options)
     assert words in line
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
+
+
+@pytest.mark.parametrize("more", [["--method", "pbs2p"], ["--bitmaps"], ["--no-ir"]])
+def test_signs_of_one_bit_need_an_ir_and_a_form_of_one_bit(job, capsys, monkeypatch, more):
+    monkeypatch.chdir(job)
+    command = ["compress", "model", "--text", "text.txt", "--out", "none", "--signs", "u1", "-q"]
+    line = fails(capsys, monkeypatch, *command, *more)
+    assert "signs='u1' is for the IR of arb_rc or rounding without bitmaps: leave it out" in line
+    assert not (job / "none").exists()
 
 
 def test_a_folder_that_is_not_there_is_named(tmp_path, capsys, monkeypatch):

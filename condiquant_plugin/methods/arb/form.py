@@ -54,42 +54,52 @@ class BinaryWeight(CompressedWeight):
         """Of each row."""
         return self.row_scales.shape[2]
 
-    def flags(self, packed: Tensor) -> Tensor:
-        """Bool, one for every feature."""
-        return unpack_bits(packed, self.features)
+    def flags(self, packed: Tensor, dtype: torch.dtype = torch.bool) -> Tensor:
+        """One for every feature."""
+        return unpack_bits(packed, self.features, dtype)
 
-    def element_groups(self) -> Sequence[tuple[Tensor | float, int]]:
-        """Mask and number of planes of each group."""
-        large: list[Tensor | float] = [1.0]
+    def element_groups(self) -> Sequence[tuple[Tensor | None, Tensor | None, int]]:
+        """Columns ``(groups, 1, features)`` and elements ``(groups, rows, features)`` of each group, 0 and
+        1, None for all; and its planes."""
+        large: list[Tensor | None] = [None]
         if self.large is not None:
-            is_large = self.flags(self.large)
-            large = [is_large.float(), (~is_large).float()]
+            is_large = self.flags(self.large, torch.float32)
+            large = [is_large, 1 - is_large]
         if self.salient is None:
-            return [(mask, 1) for mask in large]
-        inside = self.flags(self.salient)[:, None].float()
-        salient = large if self.splits_salient else [1.0]
-        return [((1 - inside) * m, 1) for m in large] + [(inside * m, 2) for m in salient]
+            return [(None, elements, 1) for elements in large]
+        inside = self.flags(self.salient, torch.float32)[:, None]
+        salient = large if self.splits_salient else [None]
+        return [(1 - inside, m, 1) for m in large] + [(inside, m, 2) for m in salient]
 
     def matrices(self) -> Tensor:
         """See :class:`CompressedWeight`."""
-        per_block = self.features // self.blocks
-        signs = [self.flags(self.signs).float() * 2 - 1]
-        if self.second_signs is not None:
-            signs.append(self.flags(self.second_signs).float() * 2 - 1)
-        total = torch.zeros_like(signs[0])
+        packed = [self.signs] if self.second_signs is None else [self.signs, self.second_signs]
+        signs = [self._blocks(self.flags(p, torch.float32) * 2 - 1) for p in packed]
+        offsets = torch.zeros_like(signs[0])
+        scales = [torch.zeros_like(signs[0]) for _ in signs]
         plane = 0
-        for index, (mask, planes) in enumerate(self.element_groups()):
-            part = torch.zeros_like(total)
-            if self.offsets is not None:
-                part += self.offsets[..., index].float().repeat_interleave(per_block, -1)
+        for index, (columns, elements, planes) in enumerate(self.element_groups()):
+            terms = [] if self.offsets is None else [(offsets, self.offsets[..., index], columns)]
             for order in range(planes):
-                scale = self.row_scales[..., plane].float().repeat_interleave(per_block, -1)
+                by_column = columns
                 if self.column_scales is not None:
-                    scale = scale * self.column_scales[:, None, plane].float()
-                part += scale * signs[order]
+                    scale = self.column_scales[:, None, plane].float()
+                    by_column = scale if columns is None else scale * columns
+                terms.append((scales[order], self.row_scales[..., plane], by_column))
                 plane += 1
-            total += part * mask
-        return total if self.kept is None else total * self.flags(self.kept)
+            for total, by_row, by_column in terms:
+                part = by_row.float()[..., None]
+                if by_column is not None:
+                    part = part * self._blocks(by_column)
+                total += part if elements is None else part * self._blocks(elements)
+        for scale, sign in zip(scales, signs, strict=True):
+            offsets += scale.mul_(sign)
+        dense = offsets.flatten(-2)
+        return dense if self.kept is None else dense * self.flags(self.kept, torch.float32)
+
+    def _blocks(self, x: Tensor) -> Tensor:
+        """``(..., features)`` as ``(..., blocks, features of a block)``."""
+        return x.unflatten(-1, (self.blocks, -1))
 
     def stored_bits(self) -> dict[str, float]:
         """Signs and bitmaps of elements that are kept, masks at their entropy, all scales."""

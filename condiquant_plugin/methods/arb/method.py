@@ -99,14 +99,14 @@ class ARB(BlockSettings):
             splits_salient=self.bitmaps == "column_group",
         )
         large, salient = bitmaps.large, bitmaps.salient_columns(W.shape[-1])
-        others = [(1 - salient) * large, (1 - salient) * (1 - large)]
-        groups = [self._first(W, mask) for mask in others]
+        outer = (1 - salient) * large
+        groups = self._first(W, torch.stack([outer, 1 - salient - outer])).unbind()
         inner = bitmaps.among(W)
-        parts = [bitmaps.salient.expand_as(inner)]
+        parts = bitmaps.salient.expand_as(inner)[None]
         if self.bitmaps == "column_group":
-            part = bitmaps.among(large)
-            parts = [bitmaps.salient * part, bitmaps.salient * (1 - part)]
-        groups += [_spread(self._second(inner, mask), bitmaps, W.shape[-1]) for mask in parts]
+            parts = bitmaps.split(bitmaps.among(large))
+        for group in self._second(inner, parts).unbind():
+            groups.append(_spread(group, bitmaps, W.shape[-1]))
         return FittedBlock(self._refined(block, groups), salient, large)
 
     def _refined(self, block: Block, groups: list[Group]) -> list[Group]:
@@ -198,16 +198,15 @@ def assembled(
         if parts[0] is None:
             return [None] * len(stack.problems)
         whole = torch.cat(parts, -1)
-        return [pack_bits(part > 0) for part in stack.split(whole)]
+        return [pack_bits(part) for part in stack.split(whole)]
 
     def signs(order: int) -> list[Tensor]:
-        rows = [
-            torch.stack(
-                [g.mask * g.planes[order].signs for g in block.groups if len(g.planes) > order]
-            ).sum(0)
-            for block in blocks
-        ]
-        return [pack_bits(part > 0) for part in stack.split(torch.cat(rows, -1).expand(shape))]
+        rows = []
+        for block in blocks:
+            found = [g for g in block.groups if len(g.planes) > order]
+            parts = (group.mask * group.planes[order].signs for group in found)
+            rows.append(sum(parts, torch.zeros(())).clamp_min(0))
+        return [pack_bits(part) for part in stack.split(torch.cat(rows, -1).expand(shape))]
 
     def of_planes(name: str) -> Tensor:
         return torch.stack(

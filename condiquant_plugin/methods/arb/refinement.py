@@ -1,7 +1,8 @@
 """Signs and scales of a block of weights: BiLLM's plain form and ARB-LLM's refinements of it.
 
-``W`` has shape ``(batch, rows, columns)``; ``M``, of a shape that broadcasts against it, is 1 for the
-elements of a group and 0 elsewhere, ``n_i = sum_j M_ij``. Scales and offsets are of each row and group.
+``W`` has shape ``(batch, rows, columns)``; ``M``, of a shape that broadcasts against it or several of
+those, is 1 for the elements of a group and 0 elsewhere, ``n_i = sum_j M_ij``. Scales and offsets are of
+each row and group.
 Names of functions are those of ARB-LLM (arXiv 2410.03129); sign(0) is 1.
 """
 
@@ -48,6 +49,24 @@ class Group:
         total = sum((plane.dense() for plane in self.planes[1:]), self.planes[0].dense())
         return self.mask * (total if self.offset is None else total + self.offset)
 
+    def unbind(self) -> list[Group]:
+        """A group each, of several masks."""
+
+        def of(index: int, plane: Plane) -> Plane:
+            columns = None if plane.columns is None else plane.columns[index]
+            signs = plane.signs  # of W alone, they are those of all masks
+            signs = signs[index] if signs.ndim == self.mask.ndim else signs
+            return Plane(signs, plane.rows[index], columns)
+
+        return [
+            Group(
+                mask,
+                tuple(of(index, plane) for plane in self.planes),
+                None if self.offset is None else self.offset[index],
+            )
+            for index, mask in enumerate(self.mask)
+        ]
+
     def stored(self) -> Group:
         """Scales and offsets as they are kept."""
         planes = tuple(
@@ -65,13 +84,13 @@ def _kept(x: Tensor) -> Tensor:
 
 def signs_of(x: Tensor) -> Tensor:
     """-1 and 1; 1 for 0."""
-    return torch.copysign(torch.ones((), dtype=x.dtype, device=x.device), x)
+    return torch.ge(x, 0, out=torch.empty_like(x)).mul_(2).sub_(1)
 
 
 def _row_mean(x: Tensor, mask: Tensor) -> Tensor:
     """Of the masked elements; 0 where there are none."""
-    mask = mask.expand_as(x)
-    return (mask * x).sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp_min(1)
+    counts = mask.expand(*mask.shape[:-1], x.shape[-1]).sum(-1, keepdim=True)
+    return (mask * x).sum(-1, keepdim=True) / counts.clamp_min(1)
 
 
 def rounded(W: Tensor, M: Tensor) -> Group:
@@ -147,7 +166,7 @@ def arb_rc(W: Tensor, M: Tensor, rounds: int) -> Group:
     round: ``alpha^r = sum_j M alpha^c |W| / sum_j M (alpha^c)^2``, ``alpha^c`` likewise: the power
     iteration for the rank-one approximation of ``|W|`` on the mask.
     """
-    M = M.expand_as(W)
+    M = M.expand(*M.shape[:-2], *W.shape[-2:])
     rows, columns = row_column_scales(W.abs() * M, M, rounds)
     return Group(M, (normalized(Plane(signs_of(W), rows, columns)),), None)
 
@@ -156,7 +175,7 @@ def row_column_scales(sizes: Tensor, M: Tensor, rounds: int) -> tuple[Tensor, Te
     """``alpha^r`` and ``alpha^c`` of :func:`arb_rc`; ``sizes`` is ``M |W|``."""
     rows = sizes.sum(-1, keepdim=True) / M.sum(-1, keepdim=True).clamp_min(1)
     columns = rows.clamp_min(_TINY).reciprocal().mT @ sizes
-    columns = columns / M.sum(-2, keepdim=True).clamp_min(1)
+    columns = columns / _by_column(torch.ones_like(rows), M).clamp_min(1)
     for _ in range(rounds):
         rows, columns = arb_rc_round(sizes, M, columns)
     return rows, columns
@@ -168,23 +187,53 @@ def arb_rc_error(W: Tensor, M: Tensor, weights: Tensor, rounds: int, planes: int
     Products with vectors in the place of ``Q``: of signs that agree only ``|W|`` counts.
 
     Args:
+        M: ``(..., batch, rows or 1, columns)``.
         weights: ``w``, ``(batch, 1, columns)``.
     """
+    if M.shape[-2] == 1 and planes == 1:
+        return _error_of_columns(W.abs(), M, weights, rounds)
     sizes = W.abs() * M
     for plane in range(planes):
         rows, columns = row_column_scales(sizes, M, rounds)
         if plane < planes - 1:
             sizes = (sizes - rows * columns * M).abs()
     by_column = sizes.square().sum(-2, keepdim=True) - 2 * columns * (rows.mT @ sizes)
-    by_column = by_column + columns.square() * (rows.square().mT @ M)
+    by_column = by_column + columns.square() * _by_column(rows.square(), M)
     return (by_column * weights).sum((-2, -1))
+
+
+def _error_of_columns(sizes: Tensor, M: Tensor, weights: Tensor, rounds: int) -> Tensor:
+    """:func:`arb_rc_error` of masks of whole columns, all of them in one product.
+
+    Args:
+        sizes: ``|W|``.
+        M: ``(count, batch, 1, columns)``.
+    """
+    masks = M.squeeze(-2).transpose(0, 1)  # (batch, count, columns)
+    rows = (masks @ sizes.mT) / masks.sum(-1, keepdim=True).clamp_min(1)
+    columns = masks * (rows.clamp_min(_TINY).reciprocal() @ sizes) / sizes.shape[-2]
+    for _ in range(rounds):
+        squares = columns.square().sum(-1, keepdim=True).clamp_min(_TINY)
+        rows = (columns @ sizes.mT) / squares
+        squares = rows.square().sum(-1, keepdim=True)
+        columns = masks * (rows @ sizes) / squares.clamp_min(_TINY)
+    products = masks * (rows @ sizes)
+    by_column = masks * sizes.square().sum(-2, keepdim=True) - 2 * columns * products
+    by_column = by_column + columns.square() * rows.square().sum(-1, keepdim=True)
+    return (by_column * weights).sum(-1).mT
 
 
 def arb_rc_round(sizes: Tensor, M: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
     """``alpha^r`` and ``alpha^c`` after one round; ``sizes`` is ``M |W|``."""
-    rows = (sizes @ columns.mT) / (M @ columns.square().mT).clamp_min(_TINY)
-    columns = (rows.mT @ sizes) / (rows.square().mT @ M).clamp_min(_TINY)
-    return rows, columns
+    # A row times a transposed matrix is faster than the matrix times a column.
+    rows = (columns @ sizes.mT) / (columns.square() @ M.mT).clamp_min(_TINY)
+    columns = (rows @ sizes) / _by_column(rows.mT.square(), M).clamp_min(_TINY)
+    return rows.mT, columns
+
+
+def _by_column(rows: Tensor, M: Tensor) -> Tensor:
+    """``sum_i M_ij r_i``, ``(..., 1, columns)``, of ``(..., rows, 1)``; ``M`` of one row stands for all."""
+    return rows.mT @ M if M.shape[-2] > 1 else rows.sum(-2, keepdim=True) * M
 
 
 def arb_rc_second_order(W: Tensor, M: Tensor, rounds: int) -> Group:

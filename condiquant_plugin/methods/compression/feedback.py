@@ -44,7 +44,9 @@ def damped(gram: Tensor, damping: float) -> Tensor:
     """``H``, positive definite: ``gram`` where it is zero becomes the identity."""
     mean = gram.diagonal(dim1=-2, dim2=-1).mean(-1)
     added = torch.where(mean > 0, damping * mean, torch.ones_like(mean))
-    return gram + added[:, None, None] * torch.eye(gram.shape[-1]).to(gram)
+    result = gram.clone(memory_format=torch.contiguous_format)
+    result.diagonal(dim1=-2, dim2=-1).add_(added[:, None])
+    return result
 
 
 def compensation_factor(hessian: Tensor) -> Tensor:
@@ -105,13 +107,14 @@ def compress_by_blocks(
 
     Args:
         weight: ``(batch, rows, features)``, float64.
-        gram: ``(batch, features, features)``, float64.
+        gram: ``(batch, features, features)``, float64; decomposed once where it is one that was expanded.
         columns: in a block; divides the features.
         fit: compresses a block; computed in float32.
         damping: of the Gram matrix, in units of its mean diagonal.
     """
-    hessian = damped(gram, damping)
-    factor, hessian = compensation_factor(hessian).float(), hessian.float()
+    hessian = damped(gram[:1] if gram.stride(0) == 0 else gram, damping)
+    factor = compensation_factor(hessian).float().expand(gram.shape)
+    hessian = hessian.float().expand(gram.shape)
     rest = weight.float().clone()
     fitted = []
     for start in range(0, weight.shape[-1], columns):

@@ -17,19 +17,22 @@ FRACTION = torch.float16
 """What scales, offsets and factors are kept in."""
 FRACTION_BITS = 16
 
-
-_BITS = (1, 2, 4, 8, 16, 32, 64, 128)
+_BITS_OF_BYTES = torch.arange(256)[:, None] >> torch.arange(8) & 1
+_GATHER = 0x0102040810204080
+"""Times eight bytes of 0 or 1, the highest byte has their bits, the first lowest."""
 
 
 def pack_bits(flags: Tensor) -> Tensor:
-    """Bool ``(..., n)`` as bytes ``(..., ceil(n / 8))``, the first in the lowest bit."""
-    padded = F.pad(flags.to(torch.uint8), (0, -flags.shape[-1] % 8)).unflatten(-1, (-1, 8))
-    return (padded * padded.new_tensor(_BITS)).sum(-1, dtype=torch.uint8)
+    """0 and 1 of any dtype, ``(..., n)``, as bytes ``(..., ceil(n / 8))``, the first in the lowest bit."""
+    eights = F.pad(flags.to(torch.uint8), (0, -flags.shape[-1] % 8)).contiguous().view(torch.int64)
+    return (eights * _GATHER >> 56).to(torch.uint8)
 
 
-def unpack_bits(packed: Tensor, count: int) -> Tensor:
+def unpack_bits(packed: Tensor, count: int, dtype: torch.dtype = torch.bool) -> Tensor:
     """Inverse of :func:`pack_bits`; ``count`` is ``n``."""
-    return (packed[..., None] & packed.new_tensor(_BITS)).ne(0).flatten(-2)[..., :count]
+    table = _BITS_OF_BYTES.to(packed.device, dtype)  # several times as fast as shifts
+    bits = table.index_select(0, packed.flatten().int())
+    return bits.view(*packed.shape[:-1], -1)[..., :count]
 
 
 @dataclass(frozen=True)

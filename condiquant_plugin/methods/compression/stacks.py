@@ -43,7 +43,7 @@ class Stack:
     weight: Tensor
     """``(batch, rows, features)``, float64."""
     gram: Tensor
-    """``(batch, features, features)``: the mean of ``x x^T``, float64."""
+    """``(batch, features, features)``: the mean of ``x x^T``, float64; expanded where it is one of all."""
 
     def split(self, tensor: Tensor) -> list[Tensor]:
         """What belongs to each layer."""
@@ -67,7 +67,13 @@ def stacks(problems: Sequence[LayerProblem]) -> Iterator[Stack]:
             chosen = indices[start : start + at_once]
             some = [problems[i] for i in chosen]
             weight = torch.cat([weight_matrix(p.weight.detach(), p.geometry) for p in some])
-            gram = torch.cat([p.moments.gram.double() / max(p.moments.samples, 1) for p in some])
+            distinct = {id(p.moments): p.moments for p in some}.values()
+            means = [m.gram.double() / max(m.samples, 1) for m in distinct]
+            if len(distinct) == groups == 1:
+                gram = means[0].expand(len(some), -1, -1)
+            else:
+                by_id = {id(m): mean for m, mean in zip(distinct, means, strict=True)}
+                gram = torch.cat([by_id[id(p.moments)] for p in some])
             yield Stack(chosen, some, weight.double(), gram)
 
 
@@ -83,7 +89,7 @@ def solution(problem: LayerProblem, form: CompressedWeight) -> Solution:
         InputError: a scale that float16 does not hold.
     """
     weight = weight_matrix(problem.weight.detach(), problem.geometry).float()
-    gram = (problem.moments.gram / max(problem.moments.samples, 1)).float()
+    gram = problem.moments.gram.float() / max(problem.moments.samples, 1)
     lost = output_loss(form.matrices() - weight, gram).sum()
     total = output_loss(weight, gram).sum()
     if not torch.isfinite(lost):

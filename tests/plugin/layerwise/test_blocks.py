@@ -208,6 +208,22 @@ def test_every_block_is_run_as_often_as_it_is_needed():
     assert counts == {"body.8": 2, **{f"body.{i}": 3 if i % 2 == 0 else 2 for i in range(8)}}
 
 
+@pytest.mark.parametrize(("inputs", "calls"), [("compressed", 1 + 1 + 3), ("original", 1 + 3)])
+def test_moments_are_collected_no_further_than_to_the_last_layer(inputs, calls):
+    model, data = Decoder(), batches(3)
+    counts = dict.fromkeys(find_blocks(model), 0)
+    for name in counts:
+
+        def count(*_, name=name):
+            counts[name] += 1
+
+        model.get_submodule(name).fc2.register_forward_hook(count)
+    solve_block_by_block(model, data, CONDITION, inputs=inputs)
+    # The check of the chain, the first batch, and what the compressed block gives to the next.
+    last = calls if inputs == "original" else calls - 3
+    assert counts == {"blocks.0": calls, "blocks.1": calls, "blocks.2": last}
+
+
 def test_layers_can_be_left_out():
     model = Decoder()
     before = copy.deepcopy(model.state_dict())

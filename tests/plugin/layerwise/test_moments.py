@@ -9,7 +9,7 @@ from condiquant_plugin import InputError
 from condiquant_plugin.layerwise.blocks import module_geometry
 from condiquant_plugin.layerwise.moments import (
     LayerGeometry,
-    _product,
+    _add_product,
     moments_of,
     no_moments,
     unfold,
@@ -154,5 +154,6 @@ def test_no_moments_add_nothing(quantized):
 @pytest.mark.parametrize("features", [511, 512, 514])
 def test_gram_matrices_of_wide_layers_are_those_of_one_product(features):
     x = torch.randn(2, 70, features, generator=torch.Generator().manual_seed(0))
-    found = _product(x, x, torch.float64)
+    found = torch.zeros(2, features, features, dtype=torch.float64)
+    _add_product(found, None, x, x)
     torch.testing.assert_close(found, x.double().mT @ x.double(), rtol=1e-5, atol=1e-4)

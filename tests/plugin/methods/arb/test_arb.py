@@ -56,6 +56,22 @@ def test_the_stored_parts_are_the_weight_and_every_bit_is_counted(method, kind):
     assert solution.report.bits_per_weight == pytest.approx(bits / weight.numel())
 
 
+@pytest.mark.parametrize("method", [k for k in KINDS if k.bitmaps == "column_group"], ids=name_of)
+def test_the_weight_is_what_the_blocks_were_fitted_to(method):
+    fitted = []
+
+    class Watched(ARB):
+        def fit(self, block):
+            fitted.append(super().fit(block))
+            return fitted[-1]
+
+    (solution,) = Watched(8, refinement=method.refinement, bitmaps=method.bitmaps).solve(
+        [problem()]
+    )
+    blocks = torch.cat([block.dense() for block in fitted], -1)[0]
+    assert torch.allclose(solution.weight, blocks, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("refinement", ["arb", "arb_x", "arb_rc"])
 def test_refinement_is_worth_it(refinement):
     asked = [problem("tall", seed=seed) for seed in range(4)]

@@ -87,6 +87,16 @@ def test_the_quick_error_of_row_and_column_scales_is_that_of_the_weight(planes, 
     assert float(arb.arb_rc_error(W, M, weights, 2, planes)) == pytest.approx(exact, rel=1e-6)
 
 
+@given(seed=seeds)
+def test_the_quick_error_of_whole_columns_is_that_of_a_mask_of_elements(seed):
+    (W, gram), chosen = matrices(seed), mask_of(seed, rows=3)[0]
+    weights, masks = gram.diagonal(dim1=-2, dim2=-1)[:, None], chosen[:, None, None]
+    found = arb.arb_rc_error(W, masks, weights, 2, 1)
+    for error_of, mask in zip(found, masks, strict=True):
+        expected = arb.arb_rc_error(W, mask.expand_as(W), weights, 2, 1)
+        assert torch.allclose(error_of, expected)
+
+
 def groups(W, M):
     return [arb.binarized(W, M), arb.residual_binarized(W, 1 - M)]
 

@@ -1,16 +1,19 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from condiquant_plugin.methods.compression import feedback
 from condiquant_plugin.methods.compression.feedback import (
     change_of_later,
     compensation_factor,
     compress_by_blocks,
     damped,
 )
-from condiquant_plugin.methods.compression.stacks import output_loss
-from weight_problems import matrices
+from condiquant_plugin.methods.compression.stacks import output_loss, stacks
+from weight_problems import matrices, problem
 
 seeds = st.integers(0, 2**16)
 
@@ -104,3 +107,41 @@ def test_the_factor_is_that_of_the_inverse_whatever_the_size(features):
     assert torch.equal(factor, factor.triu())
     assert (factor.diagonal(dim1=-2, dim2=-1) > 0).all()
     torch.testing.assert_close(factor.mT @ factor, torch.linalg.inv(hessian), rtol=1e-6, atol=1e-9)
+
+
+def test_one_gram_matrix_of_several_layers_is_decomposed_once(monkeypatch):
+    weights, gram = torch.cat([matrices(seed)[0] for seed in range(3)]), matrices(0)[1]
+    sizes = []
+
+    class Halves:
+        def __init__(self, block):
+            self.block = block
+
+        def dense(self):
+            return self.block.weight / 2
+
+    def decomposed(hessian):
+        sizes.append(len(hessian))
+        return compensation_factor(hessian)
+
+    monkeypatch.setattr(feedback, "compensation_factor", decomposed)
+
+    def compressed(gram):
+        blocks = compress_by_blocks(weights, gram, 4, Halves, compensation="exact", damping=0.01)
+        return [block.block.weight for block in blocks]
+
+    shared, repeated = compressed(gram.expand(3, -1, -1)), compressed(gram.repeat(3, 1, 1))
+    assert sizes == [1, 3]
+    for one, other in zip(shared, repeated, strict=True):
+        assert torch.allclose(one, other, rtol=1e-5, atol=1e-5)
+
+
+def test_layers_that_share_moments_have_one_gram_matrix():
+    one, other = problem(seed=0), problem(seed=1)
+    shared = [one, replace(other, moments=one.moments)]
+    (stack,) = stacks(shared)
+    assert stack.gram.stride(0) == 0
+    (apart,) = stacks([one, other])
+    for gram, layer in zip(apart.gram, (one, other), strict=True):
+        assert torch.equal(gram, layer.moments.gram[0] / layer.moments.samples)
+    assert torch.equal(stack.gram[1], apart.gram[0])
