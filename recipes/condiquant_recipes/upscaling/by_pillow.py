@@ -47,7 +47,7 @@ def with_exif(source: Path) -> pyvips.Image:
             directory = ImageFileDirectory_v2(_header(stream))
             exif.bigtiff, exif.endian = directory._bigtiff, directory._endian
             exif.load_from_fp(stream, directory.next)
-        found = _about(exif).tobytes()
+            found = _about(exif).tobytes()
     except (OSError, SyntaxError, ValueError, struct.error):
         _logger.warning("%s: its EXIF cannot be read and is left out", source)
         found = b""
