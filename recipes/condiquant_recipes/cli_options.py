@@ -7,13 +7,13 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import rich
 import typer
-from rich.console import Console
 
 from condiquant_plugin.errors import InputError
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from condiquant_recipes.progress import Progress
     from condiquant_recipes.recipe import Recipe
 
@@ -48,6 +48,8 @@ LayersOption = Annotated[
 
 def console() -> Console:
     """Of standard output, as wide as what is printed where that is no terminal: a pipe cuts no names."""
+    from rich.console import Console
+
     wide = None if sys.stdout.isatty() or os.environ.get("COLUMNS") else _PIPE
     return Console(width=wide)
 
@@ -56,8 +58,11 @@ def progress(quiet: bool) -> Progress:
     """Bars on the terminal, or nothing."""
     from condiquant_recipes.progress import Progress
 
-    rich.reconfigure(stderr=True)  # NNCF shows its own bars on this console
-    return Progress(None if quiet else Console(stderr=True))
+    if quiet:
+        return Progress()
+    from rich.console import Console
+
+    return Progress(Console(stderr=True))
 
 
 def data_folder(data: Path | None) -> Path:

@@ -11,7 +11,13 @@ from typing import Any
 
 from condiquant_plugin.errors import MissingExtraError
 
-_EXTRAS = {"nncf": "nncf", "openvino": "openvino", "pyvips": "upscale", "av": "upscale"}
+_EXTRAS = {
+    "nncf": "nncf",
+    "openvino": "openvino",
+    "pyvips": "upscale",
+    "av": "upscale",
+    "PIL": "upscale",
+}
 """Of packages that no integration names; ``recipes`` brings all the rest."""
 
 
@@ -21,9 +27,12 @@ def load(name: str) -> Any:
     Raises:
         ModuleNotFoundError: a host that it needs is not installed.
     """
+    import rich
+
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     warnings.filterwarnings("ignore", message="torch.meshgrid")  # of networks in BasicSR
+    rich.reconfigure(stderr=True)  # NNCF shows its own bars on this console
     with suppress(ModuleNotFoundError):
         from nncf.common.logging import nncf_logger
 

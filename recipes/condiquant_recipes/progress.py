@@ -1,20 +1,13 @@
-"""Progress on the terminal, through rich; silent by default."""
+"""Progress on the terminal, through rich, which is loaded where it is needed; silent by default."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
-import rich
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
-from rich.progress import Progress as RichProgress
+if TYPE_CHECKING:
+    from rich.console import Console
 
 Advance = Callable[..., object]
 
@@ -38,6 +31,15 @@ class Progress:
         if self.console is None:
             yield lambda *_: None
             return
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
+        from rich.progress import Progress as RichProgress
+
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),
@@ -64,6 +66,8 @@ class Progress:
             self.console.print(f"{description} ...")
             yield
             return
+        import rich
+
         hosts = rich.get_console()  # NNCF's bars are shown on it
         before, hosts.quiet = hosts.quiet, True
         try:

@@ -22,7 +22,7 @@ _logger = logging.getLogger(__name__)
 
 READABLE = frozenset(
     (".png", ".jpg", ".jpeg", ".jpe", ".webp", ".tif", ".tiff", ".gif", ".avif", ".heic", ".heif")
-)
+) | frozenset((".bmp",))
 _FORMATS = {".jpeg": ".jpg", ".jpe": ".jpg", ".tif": ".tiff"}
 _LONGEST_SIDE = {".jpg": 65535, ".webp": 16383}
 _KEPT = ("icc-profile-data", "exif-", "xmp-data", "iptc-data", "photoshop-data", "png-comment-")
@@ -202,7 +202,7 @@ class Enlargement:
             image = _resized(image, picture)
         if picture.has_alpha and picture.wanted.bicubic_alpha:
             image = image.bandjoin(self._bicubic_alpha(image))
-        return _with_metadata(image, picture.image)
+        return _with_metadata(image, picture)
 
     def _bicubic_alpha(self, like: pyvips.Image) -> pyvips.Image:
         picture = self._picture
@@ -225,6 +225,10 @@ class Enlargement:
         else:
             big = self._size > _BIG_TIFF
             image.tiffsave(str(path), compression="deflate", predictor="horizontal", bigtiff=big)
+            if "exif-data" in image.get_fields():
+                from condiquant_recipes.upscaling import by_pillow
+
+                by_pillow.add_exif(path, image.get("exif-data"))
 
 
 def pixels(path: Path) -> int:
@@ -234,7 +238,7 @@ def pixels(path: Path) -> int:
         InputError: unreadable.
     """
     with _naming(path):
-        image = pyvips.Image.new_from_file(str(path), access="sequential")
+        image = _opened(path, access="sequential")
     return int(image.width * image.height)
 
 
@@ -248,13 +252,21 @@ def _holds_16_bits(path: Path) -> bool:
     return kind_of(path) in (".png", ".tiff")
 
 
+def _opened(path: Path, **options: Any) -> pyvips.Image:
+    if kind_of(path) != ".bmp":
+        return pyvips.Image.new_from_file(str(path), **options)
+    from condiquant_recipes.upscaling import by_pillow
+
+    return by_pillow.read(path)
+
+
 def _upright(path: Path) -> pyvips.Image:
-    image = pyvips.Image.new_from_file(str(path), access="sequential", fail_on="error")
+    image = _opened(path, access="sequential", fail_on="error")
     pages = image.get("n-pages") if "n-pages" in image.get_fields() else 1
     if pages > 1:
         _logger.warning("%s has %d pages: the first is enlarged", path, pages)
     if "orientation" in image.get_fields() and image.get("orientation") != 1:
-        image = pyvips.Image.new_from_file(str(path), fail_on="error").autorot()
+        image = _opened(path, fail_on="error").autorot()
     if image.interpretation in ("cmyk", "lab", "labs"):
         profiled = "icc-profile-data" in image.get_fields()
         image = image.icc_transform("srgb") if profiled else image.colourspace("srgb")
@@ -277,11 +289,17 @@ def _resized(image: pyvips.Image, picture: PictureFile) -> pyvips.Image:
     return image.rint().cast(kind)
 
 
-def _with_metadata(image: pyvips.Image, source: pyvips.Image) -> pyvips.Image:
-    image = image.copy(xres=source.xres, yres=source.yres)
-    for field in source.get_fields():
-        if field.startswith(_KEPT) and not field.endswith("-Orientation"):
-            image.set_type(source.get_typeof(field), field, source.get(field))
+def _with_metadata(image: pyvips.Image, picture: PictureFile) -> pyvips.Image:
+    sources = [picture.image]
+    if kind_of(picture.path) == ".tiff":
+        from condiquant_recipes.upscaling import by_pillow
+
+        sources.append(by_pillow.with_exif(picture.path))
+    image = image.copy(xres=picture.image.xres, yres=picture.image.yres)
+    for source in sources:
+        for field in source.get_fields():
+            if field.startswith(_KEPT) and not field.endswith("-Orientation"):
+                image.set_type(source.get_typeof(field), field, source.get(field))
     image.set_type(pyvips.GValue.gint_type, "orientation", 1)  # last, or EXIF says as before
     return image
 

@@ -1,8 +1,11 @@
 import numpy as np
 import pytest
 import pyvips
+from PIL import ExifTags, Image
+from PIL.TiffImagePlugin import IFDRational
 
 from condiquant_openvino import read_ir, read_metadata, save, set_metadata, take_u8_nhwc
+from condiquant_recipes.upscaling import picture_file
 
 
 def saved(image, path):
@@ -57,11 +60,80 @@ def test_a_photograph_is_enlarged_and_keeps_what_it_says(
     assert distance(found, network(loaded(source).numpy())) <= {"jpg": 2, "webp": 3}.get(ending, 0)
     assert found.get("icc-profile-data") == profile
     assert b"adobe:ns:meta" in found.get("xmp-data")
-    if ending != "tiff":  # libvips writes no EXIF there
+    if ending != "tiff":  # libvips reads none there
         assert found.get("exif-ifd0-Artist").startswith("Ada ")
     if ending != "webp":
         assert found.xres == pytest.approx(11.8, rel=1e-2)
     assert [file.name for file in tmp_path.iterdir() if file.name.startswith(".")] == []
+
+
+@pytest.fixture
+def from_a_camera(tmp_path, photograph):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Artist] = "Ada"
+    exif[ExifTags.IFD.Exif] = {ExifTags.Base.ExposureTime: IFDRational(1, 60)}
+    exif[ExifTags.IFD.GPSInfo] = {ExifTags.GPS.GPSLatitudeRef: "N"}
+    Image.fromarray(photograph.numpy()).save(tmp_path / "camera.jpg", exif=exif)
+    return tmp_path / "camera.jpg"
+
+
+@pytest.mark.parametrize("big", [False, True])
+def test_exif_goes_into_tiff_and_out_of_it(
+    tmp_path, upscale, network, from_a_camera, big, monkeypatch
+):
+    monkeypatch.setattr(picture_file, "_BIG_TIFF", 0 if big else 2**31)
+    upscale(from_a_camera, tmp_path / "large.tiff")
+    with Image.open(tmp_path / "large.tiff") as found:
+        exif, pixels = found.getexif(), np.asarray(found)
+    assert exif[ExifTags.Base.Artist] == "Ada"
+    assert exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.ExposureTime] == IFDRational(1, 60)
+    assert exif.get_ifd(ExifTags.IFD.GPSInfo)[ExifTags.GPS.GPSLatitudeRef] == "N"
+    np.testing.assert_array_equal(pixels, network(loaded(from_a_camera).numpy()))
+    np.testing.assert_array_equal(loaded(tmp_path / "large.tiff").numpy(), pixels)
+    upscale(tmp_path / "large.tiff", tmp_path / "larger.jpg")
+    with Image.open(tmp_path / "larger.jpg") as found:
+        exif = found.getexif()
+    assert exif[ExifTags.Base.Artist] == "Ada"
+    assert exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.ExposureTime] == IFDRational(1, 60)
+
+
+def test_exif_that_cannot_be_read_is_left_out(tmp_path, upscale, from_a_camera, caplog):
+    upscale(from_a_camera, tmp_path / "camera.tiff")
+    content = (tmp_path / "camera.tiff").read_bytes()
+    with Image.open(tmp_path / "camera.tiff") as found:
+        at = found.getexif()[ExifTags.IFD.Exif]
+    pointer = content.rindex(at.to_bytes(4, "little"))
+    beyond = len(content).to_bytes(4, "little")
+    (tmp_path / "camera.tiff").write_bytes(content[:pointer] + beyond + content[pointer + 4 :])
+    upscale(tmp_path / "camera.tiff", tmp_path / "large.png")
+    assert "camera.tiff: its EXIF cannot be read and is left out" in caplog.text
+    assert loaded(tmp_path / "large.png").width == 16 * 44
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "P", "1"])
+def test_bmp_is_read(tmp_path, upscale, network, photograph, mode):
+    source = Image.fromarray(photograph.numpy()).convert(mode)
+    source.save(tmp_path / "photo.bmp", dpi=(300, 300))
+    target = tmp_path / "out"
+    target.mkdir()
+    upscale(tmp_path / "photo.bmp", target)
+    found = loaded(target / "photo.png")
+    levels = np.asarray(source.convert("RGB"))
+    assert found.bands == (3 if mode in ("RGB", "P") else 1)
+    expected = network(levels)
+    np.testing.assert_allclose(
+        found.numpy(), expected if found.bands == 3 else expected.mean(2), atol=1
+    )
+    assert found.xres == pytest.approx(300 / 25.4, rel=1e-2)
+
+
+def test_half_a_bmp_is_no_readable_picture(tmp_path, upscale, photograph):
+    Image.fromarray(photograph.numpy()).save(tmp_path / "photo.bmp")
+    content = (tmp_path / "photo.bmp").read_bytes()
+    (tmp_path / "photo.bmp").write_bytes(content[: len(content) // 2])
+    error = upscale(tmp_path / "photo.bmp", tmp_path / "large.png", code=2)
+    assert "photo.bmp is no readable picture" in error
+    assert not (tmp_path / "large.png").exists()
 
 
 @pytest.mark.parametrize("ending", ["png", "tiff"])
@@ -227,8 +299,6 @@ def test_into_a_folder(tmp_path, upscale, photograph):
 
 def test_a_picture_larger_than_memory_streams(tmp_path, upscale, photograph, monkeypatch):
     """It waits on the disk, strip by strip, and comes out the same."""
-    from condiquant_recipes.upscaling import picture_file
-
     source = saved(photograph, tmp_path / "photo.png")
     options = ("--tile", 16, "--scale", 3)
     upscale(source, tmp_path / "in_memory.png", *options)
