@@ -26,6 +26,7 @@ RULES = {
     "*/matmul/1": {"activation_bits": 3},
     "layers.1.*.fc?": {"weight_bits": "float", "activation_bits": "float"},
     "*.fc2": {"weight_bits": 2, "activation_bits": 5},
+    "layers.0.*.fc1": {"activation_bits": "float"},
 }
 FAST = {"scope": "all", "recondition": None}
 entries = pytest.mark.parametrize("quantize", ENTRIES.values(), ids=ENTRIES)
@@ -76,7 +77,6 @@ SETTINGS = [
     ("swinir", {}),
     ("swinir", {"recondition": CONDITION, "weight_bits": 3}),
     ("swinir", {"layers": RULES}),
-    ("swinir", {"layers": {"*.fc?": {"activation_bits": "float"}}}),
     ("edsr", {"layers": {"body.0.*": {"weight_bits": 3, "activation_bits": "float"}}}),
     ("dat", {"recondition": CONDITION}),
     ("dat", {}),
@@ -135,6 +135,7 @@ def test_rules_give_single_layers_their_bits():
         assert {bits[n] for n in bits if n.endswith(".qkv")} == {(6, 4)}
         assert {bits[n] for n in bits if n.endswith(".proj")} == {(4, 4)}
         assert not any(n.startswith("layers.1.") and n.endswith("fc1") for n in bits)
+        assert {bits[n] for n in bits if n.endswith(".fc1")} == {(4, FLOAT_BITS)}
         # The later rule has the last word.
         assert {bits[n] for n in bits if n.endswith(".fc2")} == {(2, 5)}
         products = precision.product_bits(found.model)
