@@ -8,7 +8,6 @@ from typing import Any, Literal, Self, TypeVar, get_args
 
 from condiquant_plugin.errors import InputError, check_choice
 from condiquant_plugin.layerwise.precision import (
-    FLOAT_BITS,
     LayerBits,
     LayerRule,
     RuledBits,
@@ -18,7 +17,7 @@ from condiquant_plugin.layerwise.precision import (
 from condiquant_plugin.layerwise.scope import Scope
 from condiquant_plugin.methods.condiquant.reconditioning import ReconditioningConfig, default_config
 from condiquant_plugin.uniform.bounds import Side
-from condiquant_plugin.uniform.grid import DEFAULT_OVERFLOW, Overflow, check_bits
+from condiquant_plugin.uniform.grid import DEFAULT_OVERFLOW, FLOAT_BITS, Overflow, check_bits
 
 BoundsInputs = Literal["quantized", "float"]
 Granularity = Literal["tensor", "channel"]
@@ -52,11 +51,16 @@ def _check_rule(pattern: str, rule: LayerRule) -> None:
     for key, bits in given.items():
         if bits not in (None, "float"):
             check_bits(bits, f"layers[{pattern!r}].{key}")  # type: ignore[arg-type]
-    if "float" in given.values() and set(given.values()) != {"float"}:
-        raise InputError(
-            f"layers[{pattern!r}] leaves half of a layer float: give float for weight_bits and for "
-            "activation_bits, or for neither"
-        )
+    if rule.weight_bits == "float" != rule.activation_bits:
+        raise InputError(_half_float(f"layers[{pattern!r}]"))
+
+
+def _half_float(what: str) -> str:
+    # Such a layer runs in a float kernel at the size of float: rounding its inputs would only cost.
+    return (
+        f"{what} leaves a weight float but not its inputs, which saves nothing: give "
+        "activation_bits: float too, or weight_bits of 2 to 8"
+    )
 
 
 def _ruled(bits: RuledBits, otherwise: int) -> int:
@@ -143,13 +147,29 @@ class QuantizationConfig:
         rule = rule_for(name, self.layers)
         return LayerBits(_ruled(rule.weight_bits, weight), _ruled(rule.activation_bits, activation))
 
-    def leaves_float(self, name: str) -> bool:
-        """Whether a rule of ``layers`` says so of a layer or product."""
-        return self.bits(name).activation == FLOAT_BITS
+    def quantizes(self, name: str, has_weight: bool) -> bool:
+        """Whether rules of ``layers`` leave a layer, or a product, more than floats.
 
-    def quantized_of(self, layers: Sequence[_Layer], name: Callable[[_Layer], str]) -> list[_Layer]:
-        """Those of ``layers`` that no rule leaves float; InputError if that is none."""
-        kept = [layer for layer in layers if not self.leaves_float(name(layer))]
+        Raises:
+            InputError: rules that together leave its weight float, but not its inputs.
+        """
+        weight, activation = self.bits(name)
+        if has_weight and weight == FLOAT_BITS != activation:
+            raise InputError(_half_float(f"of layers, what is for {name}"))
+        return activation != FLOAT_BITS or (has_weight and weight != FLOAT_BITS)
+
+    def quantized_of(
+        self,
+        layers: Sequence[_Layer],
+        name: Callable[[_Layer], str],
+        has_weight: Callable[[_Layer], bool],
+    ) -> list[_Layer]:
+        """Those of ``layers`` that rules do not leave float.
+
+        Raises:
+            InputError: if that is none; as :meth:`quantizes`.
+        """
+        kept = [layer for layer in layers if self.quantizes(name(layer), has_weight(layer))]
         if not kept:
             raise InputError("the rules of layers leave everything float: quantize a layer")
         return kept

@@ -23,7 +23,7 @@ from condiquant_plugin.configuration import QuantizationConfig
 from condiquant_plugin.errors import InputError
 from condiquant_plugin.forward_pass import run
 from condiquant_plugin.layerwise.moments import Moments
-from condiquant_plugin.layerwise.precision import FLOAT_BITS, LayerBits
+from condiquant_plugin.layerwise.precision import LayerBits
 from condiquant_plugin.layerwise.quantized import (
     QuantizedLayer,
     collect_moments,
@@ -37,6 +37,7 @@ from condiquant_plugin.uniform.fake_quantizer import (
     search_bounds,
     snapped_together,
 )
+from condiquant_plugin.uniform.grid import FLOAT_BITS
 
 WIDTHS = (2, 3, 4, 6, 8)
 """Bits that are tried; of 5 and 7 there is little to be had beside their neighbours."""
@@ -120,7 +121,7 @@ class PrecisionStudy:
         self._restore()
         for quantizer in self._quantizers.values():
             own = self.fixed.get(_owner(quantizer))
-            _set_bits(quantizer, bits if own is None else _width(own, quantizer.kind))
+            quantizer.set_bits(bits if own is None else _width(own, quantizer.kind))
         search_bounds(self.model, images)
         problems = [
             layer.problem(moments[layer.name].as_quantized())
@@ -261,7 +262,7 @@ class PrecisionStudy:
 
     def _put(self, quantizer: FakeQuantizer, bits: int, calibration: int) -> None:
         """Give a quantizer bits, and the bounds that it got in the calibration at a width."""
-        _set_bits(quantizer, bits)
+        quantizer.set_bits(bits)
         quantizer.set_bounds(*self._rounded[calibration].bounds[quantizer.name])
 
     @torch.no_grad()
@@ -292,7 +293,3 @@ def _width(bits: LayerBits | None, kind: grid.Kind) -> int:
     if bits is None:
         return FLOAT_BITS
     return bits.weight if kind == "weight" else bits.activation
-
-
-def _set_bits(quantizer: FakeQuantizer, bits: int) -> None:
-    quantizer.bits = grid.fitting_bits(bits, quantizer.kind, quantizer.overflow)

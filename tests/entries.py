@@ -47,6 +47,8 @@ def _computed(model, images):
 def _of_torch(model, report) -> Quantized:
     bounds, learned = {}, {}
     for quantizer in fake_quantizers(model).values():
+        if quantizer.in_float:
+            continue
         name = quantizer.name.replace(STUBS, "/matmul/")
         grid = quantizer.snapped()
         highest = grid.lower + grid.step * (2**quantizer.bits - 1)

@@ -9,16 +9,16 @@ from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from condiquant_plugin.errors import InputError
+from condiquant_plugin.uniform.grid import FLOAT_BITS
 
 if TYPE_CHECKING:
     from torch import nn
 
-FLOAT_BITS = 32
 RuledBits = int | Literal["float"] | None
 
 
 class LayerBits(NamedTuple):
-    """Of a layer's weight and of its inputs; :data:`FLOAT_BITS` where they stay float."""
+    """Of a layer's weight and of its inputs; :data:`.uniform.grid.FLOAT_BITS` where they stay float."""
 
     weight: int
     activation: int
@@ -40,8 +40,7 @@ class LayerRule:
     weight_bits: RuledBits = None
     """2 to 8, or ``"float"``; ``None``: as without the rule. Products of activations have no weight."""
     activation_bits: RuledBits = None
-    """Likewise, of inputs and of both factors of a product. A layer that has a weight is float as a whole
-    or not at all."""
+    """Likewise, of inputs and of both factors of a product. A float weight has float inputs."""
 
 
 def as_rules(given: Any) -> dict[str, LayerRule]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -19,6 +19,8 @@ from condiquant_plugin.layerwise.moments import LayerGeometry, Moments, moments_
 from condiquant_plugin.layerwise.problem import LayerProblem, Solution
 from condiquant_plugin.uniform.fake_quantizer import FakeQuantizer, fake_quantizers
 from condiquant_plugin.uniform.grid import SnappedGrid
+
+_Rounding = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -126,15 +128,15 @@ def collect_moments(
     moments: dict[str, Moments] = {}
     uses: Counter[str] = Counter()
 
-    def add(layer: QuantizedLayer, grid: SnappedGrid, quantizer: FakeQuantizer, args: Any) -> None:
+    def add(layer: QuantizedLayer, rounded: _Rounding, quantizer: FakeQuantizer, args: Any) -> None:
         x = quantizer.rotated(*args)
-        codes = _on_grid(grid, x) if quantized else None
+        codes = rounded(x) if quantized else None
         new = layer.moments_of(x, codes, dtype)
         moments[layer.name] = moments[layer.name] + new if layer.name in moments else new
         uses[layer.name] += 1
 
     hooks = [
-        quantizer.register_forward_pre_hook(partial(add, layer, quantizer.snapped()))
+        quantizer.register_forward_pre_hook(partial(add, layer, _rounding(quantizer)))
         for layer in layers
         for quantizer in layer.input_quantizers
     ]
@@ -160,7 +162,13 @@ def collect_moments(
 
 def quantized_input(quantizer: FakeQuantizer, x: Tensor) -> Tensor:
     """What an input quantizer makes of ``x``, as it is behind its rotation, whether it is on or off."""
-    return _on_grid(quantizer.snapped(), x)
+    return _rounding(quantizer)(x)
+
+
+def _rounding(quantizer: FakeQuantizer) -> _Rounding:
+    if quantizer.in_float:
+        return torch.detach
+    return partial(_on_grid, quantizer.snapped())
 
 
 def _on_grid(grid: SnappedGrid, x: Tensor) -> Tensor:

@@ -119,7 +119,8 @@ class FakeQuantizer(nn.Module):
     :mod:`condiquant_plugin.uniform.grid`, with a straight-through gradient.
 
     Args:
-        bits: 2 to 8; of 8, operands keep 7 where ``overflow`` is ``"safe"``.
+        bits: 2 to 8; of 8, operands keep 7 where ``overflow`` is ``"safe"``. With
+            :data:`condiquant_plugin.uniform.grid.FLOAT_BITS` it passes on what it gets.
         kind: decides the lattice; an ``"operand"`` is a factor of a product of activations.
         row_blocks: number of equal blocks of rows along ``axis``, each with bounds of its own: 1 is
             per tensor, 3 serves a fused qkv, the number of rows is per channel.
@@ -146,10 +147,11 @@ class FakeQuantizer(nn.Module):
         rotates: int = 0,
     ) -> None:
         super().__init__()
-        self.bits, self.kind = grid.fitting_bits(bits, kind, overflow), kind
+        self.kind = kind
         self.row_blocks, self.axis, self.side, self.name = row_blocks, axis, side, name
         self.zero_on_grid, self.overflow = zero_on_grid, overflow
         self.rotates = rotates
+        self.set_bits(bits)
         self.rotation: Tensor | None
         self.register_buffer("rotation", orthogonal(rotates) if rotates else None, persistent=False)
         shape = () if row_blocks == 1 else (row_blocks,)
@@ -159,6 +161,11 @@ class FakeQuantizer(nn.Module):
         self.search_on_next_input = False
         self.sample: Sample | None = None
         self._learned: grid.SnappedGrid | None = None
+
+    def set_bits(self, bits: int) -> None:
+        """Set the bits, as the constructor takes them."""
+        is_float = bits == grid.FLOAT_BITS
+        self.bits = bits if is_float else grid.fitting_bits(bits, self.kind, self.overflow)
 
     @torch.no_grad()
     def set_bounds(self, lower: Tensor | float, upper: Tensor | float) -> None:
@@ -173,6 +180,8 @@ class FakeQuantizer(nn.Module):
             InputError: if ``x`` has NaN or Inf; names this quantizer.
         """
         check_finite(x, f"the {self.kind} of {self.name or 'a quantizer'}")
+        if self.in_float:
+            return
         rows = x.detach().reshape(1, -1) if self.row_blocks == 1 else self._block_rows(x.detach())
         found = bounds.search(
             rows,
@@ -184,6 +193,11 @@ class FakeQuantizer(nn.Module):
         )
         self.set_bounds(found.lower.view_as(self.lower), found.upper.view_as(self.upper))
         self.set_bounds(*self._fitting_bounds(x.detach()))
+
+    @property
+    def in_float(self) -> bool:
+        """Whether its layer takes floats: it has no grid, and is there to be watched."""
+        return self.bits == grid.FLOAT_BITS
 
     @property
     def depends_on_weight(self) -> bool:
@@ -200,11 +214,6 @@ class FakeQuantizer(nn.Module):
         step = (self.upper - self.lower) / (2**self.bits - 1)
         factor = (smallest / step.detach().clamp_min(grid.SMALLEST_STEP)).clamp_min(1)
         return self.lower * factor, self.upper * factor
-
-    @property
-    def lattice(self) -> grid.Lattice:
-        """What the bounds are snapped to."""
-        return grid.lattice(*self._lattice_keys)
 
     @property
     def _lattice_keys(self) -> tuple[int, grid.Kind, bool, grid.Overflow]:
@@ -239,7 +248,7 @@ class FakeQuantizer(nn.Module):
         elif self.search_on_next_input:
             self.search_bounds(x)
             self.search_on_next_input = False
-        if not self.enabled:
+        if not self.enabled or self.in_float:
             return x
         learned = self._learned
         if learned is None:
@@ -304,7 +313,7 @@ def snapped_together(model: nn.Module) -> Iterator[None]:
     """
     alike: dict[Any, list[FakeQuantizer]] = defaultdict(list)
     for quantizer in fake_quantizers(model).values():
-        if quantizer.enabled and not quantizer.depends_on_weight:
+        if quantizer.enabled and not (quantizer.in_float or quantizer.depends_on_weight):
             alike[quantizer._lattice_keys, quantizer.lower.device].append(quantizer)
     for (keys, _), quantizers in alike.items():
         lower, upper = (

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any
 
@@ -13,11 +14,13 @@ from brevitas.nn.mixin.base import QuantLayerMixin
 from brevitas.nn.quant_layer import QuantNonLinearActLayer
 from torch import nn
 from torch.nn.utils import parametrize
+from torch.utils.hooks import RemovableHandle
 
 from condiquant_brevitas.layers import QUANT_LAYERS
 from condiquant_brevitas.tensor_quant import LearnedBoundsQuant
 from condiquant_plugin.errors import InputError
 from condiquant_plugin.uniform.fake_quantizer import FakeQuantizer
+from condiquant_plugin.uniform.grid import FLOAT_BITS
 
 _PLAIN_LAYERS = {quantized: plain for plain, quantized in QUANT_LAYERS.items()}
 
@@ -71,10 +74,35 @@ def _plain_layer(module: Any, name: str) -> nn.Module:
     layer.weight, layer.bias = module.weight, module.bias
     if (weight_quantizer := _quantizer(module.weight_quant, name)) is not None:
         parametrize.register_parametrization(layer, "weight", weight_quantizer)
-    if (input_quantizer := _quantizer(module.input_quant, name)) is not None:
-        layer.add_module("input_quantizer", input_quantizer)
-        layer.register_forward_pre_hook(_quantize_input, with_kwargs=True)
+    if (quantizer := _quantizer(module.input_quant, name)) is not None:
+        _add_input_quantizer(layer, quantizer)
     return layer.train(module.training)
+
+
+@contextmanager
+def watching_float_inputs(layers: Iterable[Any]) -> Iterator[None]:
+    """Inside, inputs that nothing quantizes pass a fake quantizer without a grid."""
+    floats = [layer for layer in layers if not layer.input_quant.is_quant_enabled]
+    hooks = [_add_input_quantizer(x, FakeQuantizer(FLOAT_BITS, "activation")) for x in floats]
+    try:
+        yield
+    finally:
+        for layer, hook in zip(floats, hooks, strict=True):
+            hook.remove()
+            del layer.input_quantizer
+
+
+def input_quantizer(layer: Any) -> FakeQuantizer:
+    """Of a Brevitas layer with learned bounds, or what :func:`watching_float_inputs` puts there."""
+    proxy = layer.input_quant
+    found = proxy.fused_activation_quant_proxy.tensor_quant if proxy.is_quant_enabled else None
+    quantizer: FakeQuantizer = layer.input_quantizer if found is None else found.quantizer
+    return quantizer
+
+
+def _add_input_quantizer(layer: nn.Module, quantizer: FakeQuantizer) -> RemovableHandle:
+    layer.add_module("input_quantizer", quantizer)
+    return layer.register_forward_pre_hook(_quantize_input, with_kwargs=True)
 
 
 def _quantize_input(layer: Any, args: Any, kwargs: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:

@@ -11,6 +11,7 @@ from brevitas.graph.utils import get_output_channel_dim
 from brevitas.nn.mixin.base import QuantLayerMixin
 from torch import Tensor, inference_mode, nn
 
+from condiquant_brevitas.fake_quantizers import input_quantizer, watching_float_inputs
 from condiquant_brevitas.layers import QUANT_LAYERS, Layer, find_layers
 from condiquant_brevitas.moments_hook import has_weight_quantizer
 from condiquant_brevitas.products import ProductOperand, insert_stubs, rule_name
@@ -34,6 +35,7 @@ from condiquant_plugin.layerwise.precision import check_rules_match
 from condiquant_plugin.layerwise.problem import fused_blocks
 from condiquant_plugin.layerwise.quantized import QuantizedLayer
 from condiquant_plugin.uniform.fake_quantizer import FakeQuantizer
+from condiquant_plugin.uniform.grid import FLOAT_BITS
 from condiquant_plugin.uniform.sampling import BOUNDS_CROPS
 
 _WEIGHT_QUANTIZERS = {
@@ -117,7 +119,7 @@ def quantize_sr(
         )
         inside, every_name = ([rule_name(layer.name) for layer in each] for each in (layers, every))
         check_rules_match(config.layers, inside, every_name, config.scope)
-    layers = config.quantized_of(layers, lambda layer: rule_name(layer.name))
+    layers = config.quantized_of(layers, lambda la: rule_name(la.name), lambda la: not la.product)
     for layer in layers:
         refuse_rebuilt(layer.name, f"{layer.name}.weight", rebuilt, "put it in name_blacklist")
     outside = {layer.name for layer in layers if not layer.in_scope}
@@ -131,8 +133,15 @@ def quantize_sr(
     }
     if config.weight_granularity == "tensor":
         weights["row_blocks"] = lambda layer, name: fused_blocks(name, _rows(layer))
+
+    def input_bits(name: str) -> int:
+        return config.bits(rule_name(name), name not in outside).activation
+
     inputs = {
-        "bit_width": lambda _, name: config.bits(rule_name(name), name not in outside).activation,
+        "bit_width": lambda _, name: input_bits(name),
+        "quant": lambda _, name: (
+            None if input_bits(name) == FLOAT_BITS else LearnedBoundsActPerTensor
+        ),
         "name": _label("input"),
         "zero_on_grid": config.zero_on_grid,
         "overflow": config.overflow,
@@ -143,19 +152,20 @@ def quantize_sr(
     model = _with_quantizers(model, layers, weight_quantizer, weights, inputs)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(trained.get(name, True))
-    scoped = [layer.name for layer in layers if layer.in_scope and not layer.product]
+    scoped = list(dict.fromkeys(la.name for la in layers if la.in_scope and not la.product))
     for layer in layers:  # before they spoil the inputs of others
         if not layer.product:
             check_finite(_layer(model, layer.name).weight, f"the weight of {layer.name}")
-    found = calibrate(
-        model,
-        [_quantized_layer(model, name) for name in dict.fromkeys(scoped)],
-        calibration.split(1),
-        config,
-        bounds_images=bounds_crops,
-        batch_size=batch_size,
-        unseen=unseen,
-    )
+    with watching_float_inputs([_layer(model, name) for name in scoped]):
+        found = calibrate(
+            model,
+            [_quantized_layer(model, name) for name in scoped],
+            calibration.split(1),
+            config,
+            bounds_images=bounds_crops,
+            batch_size=batch_size,
+            unseen=unseen,
+        )
     model.report = {report.name: report for report in found.reports}  # type: ignore[assignment]
     model.calibration = found  # type: ignore[assignment]
     return model
@@ -199,16 +209,13 @@ def _with_quantizers(
     """Brevitas' layers instead of ``layers`` and of all stubs; the settings are those of injectors."""
     settings = {
         "weight_quant": weight_quantizer,
-        "input_quant": LearnedBoundsActPerTensor,
         **{f"weight_{key}": value for key, value in weights.items()},
         **{f"input_{key}": value for key, value in inputs.items()},
     }
     layer_map = {plain: (quantized, settings) for plain, quantized in QUANT_LAYERS.items()}
     operand = {**inputs, "name": lambda _, name: name, "kind": "operand"}
-    layer_map[ProductOperand] = (
-        qnn.QuantIdentity,
-        {"act_quant": LearnedBoundsActPerTensor, **operand},
-    )
+    operand["act_quant"] = operand.pop("quant")
+    layer_map[ProductOperand] = qnn.QuantIdentity, operand
     chosen = {layer.name for layer in layers}
     left = [
         name
@@ -230,7 +237,7 @@ def _quantized_layer(model: nn.Module, name: str) -> QuantizedLayer:
         layer.weight,
         layer.bias,
         layer.weight_quant.tensor_quant.quantizer,
-        (layer.input_quant.fused_activation_quant_proxy.tensor_quant.quantizer,),
+        (input_quantizer(layer),),
         module_geometry(layer),
         fused_blocks(name, _rows(layer)) if isinstance(layer, nn.Linear) else 1,
     )

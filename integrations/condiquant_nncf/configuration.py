@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 import nncf
@@ -35,4 +34,4 @@ class QuantizationConfig(configuration.QuantizationConfig):
             every = find_layers(model, self.scope, self.ignored_scope, others=True)
             inside, outside = ([layer.name for layer in layers] for layers in (found, every))
             check_rules_match(self.layers, inside, outside, self.scope)
-        return self.quantized_of(found, attrgetter("name"))
+        return self.quantized_of(found, lambda la: la.name, lambda la: la.weight_node is not None)

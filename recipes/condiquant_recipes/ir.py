@@ -119,7 +119,7 @@ def _move_zero_onto_grids(model: nn.Module, image: Tensor) -> dict[str, float]:
         quantizer.zero_on_grid = True
         if quantizer.kind == "weight":
             quantizer.search_on_next_input = True
-        else:
+        elif not quantizer.in_float:
             snapped = quantizer.snapped()
             quantizer.set_bounds(snapped.lower, snapped.upper)
     difference = (model(image) - before).abs()

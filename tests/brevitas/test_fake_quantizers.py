@@ -37,6 +37,19 @@ def computed(model, x):
     return model(x)
 
 
+def test_a_layer_with_float_inputs_has_no_input_quantizer():
+    network, images = build("edsr"), torch.rand(2, 3, 16, 16)
+    rules = {"body.0.conv1": {"activation_bits": "float"}}
+    model = quantize_sr(network, images, scope="all", layers=rules)
+    layer = model.body[0].conv1
+    assert not layer.input_quant.is_quant_enabled
+    assert layer.weight_quant.is_quant_enabled
+    assert not hasattr(layer, "input_quantizer")
+    plain = to_fake_quantizers(model)
+    torch.testing.assert_close(computed(plain, images), computed(model, images), rtol=0, atol=1e-6)
+    check_parity(plain, convert(plain, images[:1]), [images[:1]]).raise_if_broken()
+
+
 @pytest.mark.parametrize(
     ("name", "scope", "bits"),
     [

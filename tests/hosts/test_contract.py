@@ -13,6 +13,7 @@ from condiquant_nncf.quantize import create_condiquant_pipeline
 from condiquant_plugin import InputError, fake_quantizers
 from condiquant_plugin.layerwise import precision
 from condiquant_plugin.methods.condiquant.reconditioning import ReconditioningConfig
+from condiquant_plugin.uniform.grid import FLOAT_BITS
 from entries import ENTRIES, TORCH_ENTRIES, by_network, by_training, converted
 from networks import build
 
@@ -25,6 +26,7 @@ RULES = {
     "*/matmul/1": {"activation_bits": 3},
     "layers.1.*.fc?": {"weight_bits": "float", "activation_bits": "float"},
     "*.fc2": {"weight_bits": 2, "activation_bits": 5},
+    "layers.0.*.fc1": {"activation_bits": "float"},
 }
 FAST = {"scope": "all", "recondition": None}
 entries = pytest.mark.parametrize("quantize", ENTRIES.values(), ids=ENTRIES)
@@ -75,6 +77,7 @@ SETTINGS = [
     ("swinir", {}),
     ("swinir", {"recondition": CONDITION, "weight_bits": 3}),
     ("swinir", {"layers": RULES}),
+    ("edsr", {"layers": {"body.0.*": {"weight_bits": 3, "activation_bits": "float"}}}),
     ("dat", {"recondition": CONDITION}),
     ("dat", {}),
 ]
@@ -132,6 +135,7 @@ def test_rules_give_single_layers_their_bits():
         assert {bits[n] for n in bits if n.endswith(".qkv")} == {(6, 4)}
         assert {bits[n] for n in bits if n.endswith(".proj")} == {(4, 4)}
         assert not any(n.startswith("layers.1.") and n.endswith("fc1") for n in bits)
+        assert {bits[n] for n in bits if n.endswith(".fc1")} == {(4, FLOAT_BITS)}
         # The later rule has the last word.
         assert {bits[n] for n in bits if n.endswith(".fc2")} == {(2, 5)}
         products = precision.product_bits(found.model)
@@ -139,9 +143,32 @@ def test_rules_give_single_layers_their_bits():
         assert {bits for n, bits in products.items() if n.endswith("1")} == {3}
 
 
+def test_float_inputs_beside_quantized_weights():
+    rules = {
+        "*": {"activation_bits": "float"},
+        "*.proj": {"activation_bits": 8},
+        "*.qkv": {"weight_bits": "float", "activation_bits": "float"},
+    }
+    model, crops = network("swinir"), images(2)
+    for quantize in TORCH_ENTRIES.values():
+        found = quantize(model, crops, scope="transformer", layers=rules)
+        bits = precision.layer_bits(found.model)
+        assert {bits[n] for n in bits if n.endswith((".fc1", ".fc2"))} == {(4, FLOAT_BITS)}
+        assert {bits[n] for n in bits if n.endswith(".proj")} == {(4, 8)}
+        assert not any(n.endswith(".qkv") for n in bits)
+        # A product has no weight: its factors are floats.
+        assert not precision.product_bits(found.model)
+        inputs = []
+        block = found.model.layers[0].residual_group.blocks[0].mlp.fc1
+        block.register_forward_pre_hook(lambda _, args, seen=inputs: seen.append(args[0]))
+        found.output(crops)
+        assert all(len(x.unique()) > 2**8 for x in inputs)
+
+
 def test_an_ir_follows_rules():
     rules = {
         "body.0.*": {"weight_bits": 2, "activation_bits": 5},
+        "body.0.conv1": {"activation_bits": "float"},
         "body.1.conv1": {"weight_bits": "float", "activation_bits": "float"},
     }
     found = ENTRIES["ir"](network(), images(3, 24), **FAST, layers=rules)
@@ -150,7 +177,8 @@ def test_an_ir_follows_rules():
         for node in found.model.get_ops()
         if node.get_type_name() == "FakeQuantize"
     }
-    assert levels["body.0.conv2.weight"] == 2**2
+    assert levels["body.0.conv1.weight"] == levels["body.0.conv2.weight"] == 2**2
+    assert "body.0.conv1.input" not in levels
     assert levels["body.0.conv2.input"] == 2**5
     assert levels["body.1.conv2.weight"] == levels["body.1.conv2.input"] == 2**4
     assert "body.1.conv1.weight" not in levels
@@ -165,7 +193,17 @@ def test_an_ir_follows_rules():
         ),
         ({"conv_first": {"weight_bits": 8}}, r"'conv_first'\].* outside scope='transformer'"),
         ({"*": {"weight_bits": 9}}, r"layers\['\*'\]\.weight_bits=9 is not supported"),
-        ({"*": {"weight_bits": "float"}}, "leaves half of a layer float"),
+        (
+            {"*": {"weight_bits": "float"}},
+            r"layers\['\*'\] leaves a weight float but not its inputs, .* give activation_bits: float",
+        ),
+        (
+            {
+                "*.fc?": {"weight_bits": "float", "activation_bits": "float"},
+                "*.fc1": {"activation_bits": 8},
+            },
+            r"of layers, what is for layers\.0\..*\.fc1 leaves a weight float but not its inputs",
+        ),
         ({"*": {"bits": 4}}, "has no bits: give weight_bits or activation_bits"),
         ({"*": 4}, r"layers\['\*'\]=4: give weight_bits"),
         ([("*", 4)], "give rules by pattern"),

@@ -5,6 +5,7 @@ from condiquant_plugin.configuration import QuantizationConfig
 from condiquant_plugin.distillation import DistillationConfig
 from condiquant_plugin.layerwise.precision import LayerBits, LayerRule
 from condiquant_plugin.methods.condiquant.reconditioning import ReconditioningConfig, default_config
+from condiquant_plugin.uniform.grid import FLOAT_BITS
 
 
 @pytest.mark.parametrize(
@@ -42,7 +43,19 @@ def test_of_two_rules_the_later_one_has_the_last_word():
     # Of a further use of a weight, its own name.
     assert config.bits("x.a#1") == LayerBits(5, 7)
     assert config.bits("b") == LayerBits(2, 3)
-    assert config.changed({"layers": {"b": LayerRule("float", "float")}}).leaves_float("b")
+
+
+def test_what_rules_leave_float():
+    rules = {"b*": LayerRule("float", "float"), "*c": LayerRule(None, "float")}
+    config = QuantizationConfig(layers=rules)
+    assert not config.quantizes("b", has_weight=True)
+    assert config.quantizes("c", has_weight=True)
+    assert not config.quantizes("c", has_weight=False)
+    assert config.bits("c") == LayerBits(4, FLOAT_BITS)
+    quantized = config.changed({"layers": {**rules, "b": LayerRule(None, 8)}})
+    assert quantized.quantizes("b", has_weight=False)
+    with pytest.raises(InputError, match="what is for b leaves a weight float but not its inputs"):
+        quantized.quantizes("b", has_weight=True)
 
 
 def test_reconditioning_follows_the_bits_of_activations_unless_it_is_given():

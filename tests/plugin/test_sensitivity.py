@@ -10,8 +10,9 @@ from torch import nn
 
 import condiquant_nncf as host
 from condiquant_plugin import InputError, fake_quantizers
-from condiquant_plugin.layerwise.precision import FLOAT_BITS, LayerBits, layer_bits, product_bits
+from condiquant_plugin.layerwise.precision import LayerBits, layer_bits, product_bits
 from condiquant_plugin.sensitivity import WIDTHS
+from condiquant_plugin.uniform.grid import FLOAT_BITS
 from networks import build
 
 SCOPES = {"edsr": "all", "swinir": "transformer"}
@@ -66,14 +67,14 @@ def test_an_assembled_network_has_the_bits_that_it_is_given():
 
 
 def test_layers_outside_the_scope_have_their_own_bits():
-    made, network, crops = study("edsr", other_bits=6)
-    assert set(made.fixed.values()) == {LayerBits(6, 6)}
-    assert made.fixed.keys() == {"conv_first", "conv_last"}
+    rules = {"conv_last": {"activation_bits": "float"}}
+    made, network, crops = study("edsr", other_bits=6, layers=rules)
+    assert made.fixed == {"conv_first": (6, 6), "conv_last": (6, FLOAT_BITS)}
     assert not made.fixed.keys() & made.sensitivity(crops.split(1)).inputs.keys()
     with torch.no_grad():
         made.assemble({**made.uniform(3, 8), **made.fixed})
         bits = layer_bits(made.model)
-        assert bits["conv_first"] == bits["conv_last"] == (6, 6)
+        assert bits["conv_first"] == (6, 6)
         assert bits["conv_after_body"] == (3, 8)
         made.assemble({})
         assert torch.equal(made.model(crops[:1]), network(crops[:1]))

@@ -9,6 +9,7 @@ from rich.console import Console
 from condiquant_basicsr import read_image, write_image
 from condiquant_openvino import Upscaler, read_metadata
 from condiquant_plugin import InputError
+from condiquant_plugin.uniform.grid import FLOAT_BITS
 from condiquant_recipes import exporting, ir, run
 from condiquant_recipes.progress import Progress
 from condiquant_recipes.recipe import load_recipe
@@ -220,6 +221,18 @@ def test_fidelity_to_the_float_output_is_scored_where_the_recipe_asks(make_job):
     against_float = run_recipe(load_recipe(path, overrides), job.data, job.folder / "float")
     assert against_hr["float"] == against_float["float"]
     assert against_float["quantized"]["Tiny"]["psnr"] != against_hr["quantized"]["Tiny"]["psnr"]
+
+
+def test_layers_with_float_inputs_are_exported_and_exported_again(make_job):
+    job = make_job("edsr")
+    rule = {"weight_bits": 3, "activation_bits": "float"}
+    job.recipe["condiquant"] |= {"layers": {"body.0.*": rule}, "equalize": True}
+    metrics = run_recipe(load_recipe(job.write()), job.data, job.out)
+    rows = {row["name"]: (row["bits"], row["activation_bits"]) for row in metrics["layers"]}
+    assert rows["body.0.conv1"] == rows["body.0.conv2"] == (3, FLOAT_BITS)
+    assert metrics["other_bits"] == {"w3a32": 2}
+    assert metrics["ir"]["parity_layer_max"] <= 1e-5
+    ir.export_again(job.out, job.folder / "npu", {"device": "NPU"}, Progress())
 
 
 def test_a_finished_run_is_exported_again_with_another_shape(finished_job):

@@ -18,6 +18,7 @@ from condiquant_nncf.configuration import QuantizationConfig
 from condiquant_nncf.layer import Layer
 from condiquant_plugin.errors import InputError, check_finite
 from condiquant_plugin.uniform.fake_quantizer import FakeQuantizer
+from condiquant_plugin.uniform.grid import FLOAT_BITS
 from condiquant_plugin.uniform.sampling import BOUNDS_CROPS
 
 Placed = tuple[Layer, int | None, FakeQuantizer]
@@ -135,7 +136,7 @@ def create_quantizers(
     for layer in layers:
         weight_bits, activation_bits = config.bits(layer.name, layer.in_scope)
         for port in layer.activation_ports:
-            rotates = _features(backend, layer) if config.rotate else 0
+            rotates = config.rotate and activation_bits != FLOAT_BITS
             yield layer, port, backend.quantizer_class(
                 activation_bits,
                 "activation" if layer.weight_node is not None else "operand",
@@ -143,7 +144,7 @@ def create_quantizers(
                 name=layer.input_name(port),
                 zero_on_grid=config.zero_on_grid,
                 overflow=config.overflow,
-                rotates=rotates,
+                rotates=_features(backend, layer) if rotates else 0,
             )  # fmt: skip
         if weights and layer.weight_node is not None and not layer.reuses_weight:
             rows = backend.weight(layer).shape[layer.output_axis]

@@ -222,6 +222,8 @@ class OVCondiQuantAlgoBackend(CondiQuantAlgoBackend):
         """A new model with a FakeQuantize of the snapped bounds for every quantizer, named like it."""
         layout, placed = TransformationLayout(), {}
         for layer, port, quantizer in quantizers:
+            if quantizer.in_float:
+                continue
             if port is None:
                 kind, side, at = TargetType.OPERATION_WITH_WEIGHTS, "weights", layer.weight_port
             else:

@@ -26,7 +26,8 @@ def pack(model: ov.Model, *, isa: InstructionSet = "vnni") -> ov.Model:
 
     Taken are those on the lattice of :mod:`condiquant_plugin.uniform.grid`, as
     ``condiquant_nncf.LearnedBoundsQuantization`` places them, where all factors of a product are
-    quantized so; any other stays as it is. The result computes what the FakeQuantize nodes stand for.
+    quantized so, or the weight alone; any other stays as it is. The result computes what the FakeQuantize
+    nodes stand for.
 
     Args:
         model: left untouched; its input must have batch 1 for the same graph as from PyTorch.
@@ -128,9 +129,17 @@ def _zero_on(cells: grid.Lattice, lower: _Array, step: _Array) -> NDArray[np.int
 
 
 def _feeds_quantized_products(node: ov.Node, taken: Collection[str]) -> bool:
-    """Whether all uses are products whose other factor is taken too."""
-    factors = list(_other_factors(node.output(0)))
-    return all(f is not None and origin(f).get_friendly_name() in taken for f in factors)
+    """Whether all uses are products whose other factor is taken too, or of a weight is not quantized."""
+    others = [None if f is None else origin(f) for f in _other_factors(node.output(0))]
+    is_weight = _kind(node) == "weight"
+    return all(
+        other is not None
+        and (
+            other.get_friendly_name() in taken
+            or (is_weight and other.get_type_name() != "FakeQuantize")
+        )
+        for other in others
+    )
 
 
 def _kind(node: ov.Node) -> grid.Kind:

@@ -23,8 +23,9 @@ from openvino._offline_transformations import compress_quantize_weights_transfor
 import condiquant_nncf as nncf_host
 from condiquant_nncf.backends.openvino import prepare
 from condiquant_plugin.errors import InputError
-from condiquant_plugin.layerwise.precision import FLOAT_BITS, LayerBits
+from condiquant_plugin.layerwise.precision import LayerBits
 from condiquant_plugin.layerwise.problem import LayerReport
+from condiquant_plugin.uniform.grid import FLOAT_BITS
 from condiquant_recipes import settings
 from condiquant_recipes.comparison.job import Calibrated, Contender, Job
 

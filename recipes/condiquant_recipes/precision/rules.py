@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import asdict
 
-from condiquant_plugin.layerwise.precision import FLOAT_BITS, LayerBits, LayerRule, usual
+from condiquant_plugin.layerwise.precision import LayerBits, LayerRule, RuledBits, usual
+from condiquant_plugin.uniform.grid import FLOAT_BITS
 from condiquant_recipes.recipe import Recipe, with_condiquant
 
 
@@ -27,6 +28,8 @@ def with_bits(recipe: Recipe, bits: Mapping[str, LayerBits], products: Collectio
 
 
 def _rule(bits: LayerBits) -> LayerRule:
-    if bits.weight == FLOAT_BITS:
-        return LayerRule("float", "float")
-    return LayerRule(bits.weight, bits.activation)
+    return LayerRule(*map(_said, bits))
+
+
+def _said(bits: int) -> RuledBits:
+    return "float" if bits == FLOAT_BITS else bits

@@ -17,6 +17,8 @@ from condiquant_openvino import (
 )
 from condiquant_openvino.running.upscaling import compile_ir
 from condiquant_plugin import FakeQuantizer, InputError, fake_quantizers
+from condiquant_plugin.layerwise import precision
+from condiquant_plugin.uniform.grid import FLOAT_BITS
 from networks import build
 
 BYTES_PER_WEIGHT = {2: 1 / 4, 3: 3 / 8, 4: 1 / 2, 6: 3 / 4, 5: 1, 8: 1}
@@ -90,6 +92,32 @@ def test_networks_quantized_by_nncf(name, bits, monkeypatch):
     products = sum(q.kind == "operand" for q in fake_quantizers(model).values())
     assert len(parity.layers) == len(weights) + products // 2
     assert f"u{bits}" in constants(ir)
+
+
+@pytest.mark.parametrize(("name", "bits"), [("swinir", 4), ("dat", 3), ("edsr", 8)])
+def test_float_inputs_beside_packed_weights(name, bits, monkeypatch):
+    monkeypatch.setitem(networks.SECTIONS["dat"], "embed_dim", 32)
+    size, every = (32 if name == "dat" else 16), name == "edsr"
+    images = torch.rand(2, 3, size, size)
+    rule = {"weight_bits": bits, "activation_bits": "float"}
+    config = condiquant_nncf.QuantizationConfig(
+        scope="all" if every else "transformer",
+        recondition=None,
+        layers={"*.conv1" if every else "*.fc?": rule},
+    )
+    model = condiquant_nncf.quantize_network(build(name), images, config).model
+    ir = convert(model, images)
+    parity = check_parity(model, ir, [images[:1]])
+    parity.raise_if_broken()
+    assert max(layer.error for layer in parity.layers) < 1e-6
+    assert {8: "u8"}.get(bits, f"u{bits}") in constants(ir)
+    in_float = [n for n, own in precision.layer_bits(model).items() if own == (bits, FLOAT_BITS)]
+    runs = {layer.name: layer for layer in layer_executions(ir, compile_ir(ir))}
+    assert in_float
+    for layer in in_float:
+        assert runs[layer].runs_as == "f32"
+        assert runs[layer].reason == "weight in float form: its input is not quantized"
+    assert any(layer.runs_as == "int8" for layer in runs.values())
 
 
 def test_any_size_where_the_trace_allows():

@@ -111,10 +111,10 @@ def test_integers_of_an_ir_are_those_of_its_quantizers():
     model = with_bounds(Layer(layer, 4), (-0.25, 1.0), (-0.1, 0.11))
     (found,) = largest_pair_sums(convert(model, x)).values()
     inputs, weights = model.input, model.weight
-    fine = weights.snapped().step / weights.lattice.refinement
+    fine = weights.snapped().step / weights.snapped().refinement
     codes = (weights(layer.weight).detach() / fine).round().reshape(4, -1)
     pairs = torch.stack([side.clamp_min(0).topk(2, 1).values.sum(1) for side in (codes, -codes)])
-    highest = 15 * inputs.lattice.refinement - inputs.snapped().zero
+    highest = 15 * inputs.snapped().refinement - inputs.snapped().zero
     assert found == (highest + 128) * pairs.max()
 
 

@@ -71,6 +71,28 @@ def test_packed_model_computes_what_was_simulated(name, bits, device, granularit
     assert not np.array_equal(outputs[0][1], core.compile_model(model, "CPU", F32)([image])[0])
 
 
+def test_a_weight_is_packed_behind_a_float_input(image):
+    model = converted("edsr", image)
+    rules = {"body.*": {"activation_bits": "float"}}
+    simulated = condiquant_nncf.quantize(
+        model,
+        nncf.Dataset([image]),
+        advanced_parameters=condiquant_nncf.AdvancedCondiQuantParameters(layers=rules),
+        subset_size=1,
+    )
+    packed = pack(simulated)
+    codes = [n for n in packed.get_ops() if n.get_output_element_type(0) == ov.Type.u4]
+    quantized = [n for n in simulated.get_ops() if n.get_type_name() == "FakeQuantize"]
+    weights = [n for n in quantized if n.get_friendly_name().endswith(".weight")]
+    assert len(quantized) < 2 * len(weights)
+    assert len(codes) == len(weights)
+    core = ov.Core()
+    found, expected = (
+        core.compile_model(m, "CPU", p)([image])[0] for m, p in ((packed, F32), (simulated, EXACT))
+    )
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.ptp(expected))
+
+
 def test_a_model_without_low_bits_is_refused(image):
     model = converted("edsr", image)
     with pytest.raises(InputError, match=r"no low-bit FakeQuantize to pack: .*condiquant_nncf"):

@@ -5,13 +5,13 @@ import condiquant_brevitas
 import condiquant_nncf
 import networks
 from condiquant_plugin.layerwise.precision import (
-    FLOAT_BITS,
     LayerBits,
     layer_bits,
     others,
     product_bits,
     usual,
 )
+from condiquant_plugin.uniform.grid import FLOAT_BITS
 
 KEYS = {"weight_bits": 3, "activation_bits": 8, "recondition": None}
 

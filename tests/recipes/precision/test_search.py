@@ -130,10 +130,14 @@ def test_rules_name_only_what_differs(make_job):
     recipe = load_recipe(make_job("swinir").write())
     bits = {
         "a.qkv": LayerBits(6, 8), "a/matmul/0": LayerBits(8, 8), "a/matmul/1": LayerBits(32, 32),
-        "a.proj": LayerBits(6, 8), "a.fc1": LayerBits(3, 8), "a.fc2": LayerBits(32, 32),
+        "a.proj": LayerBits(6, 8), "a.fc1": LayerBits(3, 32), "a.fc2": LayerBits(32, 32),
         "b/matmul/0": LayerBits(8, 8), "b/matmul/1": LayerBits(8, 8),
     }  # fmt: skip
     changed = with_bits(recipe, bits, {name for name in bits if "/" in name}).condiquant
     assert (changed.weight_bits, changed.activation_bits) == (6, 8)
     in_float = LayerRule("float", "float")
-    assert changed.layers == {"a/matmul/1": in_float, "a.fc1": LayerRule(3, 8), "a.fc2": in_float}
+    assert changed.layers == {
+        "a/matmul/1": in_float,
+        "a.fc1": LayerRule(3, "float"),
+        "a.fc2": in_float,
+    }
