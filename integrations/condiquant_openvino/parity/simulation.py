@@ -92,7 +92,7 @@ def simulate(
     was_training = model.training
     model.eval()
     with labelled(model) as quantizers, torch.no_grad():
-        enabled = [q for q in quantizers.values() if q.enabled and not q.in_float]
+        enabled = [quantizer for quantizer in quantizers.values() if quantizer.enabled]
         handles = [q.register_forward_pre_hook(lambda *_: pause(True)) for q in enabled]
         handles += [q.register_forward_hook(leave) for q in enabled]
         try:
