@@ -16,8 +16,9 @@ from condiquant_plugin.layerwise.precision import (
 )
 from condiquant_plugin.layerwise.scope import Scope
 from condiquant_plugin.methods.condiquant.reconditioning import ReconditioningConfig, default_config
+from condiquant_plugin.uniform.bits import FLOAT_BITS
 from condiquant_plugin.uniform.bounds import Side
-from condiquant_plugin.uniform.grid import DEFAULT_OVERFLOW, FLOAT_BITS, Overflow, check_bits
+from condiquant_plugin.uniform.grid import DEFAULT_OVERFLOW, Overflow, check_bits
 
 BoundsInputs = Literal["quantized", "float"]
 Granularity = Literal["tensor", "channel"]

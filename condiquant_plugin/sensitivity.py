@@ -31,13 +31,13 @@ from condiquant_plugin.layerwise.quantized import (
 )
 from condiquant_plugin.methods.gptq.rounding import GPTQ
 from condiquant_plugin.uniform import grid
+from condiquant_plugin.uniform.bits import FLOAT_BITS
 from condiquant_plugin.uniform.fake_quantizer import (
     FakeQuantizer,
     fake_quantizers,
     search_bounds,
     snapped_together,
 )
-from condiquant_plugin.uniform.grid import FLOAT_BITS
 
 WIDTHS = (2, 3, 4, 6, 8)
 """Bits that are tried; of 5 and 7 there is little to be had beside their neighbours."""

@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from condiquant_plugin.errors import InputError
-from condiquant_plugin.uniform.grid import FLOAT_BITS
+from condiquant_plugin.uniform.bits import FLOAT_BITS
 
 if TYPE_CHECKING:
     from torch import nn
@@ -18,7 +18,7 @@ RuledBits = int | Literal["float"] | None
 
 
 class LayerBits(NamedTuple):
-    """Of a layer's weight and of its inputs; :data:`.uniform.grid.FLOAT_BITS` where they stay float."""
+    """Of a layer's weight and of its inputs; :data:`.uniform.bits.FLOAT_BITS` where they stay float."""
 
     weight: int
     activation: int

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from condiquant_plugin.errors import InputError, check_finite
 from condiquant_plugin.forward_pass import run
 from condiquant_plugin.uniform import bounds, grid
+from condiquant_plugin.uniform.bits import FLOAT_BITS
 from condiquant_plugin.uniform.rotation import orthogonal
 from condiquant_plugin.uniform.sampling import Sample
 
@@ -120,7 +121,7 @@ class FakeQuantizer(nn.Module):
 
     Args:
         bits: 2 to 8; of 8, operands keep 7 where ``overflow`` is ``"safe"``. With
-            :data:`condiquant_plugin.uniform.grid.FLOAT_BITS` it passes on what it gets.
+            :data:`condiquant_plugin.uniform.bits.FLOAT_BITS` it passes on what it gets.
         kind: decides the lattice; an ``"operand"`` is a factor of a product of activations.
         row_blocks: number of equal blocks of rows along ``axis``, each with bounds of its own: 1 is
             per tensor, 3 serves a fused qkv, the number of rows is per channel.
@@ -164,7 +165,7 @@ class FakeQuantizer(nn.Module):
 
     def set_bits(self, bits: int) -> None:
         """Set the bits, as the constructor takes them."""
-        is_float = bits == grid.FLOAT_BITS
+        is_float = bits == FLOAT_BITS
         self.bits = bits if is_float else grid.fitting_bits(bits, self.kind, self.overflow)
 
     @torch.no_grad()
@@ -197,7 +198,7 @@ class FakeQuantizer(nn.Module):
     @property
     def in_float(self) -> bool:
         """Whether its layer takes floats: it has no grid, and is there to be watched."""
-        return self.bits == grid.FLOAT_BITS
+        return self.bits == FLOAT_BITS
 
     @property
     def depends_on_weight(self) -> bool:

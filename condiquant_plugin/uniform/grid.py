@@ -30,8 +30,6 @@ from torch import Tensor
 from condiquant_plugin.errors import InputError, check_choice
 
 MIN_BITS, MAX_BITS = 2, 8
-FLOAT_BITS = 32
-"""Of what stays as it is."""
 SMALLEST_STEP = 1e-12
 
 Kind = Literal["weight", "activation", "operand"]

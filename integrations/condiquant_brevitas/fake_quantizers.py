@@ -19,8 +19,8 @@ from torch.utils.hooks import RemovableHandle
 from condiquant_brevitas.layers import QUANT_LAYERS
 from condiquant_brevitas.tensor_quant import LearnedBoundsQuant
 from condiquant_plugin.errors import InputError
+from condiquant_plugin.uniform.bits import FLOAT_BITS
 from condiquant_plugin.uniform.fake_quantizer import FakeQuantizer
-from condiquant_plugin.uniform.grid import FLOAT_BITS
 
 _PLAIN_LAYERS = {quantized: plain for plain, quantized in QUANT_LAYERS.items()}
 

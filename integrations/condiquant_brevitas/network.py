@@ -34,8 +34,8 @@ from condiquant_plugin.layerwise.blocks import module_geometry
 from condiquant_plugin.layerwise.precision import check_rules_match
 from condiquant_plugin.layerwise.problem import fused_blocks
 from condiquant_plugin.layerwise.quantized import QuantizedLayer
+from condiquant_plugin.uniform.bits import FLOAT_BITS
 from condiquant_plugin.uniform.fake_quantizer import FakeQuantizer
-from condiquant_plugin.uniform.grid import FLOAT_BITS
 from condiquant_plugin.uniform.sampling import BOUNDS_CROPS
 
 _WEIGHT_QUANTIZERS = {

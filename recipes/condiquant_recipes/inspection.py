@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from condiquant_plugin.errors import InputError
-from condiquant_plugin.uniform.grid import FLOAT_BITS
+from condiquant_plugin.uniform.bits import FLOAT_BITS
 from condiquant_recipes.hosts import load
 from condiquant_recipes.precision.target import decibels
 

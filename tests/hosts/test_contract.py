@@ -13,7 +13,7 @@ from condiquant_nncf.quantize import create_condiquant_pipeline
 from condiquant_plugin import InputError, fake_quantizers
 from condiquant_plugin.layerwise import precision
 from condiquant_plugin.methods.condiquant.reconditioning import ReconditioningConfig
-from condiquant_plugin.uniform.grid import FLOAT_BITS
+from condiquant_plugin.uniform.bits import FLOAT_BITS
 from entries import ENTRIES, TORCH_ENTRIES, by_network, by_training, converted
 from networks import build
 

@@ -5,7 +5,7 @@ from condiquant_plugin.configuration import QuantizationConfig
 from condiquant_plugin.distillation import DistillationConfig
 from condiquant_plugin.layerwise.precision import LayerBits, LayerRule
 from condiquant_plugin.methods.condiquant.reconditioning import ReconditioningConfig, default_config
-from condiquant_plugin.uniform.grid import FLOAT_BITS
+from condiquant_plugin.uniform.bits import FLOAT_BITS
 
 
 @pytest.mark.parametrize(

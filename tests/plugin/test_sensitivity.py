@@ -12,7 +12,7 @@ import condiquant_nncf as host
 from condiquant_plugin import InputError, fake_quantizers
 from condiquant_plugin.layerwise.precision import LayerBits, layer_bits, product_bits
 from condiquant_plugin.sensitivity import WIDTHS
-from condiquant_plugin.uniform.grid import FLOAT_BITS
+from condiquant_plugin.uniform.bits import FLOAT_BITS
 from networks import build
 
 SCOPES = {"edsr": "all", "swinir": "transformer"}

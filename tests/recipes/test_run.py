@@ -9,7 +9,7 @@ from rich.console import Console
 from condiquant_basicsr import read_image, write_image
 from condiquant_openvino import Upscaler, read_metadata
 from condiquant_plugin import InputError
-from condiquant_plugin.uniform.grid import FLOAT_BITS
+from condiquant_plugin.uniform.bits import FLOAT_BITS
 from condiquant_recipes import exporting, ir, run
 from condiquant_recipes.progress import Progress
 from condiquant_recipes.recipe import load_recipe

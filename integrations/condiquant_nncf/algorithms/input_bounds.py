@@ -17,8 +17,8 @@ from condiquant_nncf.backends.choose import AVAILABLE_BACKENDS, get_algo_backend
 from condiquant_nncf.configuration import QuantizationConfig
 from condiquant_nncf.layer import Layer
 from condiquant_plugin.errors import InputError, check_finite
+from condiquant_plugin.uniform.bits import FLOAT_BITS
 from condiquant_plugin.uniform.fake_quantizer import FakeQuantizer
-from condiquant_plugin.uniform.grid import FLOAT_BITS
 from condiquant_plugin.uniform.sampling import BOUNDS_CROPS
 
 Placed = tuple[Layer, int | None, FakeQuantizer]

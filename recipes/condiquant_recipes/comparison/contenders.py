@@ -19,7 +19,7 @@ from condiquant_openvino.writing.passes.simplification import simplify
 from condiquant_plugin.errors import InputError
 from condiquant_plugin.layerwise import precision
 from condiquant_plugin.layerwise.precision import LayerBits
-from condiquant_plugin.uniform.grid import FLOAT_BITS
+from condiquant_plugin.uniform.bits import FLOAT_BITS
 from condiquant_recipes.comparison import neural_compressor
 from condiquant_recipes.comparison import nncf as comparison_nncf
 from condiquant_recipes.comparison.job import MIXED, Calibrated, Contender, Group, Job

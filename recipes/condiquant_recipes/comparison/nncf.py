@@ -25,7 +25,7 @@ from condiquant_nncf.backends.openvino import prepare
 from condiquant_plugin.errors import InputError
 from condiquant_plugin.layerwise.precision import LayerBits
 from condiquant_plugin.layerwise.problem import LayerReport
-from condiquant_plugin.uniform.grid import FLOAT_BITS
+from condiquant_plugin.uniform.bits import FLOAT_BITS
 from condiquant_recipes import settings
 from condiquant_recipes.comparison.job import Calibrated, Contender, Job
 

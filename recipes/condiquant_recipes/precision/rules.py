@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import asdict
 
 from condiquant_plugin.layerwise.precision import LayerBits, LayerRule, RuledBits, usual
-from condiquant_plugin.uniform.grid import FLOAT_BITS
+from condiquant_plugin.uniform.bits import FLOAT_BITS
 from condiquant_recipes.recipe import Recipe, with_condiquant
 
 

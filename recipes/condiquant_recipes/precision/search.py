@@ -27,7 +27,7 @@ import condiquant_openvino as openvino_host
 from condiquant_openvino.writing.quantizer_graphs import stored_bytes
 from condiquant_plugin.errors import InputError
 from condiquant_plugin.layerwise.precision import LayerBits
-from condiquant_plugin.uniform.grid import FLOAT_BITS
+from condiquant_plugin.uniform.bits import FLOAT_BITS
 from condiquant_recipes import settings
 from condiquant_recipes.exporting import compared_to_float, example_image, tile_size
 from condiquant_recipes.precision.allocation import Option, allocate

@@ -18,7 +18,7 @@ from condiquant_openvino import (
 from condiquant_openvino.running.upscaling import compile_ir
 from condiquant_plugin import FakeQuantizer, InputError, fake_quantizers
 from condiquant_plugin.layerwise import precision
-from condiquant_plugin.uniform.grid import FLOAT_BITS
+from condiquant_plugin.uniform.bits import FLOAT_BITS
 from networks import build
 
 BYTES_PER_WEIGHT = {2: 1 / 4, 3: 3 / 8, 4: 1 / 2, 6: 3 / 4, 5: 1, 8: 1}

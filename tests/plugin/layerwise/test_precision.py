@@ -11,7 +11,7 @@ from condiquant_plugin.layerwise.precision import (
     product_bits,
     usual,
 )
-from condiquant_plugin.uniform.grid import FLOAT_BITS
+from condiquant_plugin.uniform.bits import FLOAT_BITS
 
 KEYS = {"weight_bits": 3, "activation_bits": 8, "recondition": None}
 
