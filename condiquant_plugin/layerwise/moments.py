@@ -230,14 +230,14 @@ def _add_product(result: Tensor, total: Tensor | None, a: Tensor, b: Tensor) -> 
             _add_gram(result, centred)
         else:
             result += centred.mT @ beside
-        count = left.shape[1]
         m, n = m.to(result), n.to(result)
+        sums = left.sum(1, keepdim=True, dtype=result.dtype)
+        sums_beside = sums if a is b else right.sum(1, keepdim=True, dtype=result.dtype)
         # Sums around a mean are not zero: it is rounded.
-        rest_m, rest_n = (c.sum(1, keepdim=True).to(result) for c in (centred, beside))
-        factors = torch.cat([m, rest_m], 1), torch.cat([count * n + rest_n, n], 1)
+        factors = torch.cat([m, sums - left.shape[1] * m], 1), torch.cat([sums_beside, n], 1)
         result.baddbmm_(factors[0].mT, factors[1])
         if total is not None:
-            total += (count * m + rest_m).squeeze(1)
+            total += sums.squeeze(1)
 
 
 def _around_mean(rows: Tensor) -> tuple[Tensor, Tensor]:

@@ -157,3 +157,11 @@ def test_gram_matrices_of_wide_layers_are_those_of_one_product(features):
     found = torch.zeros(2, features, features, dtype=torch.float64)
     _add_product(found, None, x, x)
     torch.testing.assert_close(found, x.double().mT @ x.double(), rtol=1e-5, atol=1e-4)
+
+
+def test_totals_are_exact_whatever_the_mean():
+    x = torch.randn(4096, 6, generator=torch.Generator().manual_seed(0)) + 0.3
+    expected = x.double().sum(0)
+    torch.testing.assert_close(
+        moments_of(x, LayerGeometry()).total[0], expected, rtol=1e-12, atol=0
+    )
