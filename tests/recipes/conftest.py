@@ -1,5 +1,6 @@
 """A tiny real job: a BasicSR network with saved weights, photographs, a recipe."""
 
+import logging
 import shutil
 import sys
 from copy import copy, deepcopy
@@ -72,6 +73,15 @@ def _own_instruction_set_alone(request, monkeypatch):
     """Lower sets are checked where ``lower_sets`` asks for it, and in tests/openvino/parity."""
     if request.node.get_closest_marker("lower_sets") is None:
         monkeypatch.setattr(check, "lower_instruction_sets", list)
+
+
+@pytest.fixture(autouse=True)
+def _log_of_nncf():
+    """As it was: the application makes it quiet."""
+    logger = logging.getLogger("nncf")
+    level = logger.level
+    yield
+    logger.setLevel(level)
 
 
 @pytest.fixture
