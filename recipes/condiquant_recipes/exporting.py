@@ -38,8 +38,12 @@ def export(
     out: Path,
     progress: Progress,
     moved: Mapping[str, float] | None = None,
+    float_ir: Path | None = None,
 ) -> dict[str, Any]:
     """Write ``model.xml`` as :func:`write_ir`, and set it beside the float network.
+
+    Args:
+        float_ir: as :func:`compared_to_float` takes it.
 
     Returns:
         As :func:`write_ir`; what each layer runs as on the CPU plugin, what :func:`compared_to_float`
@@ -51,7 +55,7 @@ def export(
     figures, in_float, image = write_ir(model, recipe, multiple, out, progress, moved)
     notes = figures.pop("notes")
     with progress.status("running it beside the float network"):
-        compared, executions = compared_to_float(in_float, out / "model.xml", image)
+        compared, executions = compared_to_float(in_float, out / "model.xml", image, float_ir)
     if (ratio := compared["latency_ratio"]) > 1:
         notes.append(
             f"on this CPU the float network is faster: the IR takes {ratio:.2f} of its time"
@@ -175,22 +179,24 @@ def saying(more: str) -> Iterator[None]:
 
 
 def compared_to_float(
-    in_float: ov.Model, ir: Path, image: Tensor
+    in_float: ov.Model, ir: Path, image: Tensor, float_ir: Path | None = None
 ) -> tuple[dict[str, float], list[LayerExecution]]:
     """An IR beside that of the network without its quantizers.
 
     Args:
         in_float: of :func:`condiquant_openvino.convert_beside_float`.
         image: what both are run on, of the IR's size if it is static.
+        float_ir: an IR to take for that of ``in_float``, which is written there if there is none.
 
     Returns:
         ``latency_ratio``, both run in turns on this CPU, and ``float_bin_bytes``; what each layer of the
         IR runs as.
     """
     with TemporaryDirectory() as folder:
-        path = Path(folder) / "float.xml"
-        in_float.reshape(list(image.shape))
-        ov.save_model(in_float, path, compress_to_fp16=False)
+        path = float_ir or Path(folder) / "float.xml"
+        if not path.exists():
+            in_float.reshape(list(image.shape))
+            openvino_host.save(in_float, path)
         takes_u8 = openvino_host.read_ir(ir).input().get_element_type() == ov.Type.u8
         measured = openvino_host.compare_latency(
             {"float": path, "ir": ir},
@@ -203,7 +209,8 @@ def compared_to_float(
     return figures, measured["ir"]["layers"]
 
 
-def _isa(recipe: Recipe) -> InstructionSet:
+def instruction_set(recipe: Recipe) -> InstructionSet:
+    """What a recipe's IR is fast on; ``auto`` is what this CPU has."""
     if recipe.export.isa == "auto":
         return "avx2" if sums_saturate() else "vnni"
     return recipe.export.isa
@@ -224,7 +231,7 @@ def _convert(
     """The IR, the float network's, the images it was checked on (one for a static IR), its parities."""
     size = tile_size(recipe, multiple)
     channels = basicsr_host.input_channels(recipe.network_g)
-    isa = _isa(recipe)
+    isa = instruction_set(recipe)
     if not recipe.export.static and recipe.export.device != "NPU":
         images = images_of_two_sizes(size, multiple, channels)
         for traced in images:

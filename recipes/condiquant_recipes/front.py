@@ -16,9 +16,12 @@ from condiquant_recipes.precision.target import Target
 from condiquant_recipes.progress import Progress
 from condiquant_recipes.recipe import Recipe, with_condiquant
 from condiquant_recipes.run import run
+from condiquant_recipes.workspace import remove
 
 _LEAST, _MOST = 2, 8
 """Bits of all weights at both ends of the front."""
+_FLOAT = "float"
+"""Folder of what all points have of the float network."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,8 @@ def run_front(
 ) -> list[Point]:
     """Write ``count`` IRs from 2-bit to 8-bit weights, ``front.json`` and ``front.svg`` to ``out``.
 
-    The first and the last have the same bits everywhere; sizes between are evenly spaced.
+    The first and the last have the same bits everywhere; sizes between are evenly spaced. The float network
+    is scored and written once for all of them, in ``float``.
 
     Args:
         sets, resume, overwrite, progress: as :func:`condiquant_recipes.run.run` takes them.
@@ -61,10 +65,13 @@ def run_front(
     """
     if count < 2:
         raise InputError(f"--front {count}: give at least 2 points")
+    if overwrite and not resume:
+        remove(out / _FLOAT)
     arguments: dict[str, Any] = {
         "sets": sets,
         "resume": resume,
         "overwrite": overwrite,
+        "float_folder": out / _FLOAT,
         "progress": progress,
     }
     ends = [

@@ -23,15 +23,16 @@ from condiquant_plugin.methods.condiquant.reconditioning import ReconditioningRe
 from condiquant_plugin.methods.gptq.rounding import RoundingReport
 from condiquant_recipes import settings
 from condiquant_recipes.expected_time import expected_time
-from condiquant_recipes.exporting import check_convertible, export, saying
+from condiquant_recipes.exporting import check_convertible, saying
+from condiquant_recipes.finished import complete, exported
 from condiquant_recipes.plausibility import range_warning
 from condiquant_recipes.precision import search
 from condiquant_recipes.precision.picture import draw_sensitivity
 from condiquant_recipes.precision.target import Target
 from condiquant_recipes.progress import Progress
-from condiquant_recipes.recipe import Recipe
+from condiquant_recipes.recipe import CondiQuantSection, Recipe
 from condiquant_recipes.source import Source, code_digest, load_source
-from condiquant_recipes.workspace import SENSITIVITY, Workspace, save_parameters, write_metrics
+from condiquant_recipes.workspace import SENSITIVITY, Workspace, digest_of, write_metrics
 
 _PRECISION = "precision"
 """The stage that finds bits for a target."""
@@ -55,6 +56,7 @@ def run(
     resume: bool = False,
     overwrite: bool = False,
     target: Target | None = None,
+    float_folder: Path | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Run a recipe; writes ``metrics.json``, ``model.xml``/``.bin``, ``quantized.safetensors``.
@@ -64,10 +66,11 @@ def run(
     Args:
         data: folder that holds the calibration folders and the test sets.
         sets: test sets instead of the recipe's.
-        resume: keep the stages that an earlier call with the same recipe and folder finished; those of
-            a finished run are kept anyway.
-        overwrite: drop what another run left in ``out``, or the same one.
+        resume: keep the stages that an earlier call with the same recipe, crops and folder finished; those
+            of a finished run are kept anyway, all of them with nothing computed again.
+        overwrite: drop what another run left in ``out``, or without ``resume`` the same one.
         target: find the bits of every layer that keep this promise, instead of the recipe's.
+        float_folder: where the float network's scores and IR are kept for several runs.
 
     Returns:
         The content of ``metrics.json``.
@@ -82,9 +85,13 @@ def run(
     warning = range_warning(source.network, recipe, source.held_out)
     if warning is not None:
         progress.note(warning)
+    crops = digest_of({"crops": source.crops, "held_out": source.held_out})
+    also = {**code_digest(recipe), "crops": crops}
     found: dict[str, Any] | None = None
     if target is not None:
-        known = Workspace(out).finished(_PRECISION) if resume else None
+        known = None
+        if resume:
+            known = Workspace(out).finished_with(_PRECISION, source.network, data, also)
         recipe, found = search.targeted(recipe, source, data, target, known, progress)
     workspace = Workspace.create(
         out,
@@ -93,35 +100,41 @@ def run(
         data,
         resume=resume,
         overwrite=overwrite,
-        also=code_digest(recipe),
+        also=also,
     )
     if found is not None:
         workspace.finish(_PRECISION, found)
     if workspace.reused:
         with progress.status(f"keeping the stages that {out} has of this run (not: --overwrite)"):
-            pass
+            done = complete(workspace, recipe, names, found)
+        if done is not None:
+            return done
     elif target is None:
         expected = expected_time(source.network, recipe, source.held_out)
         iterations = recipe.condiquant.distillation.iterations
         more = f", and what {', '.join(names)} take" if names else ""
         progress.note(f"this is expected to take {expected.text(iterations)}{more}")
 
+    float_workspace = None
+    if float_folder is not None:
+        float_workspace = _of_float_network(float_folder, source, recipe, data)
     quantized = _calibrated(workspace, source, recipe, progress)
     calibration = quantized.calibration
     seconds = dict(calibration.seconds)
     if recipe.condiquant.distillation.iterations and workspace.finished("distilled") is None:
         with progress.status("converting the network, to see that it can be exported"):
             check_convertible(quantized.model, recipe, source.multiple)
-    float_scores = _evaluated(workspace, "float", source.network, source, recipe, progress)
+    keeping = float_workspace or workspace
+    float_scores = _evaluated(keeping, "float", source.network, source, recipe, progress)
     distilled = _distilled(workspace, quantized, source, recipe, progress)
     seconds["distillation"] = distilled.pop("seconds")
     scores = _evaluated(workspace, "quantized", quantized.model, source, recipe, progress)
-    save_parameters(quantized.model, workspace.network_path)
-    started = time.perf_counter()
     kept = f"the trained network is kept in {out}: once this is mended, run condiquant export {out}"
     with saying(kept):
-        ir = export(quantized.model, recipe, source.multiple, workspace.folder, progress)
-    seconds["export"] = time.perf_counter() - started
+        ir = exported(
+            workspace, quantized.model, recipe, source.multiple, progress, float_workspace
+        )
+    seconds["export"] = ir.seconds
 
     bits = precision.layer_bits(quantized.model)
     usual = precision.usual(bits)
@@ -144,13 +157,22 @@ def run(
         "layers": _layer_rows(calibration, bits),
         "distillation": distilled,
         "seconds": seconds,
-        "ir": ir,
+        "ir": ir.figures,
     }
     if found is not None:
         metrics["precision"] = found
         draw_sensitivity(found, out / SENSITIVITY)
     write_metrics(out / "metrics.json", metrics)
     return metrics
+
+
+def _of_float_network(folder: Path, source: Source, recipe: Recipe, data: Path) -> Workspace:
+    """What the float network alone decides, whatever is made of it."""
+    plain = recipe.model_copy(update={"condiquant": CondiQuantSection()})
+    also = code_digest(recipe)
+    return Workspace.create(
+        folder, plain, source.network, data, resume=True, overwrite=True, also=also
+    )
 
 
 @torch.no_grad()

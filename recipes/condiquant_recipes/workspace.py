@@ -59,7 +59,7 @@ class Workspace:
 
         What a run that has got as far as a trained network left is dropped only by ``overwrite``: without
         it, another run is refused, and the same one goes on from its stages. Of others all is dropped
-        but by ``resume``.
+        but by ``resume``. With both the same run goes on, and another one is dropped.
 
         Args:
             resume: go on from the finished stages.
@@ -74,13 +74,7 @@ class Workspace:
             InputError: not writable.
         """
         workspace = cls(folder)
-        identity = {
-            "recipe": recipe.digest(),
-            "weights": _digest(network),
-            "data": str(data.resolve()),
-            "version": __version__,
-            **(also or {}),
-        }
+        identity = {"recipe": recipe.digest(), **_given(network, data, also)}
         try:
             folder.mkdir(parents=True, exist_ok=True)
             results = [report] if report else [folder / name for name in (*_RESULTS, _DISTILLED)]
@@ -88,10 +82,12 @@ class Workspace:
             before = workspace.finished("identity") if resume or finished else None
             changes = workspace._changes(before, identity, recipe, exporting=not resume)
             if (before or finished) and changes:
-                raise OtherRunError(
-                    f"{folder} holds another run ({', '.join(changes)}): give another --out, or"
-                    " --overwrite to drop it"
-                )
+                if not overwrite:
+                    raise OtherRunError(
+                        f"{folder} holds another run ({', '.join(changes)}): give another --out, or"
+                        " --overwrite to drop it"
+                    )
+                before = None
             workspace.reused = before is not None
             if not workspace.reused:
                 # The identity first: what an interrupted removal leaves belongs to no run.
@@ -155,6 +151,15 @@ class Workspace:
         return self.folder / _NETWORK
 
     @property
+    def ir_path(self) -> Path:
+        return self.folder / "model.xml"
+
+    @property
+    def float_ir_path(self) -> Path:
+        """The float network of several runs, to measure their IRs beside."""
+        return self.folder / _STAGES / "float.xml"
+
+    @property
     def distillation_path(self) -> Path:
         """Where distillation keeps its state."""
         return self.folder / _STAGES / "distillation.pt"
@@ -166,6 +171,15 @@ class Workspace:
             return None
         record: dict[str, Any] = json.loads(path.read_text())
         return record
+
+    def finished_with(
+        self, stage: str, network: nn.Module, data: Path, also: Mapping[str, Any]
+    ) -> dict[str, Any] | None:
+        """As :meth:`finished`, by any recipe, but with this network and data only; see :meth:`create`."""
+        identity = self.finished("identity") or {}
+        given = _given(network, data, also)
+        same = all(identity.get(key) == value for key, value in given.items())
+        return self.finished(stage) if same else None
 
     def finish(
         self, stage: str, record: Mapping[str, Any], network: nn.Module | None = None
@@ -208,26 +222,37 @@ def remove(path: Path) -> None:
         raise InputError(f"cannot remove {path}: {reason}; give another --out") from error
 
 
+def finite(value: Any) -> Any:
+    """As standard JSON has it: null where a number is infinite."""
+    if isinstance(value, dict):
+        return {key: finite(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def write_metrics(path: Path, metrics: Mapping[str, Any]) -> None:
     """Write standard JSON: infinite condition numbers become null."""
-
-    def finite(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: finite(entry) for key, entry in value.items()}
-        if isinstance(value, list):
-            return [finite(entry) for entry in value]
-        return None if isinstance(value, float) and not math.isfinite(value) else value
-
     text = json.dumps(finite(dict(metrics)), indent=1, allow_nan=False)
     write_atomic(path, text.encode())
 
 
-def _digest(network: nn.Module) -> str:
-    """sha256 of all parameters."""
+def _given(network: nn.Module, data: Path, also: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What a run must share with an earlier one to go on from its stages, beside the recipe."""
+    return {
+        "weights": digest_of(dict(network.named_parameters())),
+        "data": str(data.resolve()),
+        "version": __version__,
+        **(also or {}),
+    }
+
+
+def digest_of(tensors: Mapping[str, Tensor]) -> str:
+    """sha256 of names and values."""
     digest = hashlib.sha256()
-    for name, parameter in network.named_parameters():
+    for name, tensor in tensors.items():
         digest.update(name.encode())
-        digest.update(parameter.detach().cpu().contiguous().numpy().tobytes())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
 
 
