@@ -32,7 +32,7 @@ from condiquant_recipes.precision.target import Target
 from condiquant_recipes.progress import Progress
 from condiquant_recipes.recipe import CondiQuantSection, Recipe
 from condiquant_recipes.source import Source, code_digest, load_source
-from condiquant_recipes.workspace import SENSITIVITY, Workspace, digest_of, write_metrics
+from condiquant_recipes.workspace import CROPS, SENSITIVITY, Workspace, digest_of, write_metrics
 
 _PRECISION = "precision"
 """The stage that finds bits for a target."""
@@ -86,7 +86,7 @@ def run(
     if warning is not None:
         progress.note(warning)
     crops = digest_of({"crops": source.crops, "held_out": source.held_out})
-    also = {**code_digest(recipe), "crops": crops}
+    also = {**code_digest(recipe), CROPS: crops}
     found: dict[str, Any] | None = None
     if target is not None:
         known = None

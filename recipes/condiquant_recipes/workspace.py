@@ -21,6 +21,8 @@ from condiquant_plugin.files import replacing, write_atomic
 from condiquant_recipes.recipe import Recipe, load_recipe
 
 RECIPE, _STAGES, _NETWORK = "recipe.yml", "stages", "quantized.safetensors"
+CROPS = "crops"
+"""What a run's digest of its calibration crops is called, of all that it must share to be resumed."""
 METRICS, SENSITIVITY = "metrics.json", "sensitivity.svg"
 _RESULTS = (_NETWORK, "model.xml", "model.bin", METRICS, SENSITIVITY)
 
@@ -113,7 +115,10 @@ class Workspace:
         """What differs from the run in the folder; ``exporting``: the recipe's ``export``, too."""
         if before is None:
             return ["of unknown settings"]
-        changes = [f"other {key}" for key in identity if identity[key] != before.get(key)]
+        others = [key for key in identity if identity[key] != before.get(key)]
+        if "recipe" in others and CROPS in others:
+            others.remove(CROPS)  # which another recipe may well have
+        changes = [f"other {key}" for key in others]
         try:
             recorded = load_recipe(self.recipe_path)
         except InputError:
