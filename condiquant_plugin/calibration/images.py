@@ -46,10 +46,14 @@ def together(images: Sequence[Any], size: int) -> list[Any]:
     return [*batches, torch.cat(pending)] if pending else batches
 
 
-def few_at_once(images: Sequence[Any]) -> list[Any]:
-    """Batches of small neighbours, which many operators on little data would keep waiting one by one."""
+def few_at_once(images: Sequence[Any], least: int = 1) -> list[Any]:
+    """Batches of small neighbours, which many operators on little data would keep waiting one by one.
+
+    Args:
+        least: tensors in a batch, however large.
+    """
     pixels = max((_pixels(image) for image in images), default=1)
-    return together(images, max(_PIXELS_AT_ONCE // pixels, 1))
+    return together(images, max(_PIXELS_AT_ONCE // pixels, least))
 
 
 def _alike(first: Tensor, second: Any) -> bool:
@@ -58,14 +62,17 @@ def _alike(first: Tensor, second: Any) -> bool:
 
 def sequence_of(images: Sequence[Any]) -> list[Any]:
     """As many of the first images as may stand still in a network, at least one."""
+    return together(images[: sequence_length(images)], _AT_ONCE)
+
+
+def sequence_length(images: Sequence[Any]) -> int:
+    """How many that are."""
     pixels = 0
-    chosen: list[Any] = []
-    for image in images:
+    for count, image in enumerate(images):
         pixels += _pixels(image)
-        if chosen and pixels > _SEQUENCE_PIXELS:
-            break
-        chosen.append(image)
-    return together(chosen, _AT_ONCE)
+        if count and pixels > _SEQUENCE_PIXELS:
+            return count
+    return len(images)
 
 
 def _pixels(image: Any) -> int:

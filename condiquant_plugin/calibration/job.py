@@ -17,12 +17,18 @@ from condiquant_plugin.calibration.candidates import (
     candidates,
     fidelity_in_db,
 )
-from condiquant_plugin.calibration.images import few_at_once, held_out, sequence_of, together
+from condiquant_plugin.calibration.images import (
+    few_at_once,
+    held_out,
+    sequence_length,
+    sequence_of,
+    together,
+)
 from condiquant_plugin.configuration import QuantizationConfig
 from condiquant_plugin.forward_pass import run
 from condiquant_plugin.layerwise import distributed
 from condiquant_plugin.layerwise.moments import Moments
-from condiquant_plugin.layerwise.problem import LayerReport
+from condiquant_plugin.layerwise.problem import LayerProblem, LayerReport, Solution
 from condiquant_plugin.layerwise.quantized import (
     QuantizedLayer,
     collect_moments,
@@ -40,6 +46,8 @@ from condiquant_plugin.uniform.fake_quantizer import (
 
 _EQUALIZED_ON = 4
 """Images of one size that channels' ranges are taken from."""
+_SAME = 1e-4
+"""Of the ends of a range: rounding in float32 changes less, factors of channels change more."""
 
 
 @torch.no_grad()
@@ -91,7 +99,7 @@ def calibrate(
         plain = job.start
         job.equalize(scalings)
         job.search()
-        job.collect([each.settings for each in tried])
+        job.collect([each.settings for each in tried], plain)
         results.append(job.solve(tried[0]))
         if job.best(results) is results[0]:
             job.start = plain
@@ -123,6 +131,17 @@ class _Start:
     state: list[Tensor]
     moments: dict[str, Moments] = field(default_factory=dict)
     equalized: dict[str, float] = field(default_factory=dict)
+    ranges: dict[str, Tensor] = field(default_factory=dict)
+    """Ends of the grids of each layer's inputs, that the moments are taken with."""
+
+    def shares(self, layer: QuantizedLayer, other: _Start) -> bool:
+        """Whether a layer's inputs are those of ``other``, up to what rounding does to floats."""
+        name = layer.name
+        return (
+            name not in self.equalized
+            and name in other.moments
+            and torch.allclose(self.ranges[name], other.ranges[name], rtol=_SAME, atol=0)
+        )
 
 
 @dataclass
@@ -149,10 +168,14 @@ class _Job:
     ) -> None:
         self.model, self.layers, self.config = model, list(layers), config
         self.images = images
+        self.batch_size = batch_size
         self.batches = together(images, batch_size)
         self.bounds_batches = together(images[:bounds_images], batch_size)
         self.seconds = {"gram": 0.0, "recondition": 0.0, "bounds": 0.0}
         self.called_once: set[str] = set()
+        self.solved: dict[
+            tuple[str, ReconditioningConfig | GPTQ], tuple[LayerProblem, Solution]
+        ] = {}
         self.rounds = GPTQ() if config.rounding == "gptq" else None
         self.changeable = self._tensors(scalings)
         self.start = _Start(self.state())
@@ -185,15 +208,29 @@ class _Job:
     def best(results: Sequence[_Result]) -> _Result:
         return max(results, key=lambda result: result.fidelity)
 
-    def collect(self, settings: Sequence[ReconditioningConfig | None]) -> None:
+    def collect(
+        self, settings: Sequence[ReconditioningConfig | None], other: _Start | None = None
+    ) -> None:
+        """Moments of all layers, of those whose inputs are the same with ``other`` its own."""
         given = [each for each in settings if each is not None]
         if not self.layers or not (given or self.rounds):
             return
         started = time.perf_counter()
+        self.start.ranges = {layer.name: _ranges(layer) for layer in self.layers}
+        shared = [x.name for x in self.layers if other is not None and self.start.shares(x, other)]
+        known = {name: other.moments[name] for name in shared} if other is not None else {}
+        rest = [layer for layer in self.layers if layer.name not in known]
         quantized = bool(self.rounds) or any(each.needs_quantized_inputs for each in given)
-        collected = collect_moments(self.model, self.layers, self.batches, quantized=quantized)
-        self.start.moments = collected.moments
-        self.called_once = {name for name, uses in collected.uses.items() if uses == 1}
+        # Sums over all images depend on how they are batched in their last bits alone.
+        batches = few_at_once(self.images, self.batch_size)
+        found: dict[str, Moments] = {}
+        once = self.called_once & known.keys()
+        if rest:
+            collected = collect_moments(self.model, rest, batches, quantized=quantized)
+            found = collected.moments
+            once |= {name for name, uses in collected.uses.items() if uses == 1}
+        self.called_once = once
+        self.start.moments = {x.name: (known | found)[x.name] for x in self.layers}
         self.seconds["gram"] += time.perf_counter() - started
 
     def solve(self, candidate: Candidate) -> _Result:
@@ -228,8 +265,11 @@ class _Job:
 
         if in_sequence:
             batches = sequence_of(self.images)
-            found = solve_in_sequence(self.model, in_sequence, batches, solve_one)
-            reports |= {layer.name: r for layer, r in zip(in_sequence, found, strict=True)}
+            # What is known is of all images, of all processes and of a network as trained.
+            every = sequence_length(self.images) == len(self.images) and not alone
+            known = self.start.moments if every and distributed.world_size() == 1 else None
+            solved = solve_in_sequence(self.model, in_sequence, batches, solve_one, known)
+            reports |= {layer.name: r for layer, r in zip(in_sequence, solved, strict=True)}
         self.seconds["recondition"] += time.perf_counter() - started
         names = [layer.name for layer in self.layers]
         rounded = [rounding[name] for name in names if name in rounding]
@@ -251,11 +291,28 @@ class _Job:
             for layer, seen in zip(layers, moments, strict=True)
             if seen is not None
         ]
-        solutions = distributed.solve(problems, settings)
+        solutions = self._solutions(problems, settings)
         for layer, solution in zip(layers, solutions, strict=True):
             layer.write(solution)
             layer.weight_quantizer.search_bounds(layer.weight)
         return {solution.report.name: solution.report for solution in solutions}
+
+    def _solutions(
+        self, problems: Sequence[LayerProblem], method: ReconditioningConfig | GPTQ
+    ) -> list[Solution]:
+        """Those of problems that an earlier candidate had are kept."""
+        found: dict[str, Solution] = {}
+        for problem in problems:
+            before = self.solved.get((problem.name, method))
+            if before is not None and _is_same(problem, before[0]):
+                found[problem.name] = before[1]
+        rest = [problem for problem in problems if problem.name not in found]
+        for problem, solution in zip(rest, distributed.solve(rest, method), strict=True):
+            found[problem.name] = solution
+            # Moments of a sequence are nobody else's, and many.
+            if problem.moments is self.start.moments.get(problem.name):
+                self.solved[problem.name, method] = problem, solution
+        return [found[problem.name] for problem in problems]
 
     def _round(
         self, layers: Sequence[QuantizedLayer], moments: Sequence[Moments | None]
@@ -268,7 +325,7 @@ class _Job:
             for layer, seen in zip(layers, moments, strict=True)
             if seen is not None and not layer.weight_quantizer.depends_on_weight
         ]
-        solutions = distributed.solve([layer.problem(m) for layer, m in movable], self.rounds)
+        solutions = self._solutions([layer.problem(m) for layer, m in movable], self.rounds)
         for (layer, _), solution in zip(movable, solutions, strict=True):
             layer.write(solution)
         return {solution.report.name: solution.report for solution in solutions}
@@ -290,6 +347,26 @@ class _Job:
 
 def _by_image(outputs: Sequence[Tensor]) -> list[Tensor]:
     return [image for output in outputs for image in output.split(1)]
+
+
+def _is_same(problem: LayerProblem, other: LayerProblem) -> bool:
+    """Whether two problems of a layer have one solution."""
+    return problem.moments is other.moments and all(
+        torch.equal(mine, theirs)
+        for mine, theirs in zip(_given(problem), _given(other), strict=True)
+    )
+
+
+def _given(problem: LayerProblem) -> list[Tensor]:
+    bias = [] if problem.bias is None else [problem.bias]
+    grid = [] if problem.grid is None else [problem.grid.lower, problem.grid.step]
+    return [problem.weight, *bias, *grid]
+
+
+def _ranges(layer: QuantizedLayer) -> Tensor:
+    """Lower and upper ends for each input quantizer."""
+    ends = [end for each in layer.input_quantizers for end in (each.lower, each.upper)]
+    return torch.stack([end.detach().clone() for end in ends])
 
 
 def _as_trained(layer: QuantizedLayer) -> LayerReport:

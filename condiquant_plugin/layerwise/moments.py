@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from condiquant_plugin.errors import check_finite
+from condiquant_plugin.layerwise import patches
 
 _STRIPS, _WIDE = 8, 512
 """That a Gram matrix of so many features is computed in: 36 of 64 parts of the work."""
@@ -53,9 +54,8 @@ def unfold(x: Tensor, geometry: LayerGeometry) -> Tensor:
     x = x if x.ndim == dims + 2 else x[None]
     if geometry.kind == "conv_transpose":
         x, stride = _insert_zeros(x, geometry), (1,) * dims
-    elif any(geometry.padding):
-        mode = "constant" if geometry.padding_mode == "zeros" else geometry.padding_mode
-        x = F.pad(x, [p for p in reversed(geometry.padding) for _ in range(2)], mode)
+    else:
+        x = _padded(x, geometry)
     x = x.unflatten(1, (geometry.groups, -1))
     steps = zip(geometry.kernel_size, stride, geometry.dilation, strict=True)
     for axis, (size, step, spacing) in enumerate(steps, start=3):
@@ -64,6 +64,13 @@ def unfold(x: Tensor, geometry: LayerGeometry) -> Tensor:
     rows = x.permute(1, 0, *positions, 2, *taps)
     features = rows.shape[2 + dims :].numel()
     return rows.reshape(geometry.groups, -1, features)
+
+
+def _padded(x: Tensor, geometry: LayerGeometry) -> Tensor:
+    if not any(geometry.padding):
+        return x
+    mode = "constant" if geometry.padding_mode == "zeros" else geometry.padding_mode
+    return F.pad(x, [p for p in reversed(geometry.padding) for _ in range(2)], mode)
 
 
 def _insert_zeros(x: Tensor, geometry: LayerGeometry) -> Tensor:
@@ -193,8 +200,8 @@ def moments_of(
 ) -> Moments:
     """Moments of one batch of a layer's inputs.
 
-    Products are taken in the inputs' dtype over chunks of 8192 samples, around the means of each, and
-    summed in ``dtype``: what varies little around a large mean keeps its digits.
+    Products are taken in the inputs' dtype over chunks of 8192 samples, around means, and summed in
+    ``dtype``: what varies little around a large mean keeps its digits.
 
     Args:
         x: float inputs as the layer gets them.
@@ -206,19 +213,142 @@ def moments_of(
     Raises:
         InputError: if the inputs hold NaN or Inf.
     """
-    check_finite(x, f"the input of {name}")
-    rows = unfold(x.detach(), geometry)
-    groups, samples, features = rows.shape
-    total = into or _zeros(rows, groups, features, quantized is not None, dtype)
-    total.samples += samples
-    _add_product(total.gram, total.total, rows, rows)
-    if quantized is not None:
-        codes = unfold(quantized.detach(), geometry)
-        assert total.quantized_gram is not None
-        assert total.quantized_cross is not None
-        _add_product(total.quantized_gram, total.quantized_total, codes, codes)
-        _add_product(total.quantized_cross, None, codes, rows)
-    return total
+    sums = MomentSums(geometry, name=name, dtype=dtype, into=into)
+    sums.add(x, quantized)
+    return sums.moments()
+
+
+class MomentSums:
+    """Moments of a layer's inputs, batch by batch; as :func:`moments_of` takes them.
+
+    Args:
+        floats: those of the same float inputs, if they are known: they are not summed again.
+    """
+
+    def __init__(
+        self,
+        geometry: LayerGeometry,
+        *,
+        name: str,
+        dtype: torch.dtype = torch.float64,
+        into: Moments | None = None,
+        floats: Moments | None = None,
+    ) -> None:
+        self._geometry, self._name, self._dtype = geometry, name, dtype
+        self._total, self._floats = into, floats
+        self._patches: _PatchMoments | None = None
+
+    def add(self, x: Tensor, quantized: Tensor | None = None) -> None:
+        """A batch; all of them have quantized inputs, or none.
+
+        Raises:
+            InputError: if the inputs hold NaN or Inf.
+        """
+        check_finite(x, f"the input of {self._name}")
+        # NNCF looks at every function of torch's that is called within a network.
+        with torch._C.DisableTorchFunction():
+            x, codes = x.detach(), None if quantized is None else quantized.detach()
+            if _has_wide_patches(x, self._geometry):
+                if self._patches is None:
+                    self._patches = _PatchMoments(x, codes, self._dtype, self._floats is None)
+                self._patches.add(x, codes)
+            else:
+                self._add_rows(unfold(x, self._geometry), codes)
+
+    def _add_rows(self, rows: Tensor, codes: Tensor | None) -> None:
+        groups, samples, features = rows.shape
+        if self._total is None:
+            self._total = _zeros(rows, groups, features, codes is not None, self._dtype)
+        total = self._total
+        total.samples += samples
+        if self._floats is None:
+            _add_product(total.gram, total.total, rows, rows)
+        if codes is not None:
+            codes = unfold(codes, self._geometry)
+            assert total.quantized_gram is not None
+            assert total.quantized_cross is not None
+            _add_product(total.quantized_gram, total.quantized_total, codes, codes)
+            _add_product(total.quantized_cross, None, codes, rows)
+
+    def moments(self) -> Moments:
+        """Of all batches, at least one."""
+        if self._patches is not None:
+            found, self._patches = self._patches.moments(self._floats), None
+            if self._total is None:
+                self._total = found
+            else:
+                self._total += found
+        assert self._total is not None
+        if self._floats is not None:
+            self._total.gram, self._total.total = self._floats.gram, self._floats.total
+        return self._total
+
+
+def _has_wide_patches(x: Tensor, geometry: LayerGeometry) -> bool:
+    """Whether these are the inputs of a convolution that :mod:`.patches` is for."""
+    alike = LayerGeometry("conv", (3, 3), padding=(1, 1))
+    return (
+        geometry == alike
+        and x.shape[-3] * patches.TAPS >= _WIDE
+        and min(x.shape[-2:]) >= patches.TILE
+    )
+
+
+class _PatchMoments:
+    """Moments of a wide convolution's patches; of means those of the first batch are taken out."""
+
+    def __init__(
+        self, x: Tensor, codes: Tensor | None, dtype: torch.dtype, with_gram: bool
+    ) -> None:
+        self._dtype, self._samples = dtype, 0
+        channels = x.shape[-3]
+        inputs = [x] if codes is None else [x, codes]
+        self._means = [each.mean((-2, -1)).view(-1, channels).mean(0) for each in inputs]
+        self._reached = [
+            x.new_zeros(patches.TAPS, patches.TAPS, channels, dtype=dtype) for _ in inputs
+        ]
+        self._counts = x.new_zeros(patches.TAPS, patches.TAPS, dtype=dtype)
+        self._pairs = [] if codes is None else [(1, 1), (1, 0)]
+        if with_gram:
+            self._pairs.insert(0, (0, 0))
+        self._products = patches.PatchSums(
+            self._pairs, channels, like=x, dtype=dtype, at_once=_CHUNK
+        )
+
+    def add(self, x: Tensor, codes: Tensor | None) -> None:
+        x = x if x.ndim == 4 else x[None]
+        given = [x] if codes is None else [x, codes.view_as(x)]
+        inputs = [
+            patches.Input(each, mean, self._dtype)
+            for each, mean in zip(given, self._means, strict=True)
+        ]
+        count, _, height, width = x.shape
+        self._samples += count * height * width
+        self._counts += count * patches.counts(height, width).to(self._counts)
+        for sums, each in zip(self._reached, inputs, strict=True):
+            sums += each.reached
+        self._products.add(inputs)
+
+    def moments(self, floats: Moments | None) -> Moments:
+        """With the float inputs' own, if given."""
+        grams = [self._gram(pair) for pair in range(len(self._pairs))]
+        if floats is not None:
+            grams.insert(0, floats.gram)
+        totals = [each.diagonal().flatten()[None] for each in self._reached]
+        return Moments(self._samples, grams[0], totals[0], *grams[1:], *totals[1:])
+
+    def _gram(self, pair: int) -> Tensor:
+        """Shape ``(1, features, features)``, the means put back."""
+        taps, (a, b) = self._products.by_taps(pair), self._pairs[pair]
+        m, n = (self._means[each].to(taps) for each in (a, b))
+        ours, theirs = self._reached[a], self._reached[b].transpose(0, 1)
+        # Sums around a mean are not zero: it is rounded.
+        rest = ours - self._counts[..., None] * m
+        left = torch.stack([m.expand_as(rest), rest], -1)
+        right = torch.stack([theirs, n.expand_as(theirs)], -2)
+        taps = taps.flatten(0, 1).baddbmm_(left.flatten(0, 1), right.flatten(0, 1)).view_as(taps)
+        features = taps.shape[0] * taps.shape[2]
+        return taps.permute(2, 0, 3, 1).reshape(1, features, features)
 
 
 def _add_product(result: Tensor, total: Tensor | None, a: Tensor, b: Tensor) -> None:

@@ -15,7 +15,12 @@ from torch import Tensor, nn
 from condiquant_plugin.errors import InputError
 from condiquant_plugin.forward_pass import run
 from condiquant_plugin.layerwise import distributed
-from condiquant_plugin.layerwise.moments import LayerGeometry, Moments, moments_of, no_moments
+from condiquant_plugin.layerwise.moments import (
+    LayerGeometry,
+    Moments,
+    MomentSums,
+    no_moments,
+)
 from condiquant_plugin.layerwise.problem import LayerProblem, Solution
 from condiquant_plugin.uniform.fake_quantizer import FakeQuantizer, fake_quantizers
 from condiquant_plugin.uniform.grid import SnappedGrid
@@ -45,11 +50,15 @@ class QuantizedLayer:
         """What is laid out as the weight, as :mod:`condiquant_plugin.layerwise.moments` takes it."""
         return x.mT if self.transposed and x.ndim > 1 else x
 
-    def moments_of(self, x: Tensor, codes: Tensor | None, dtype: torch.dtype) -> Moments:
-        """Moments of inputs as they arrive, and of what their quantizer makes of them."""
+    def moment_sums(self, dtype: torch.dtype, floats: Moments | None = None) -> MomentSums:
+        """Of the layer's inputs, to be added to; see :class:`MomentSums`."""
+        return MomentSums(self.geometry, name=self.name, dtype=dtype, floats=floats)
+
+    def add_to(self, sums: MomentSums, x: Tensor, codes: Tensor | None) -> None:
+        """Add inputs as they arrive, and what their quantizer makes of them."""
         if self.features_first:
             x, codes = x.mT, None if codes is None else codes.mT
-        return moments_of(x, self.geometry, codes, name=self.name, dtype=dtype)
+        sums.add(x, codes)
 
     def problem(self, moments: Moments) -> LayerProblem:
         """The layer as a method sees it, with the levels that its weight is rounded to now."""
@@ -125,14 +134,15 @@ def collect_moments(
     """
     batches = list(batches)
     mine = distributed.share(batches)
-    moments: dict[str, Moments] = {}
+    sums: dict[str, MomentSums] = {}
     uses: Counter[str] = Counter()
 
     def add(layer: QuantizedLayer, rounded: _Rounding, quantizer: FakeQuantizer, args: Any) -> None:
         x = quantizer.rotated(*args)
         codes = rounded(x) if quantized else None
-        new = layer.moments_of(x, codes, dtype)
-        moments[layer.name] = moments[layer.name] + new if layer.name in moments else new
+        if layer.name not in sums:
+            sums[layer.name] = layer.moment_sums(dtype)
+        layer.add_to(sums[layer.name], x, codes)
         uses[layer.name] += 1
 
     hooks = [
@@ -144,17 +154,22 @@ def collect_moments(
         with distributed.failing_together("collecting moments"), computing_floats(model):
             for batch in mine:
                 run(model, batch)
+            ordered: dict[str, Moments] = {}
             for layer in layers:
-                if mine and layer.name not in moments:
+                if mine and layer.name not in sums:
                     raise InputError(f"{layer.name} is not called: leave it out")
-                weight = layer.rows_first(layer.weight)
-                moments[layer.name] = moments.get(layer.name) or no_moments(
-                    weight, layer.geometry, quantized=quantized, dtype=dtype
-                )
+                if layer.name in sums:
+                    ordered[layer.name] = sums.pop(layer.name).moments()
+                else:
+                    ordered[layer.name] = no_moments(
+                        layer.rows_first(layer.weight),
+                        layer.geometry,
+                        quantized=quantized,
+                        dtype=dtype,
+                    )
     finally:
         for hook in hooks:
             hook.remove()
-    ordered = {layer.name: moments[layer.name] for layer in layers}
     distributed.all_reduce(ordered.values())
     times = {name: -(-count // len(mine)) for name, count in uses.items()}
     return Collected(ordered, distributed.agreed(Counter(times)))  # process 0 always has a batch

@@ -30,6 +30,7 @@ def solve_in_sequence(
     layers: Sequence[QuantizedLayer],
     batches: Sequence[Any],
     solve: Callable[[QuantizedLayer, Moments], LayerReport],
+    known: Mapping[str, Moments] | None = None,
 ) -> list[LayerReport]:
     """Solve layers in place, in the order in which the network computes them.
 
@@ -43,6 +44,8 @@ def solve_in_sequence(
         batches: a tensor, or a tuple of positional or a dict of keyword arguments of ``model`` each.
         solve: is given a layer and the moments of its inputs, the float network's and, as quantized
             ones, the compressed network's; changes the layer and says how.
+        known: moments of the float network's inputs from just these batches, by layer, if there are any;
+            of one process alone.
 
     Returns:
         One report per layer, in the order of ``layers``.
@@ -71,7 +74,8 @@ def solve_in_sequence(
                 layer = places[place[0]]
                 if reached[0] != place[0] or layer.name in reports:
                     raise InputError(f"{layer.name} is called twice: it has no place in a sequence")
-                moments = _moments(layer, place[1], reached[1], counts)
+                before = known.get(layer.name) if known else None
+                moments = _moments(layer, place[1], reached[1], counts, before)
             distributed.all_reduce([moments])
             reports[layer.name] = solve(layer, moments)
             for weights in made:
@@ -94,15 +98,21 @@ def _together(passes: Sequence[PausedPass]) -> tuple[str, list[Tensor]] | None:
 
 
 def _moments(
-    layer: QuantizedLayer, floats: list[Tensor], reached: list[Tensor], counts: bool
+    layer: QuantizedLayer,
+    floats: list[Tensor],
+    reached: list[Tensor],
+    counts: bool,
+    known: Moments | None,
 ) -> Moments:
-    weight = layer.rows_first(layer.weight)
-    total = no_moments(weight, layer.geometry, quantized=True)
-    while floats and counts:
+    if not counts:
+        weight = layer.rows_first(layer.weight)
+        return no_moments(weight, layer.geometry, quantized=True)
+    sums = layer.moment_sums(torch.float64, known)
+    while floats:
         x, codes = (layer.input_quantizers[0].rotated(each.pop(0)) for each in (floats, reached))
         codes = quantized_input(layer.input_quantizers[0], codes)
-        total = total + layer.moments_of(x, codes, torch.float64)
-    return total
+        layer.add_to(sums, x, codes)
+    return sums.moments()
 
 
 def _weights(

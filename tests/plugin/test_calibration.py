@@ -9,6 +9,7 @@ from condiquant_nncf import QuantizationConfig, insert_quantizers, quantize_netw
 from condiquant_nncf.network import quantized_layers
 from condiquant_plugin import InputError, fake_quantizers
 from condiquant_plugin.calibration import calibrate, fidelity_in_db, held_out, job
+from condiquant_plugin.calibration import images as batching
 from condiquant_plugin.calibration.images import few_at_once, sequence_of, together
 from condiquant_plugin.methods.condiquant.reconditioning import ReconditioningConfig
 from networks import build
@@ -155,6 +156,7 @@ def test_small_images_pass_few_at_once():
     assert sizes(small) == [8, 8, 4]
     assert sizes([torch.rand(1, 3, 200, 200)] * 2) == [1, 1]
     assert sizes([*small[:3], torch.rand(1, 3, 64, 64)]) == [2, 1, 1]
+    assert [len(batch) for batch in few_at_once([torch.rand(1, 3, 200, 200)] * 5, 2)] == [2, 2, 1]
     assert few_at_once([]) == []
 
 
@@ -206,3 +208,74 @@ def test_bounds_of_a_quantized_network_need_one_size():
 def test_inputs_that_cannot_be_are_refused(settings, words):
     with pytest.raises(InputError, match=words):
         ReconditioningConfig(**settings)
+
+
+@torch.no_grad()
+def skewed_inside():
+    """EDSR whose first block alone has channels of unlike ranges, computing the same."""
+    network = build("edsr")
+    block = network.body[0]
+    factors = torch.ones(16)
+    factors[::4] = 30
+    block.conv1.weight.mul_(factors.view(-1, 1, 1, 1))
+    block.conv1.bias.mul_(factors)
+    block.conv2.weight.div_(factors.view(1, -1, 1, 1))
+    return network
+
+
+def test_layers_that_equalizing_leaves_alone_are_collected_and_solved_once(monkeypatch):
+    network, images = skewed_inside(), crops()
+    config = QuantizationConfig(scope="all", weight_bits=8, activation_bits=8)
+    collected, solved = [], []
+    collect, solve = job.collect_moments, job.distributed.solve
+
+    def collecting(model, layers, *args, **kwargs):
+        collected.append([layer.name for layer in layers])
+        return collect(model, layers, *args, **kwargs)
+
+    def solving(problems, method):
+        solved.append([problem.name for problem in problems])
+        return solve(problems, method)
+
+    monkeypatch.setattr(job, "collect_moments", collecting)
+    monkeypatch.setattr(job.distributed, "solve", solving)
+    found = quantize_network(network, images, config).calibration
+    assert list(found.equalized or {"body.0.conv2": 1}) == ["body.0.conv2"]
+    assert len(collected[0]) > 2
+    assert collected[1:] == [["body.0.conv2"]]
+    several = [names for names in solved if len(names) > 1]
+    assert several == [collected[0], ["body.0.conv1", "body.0.conv2"]]
+    monkeypatch.setattr(job._Start, "shares", lambda *_: False)
+    apart = quantize_network(network, images, config).calibration
+    assert len(collected) == 4
+    assert collected[3] == collected[2]
+    assert apart.fidelity == pytest.approx(found.fidelity, abs=0.02)
+    assert [r.name for r in found.reports] == [r.name for r in apart.reports]
+
+
+@pytest.mark.parametrize(("pixels", "known"), [(2**16, True), (4 * 16 * 16, False)])
+def test_a_sequence_of_all_images_knows_what_the_float_network_gives(monkeypatch, pixels, known):
+    given, solve = [], job.solve_in_sequence
+
+    def solving(*args):
+        given.append(args[4])
+        return solve(*args)
+
+    monkeypatch.setattr(job, "solve_in_sequence", solving)
+    monkeypatch.setattr(batching, "_SEQUENCE_PIXELS", pixels)
+    quantize_network(build("edsr"), crops(), candidate(NAMES[2]))
+    assert [each is not None for each in given] == [known]
+
+
+def test_scaled_channels_are_other_inputs_within_the_same_range():
+    config = QuantizationConfig(scope="all")
+    wrapped = wrap(build("edsr"), crops(1))
+    found = config.find_layers(wrapped)
+    layer, *_ = quantized_layers(insert_quantizers(wrapped, found, config), found)
+    ranges = {layer.name: torch.tensor([-1.0, 2.0])}
+    plain = job._Start([], {layer.name: None}, {}, ranges)
+    assert job._Start([], {}, {}, ranges).shares(layer, plain)
+    assert not job._Start([], {}, {layer.name: 0.5}, ranges).shares(layer, plain)
+    wider = {layer.name: torch.tensor([-1.0, 2.1])}
+    assert not job._Start([], {}, {}, wider).shares(layer, plain)
+    assert not job._Start([], {}, {}, ranges).shares(layer, job._Start([], {}, {}, ranges))

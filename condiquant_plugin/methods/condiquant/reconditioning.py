@@ -21,7 +21,6 @@ from torch import Tensor
 from condiquant_plugin.errors import InputError, check_choice, check_count
 from condiquant_plugin.layerwise.moments import (
     LayerGeometry,
-    Moments,
     weight_from_matrix,
     weight_matrix,
 )
@@ -239,49 +238,69 @@ def _least_squares(
                 f"no quantized inputs were collected for {problem.name}: "
                 "objective=least_squares needs bounds before the moments"
             )
-        weight = weight_matrix(problem.weight.detach(), problem.geometry).double()
-        target = _with_bias(weight, problem.bias)
-        system, cross = _normal_equations(data, affine=problem.bias is not None)
-        features = weight.shape[-1]
-        pull = torch.zeros_like(system)
+        assert data.quantized_cross is not None
+        assert data.quantized_total is not None
+        start = _Affine.of(problem, problem.weight, problem.bias)
         energy = data.quantized_gram.diagonal(dim1=-2, dim2=-1).mean(-1)
-        diagonal = pull.diagonal(dim1=-2, dim2=-1)
-        diagonal[:, :features] = config.damping * energy.clamp_min(1e-30)[:, None]
-        solved = torch.linalg.solve(system + pull, (cross + pull) @ target.mT).mT
-        bias = (
-            solved[..., features].reshape(-1).to(problem.weight)
-            if problem.bias is not None
-            else None
-        )
-        solutions.append(_solution(problem, solved[..., :features], bias))
+        pull = config.damping * energy.clamp_min(1e-30)[:, None]
+        system = data.quantized_gram.clone()
+        wanted = data.quantized_cross @ start.weight.mT + pull[..., None] * start.weight.mT
+        x, q = data.total[..., None], data.quantized_total[..., None]
+        count = max(data.samples, 1)
+        if problem.bias is not None:  # which makes up for the means
+            system.baddbmm_(q, q.mT, alpha=-1 / count)
+            wanted.baddbmm_(q, (start.weight @ x).mT, alpha=-1 / count)
+        system.diagonal(dim1=-2, dim2=-1).add_(pull)
+        solved = _solved(system, wanted).mT
+        bias = problem.bias
+        if bias is not None:
+            shift = (start.weight @ x - solved @ q).reshape(-1) / count
+            bias = (bias.detach().double() + shift).to(problem.weight)
+        solutions.append(_solution(problem, solved, bias))
     return solutions
 
 
-def _with_bias(weight: Tensor, bias: Tensor | None) -> Tensor:
-    """``(groups, rows, features + 1)`` with the bias as last column, if there is one."""
-    if bias is None:
-        return weight
-    column = bias.detach().double().view(weight.shape[0], -1, 1)
-    return torch.cat([weight, column], -1)
+def _solved(system: Tensor, wanted: Tensor) -> Tensor:
+    """Of a system that is positive definite but for rounding."""
+    factor, failed = torch.linalg.cholesky_ex(system)
+    if failed.any():
+        return torch.linalg.solve(system, wanted)
+    return torch.cholesky_solve(wanted, factor)
 
 
-def _normal_equations(data: Moments, *, affine: bool) -> tuple[Tensor, Tensor]:
-    """``Q^T Q`` and ``Q^T X``, with a constant feature for the bias if ``affine``."""
-    assert data.quantized_gram is not None
-    assert data.quantized_cross is not None
-    assert data.quantized_total is not None
-    if not affine:
-        return data.quantized_gram, data.quantized_cross
-    system = _bordered(
-        data.quantized_gram, data.quantized_total, data.quantized_total, data.samples
-    )
-    return system, _bordered(data.quantized_cross, data.quantized_total, data.total, data.samples)
+@dataclass(frozen=True)
+class _Affine:
+    """A layer as matrices ``(groups, rows, features)`` and biases ``(groups, rows, 1)``, float64."""
 
+    weight: Tensor
+    bias: Tensor
 
-def _bordered(matrix: Tensor, right: Tensor, below: Tensor, corner: int) -> Tensor:
-    top = torch.cat([matrix, right[..., None]], -1)
-    last = torch.cat([below, below.new_full((*below.shape[:-1], 1), corner)], -1)
-    return torch.cat([top, last[..., None, :]], -2)
+    @classmethod
+    def of(cls, problem: LayerProblem, weight: Tensor, bias: Tensor | None) -> _Affine:
+        matrix = weight_matrix(weight.detach(), problem.geometry).double()
+        if bias is None:
+            return cls(matrix, matrix.new_zeros(*matrix.shape[:2], 1))
+        return cls(matrix, bias.detach().double().view(len(matrix), -1, 1))
+
+    def minus(self, other: _Affine) -> _Affine:
+        return _Affine(self.weight - other.weight, self.bias - other.bias)
+
+    def times(
+        self, other: _Affine, products: Tensor, totals: tuple[Tensor, Tensor], samples: int
+    ) -> Tensor:
+        """Sum over samples of this one's outputs on ``u`` times the other's on ``v``.
+
+        Args:
+            products: ``sum u v^T``.
+            totals: ``sum u``, ``sum v``.
+        """
+        u, v = (total[..., None] for total in totals)
+        return (
+            ((self.weight @ products) * other.weight).sum()
+            + (self.bias * (other.weight @ v)).sum()
+            + (other.bias * (self.weight @ u)).sum()
+            + samples * (self.bias * other.bias).sum()
+        )
 
 
 def _relative_error(change: Tensor, weight: Tensor, grams: Tensor) -> Tensor:
@@ -294,43 +313,40 @@ def _relative_error(change: Tensor, weight: Tensor, grams: Tensor) -> Tensor:
 def _solution(problem: LayerProblem, matrix: Tensor, bias: Tensor | None) -> Solution:
     weight = weight_from_matrix(matrix, problem.weight, problem.geometry)
     layout = problem.geometry, problem.row_blocks
-    quantized = problem.moments.quantized_gram is not None
+    data, samples = problem.moments, problem.moments.samples
+    start = _Affine.of(problem, problem.weight, problem.bias)
+    end = _Affine.of(problem, weight, bias)
+    floats = data.total, data.total
+    change = end.minus(start)
+    moved = change.times(change, data.gram, floats, samples)
+    # Without the bias, and with it.
+    products = ((start.weight @ data.gram) * start.weight).sum()
+    energy = (
+        products
+        + 2 * (start.bias * (start.weight @ data.total[..., None])).sum()
+        + samples * start.bias.square().sum()
+    )
+
+    def quantized_error(given: _Affine) -> float | None:
+        """``|Q W^T + b - (X W0^T + b0)| / |X W0^T + b0|`` over the calibration inputs."""
+        gram, cross, total = data.quantized_gram, data.quantized_cross, data.quantized_total
+        if gram is None or cross is None or total is None:
+            return None
+        own = given.times(given, gram, (total, total), samples)
+        shared = given.times(start, cross, (total, data.total), samples)
+        return _ratio(own - 2 * shared + energy, energy)
+
     report = ReconditioningReport(
         problem.name,
         layer_condition(problem.weight, *layout),
         layer_condition(weight, *layout),
-        _output_error(problem, weight, bias),
-        _quantized_output_error(problem, problem.weight, problem.bias) if quantized else None,
-        _quantized_output_error(problem, weight, bias) if quantized else None,
+        _ratio(moved, products),
+        quantized_error(start),
+        quantized_error(end),
     )
     return Solution(Dense(weight), bias, report)
 
 
-def _output_error(problem: LayerProblem, weight: Tensor, bias: Tensor | None) -> float:
-    """``|X (W - W0)^T + b - b0| / |X W0^T|`` over the calibration inputs."""
-    start = weight_matrix(problem.weight.detach(), problem.geometry).double()
-    end = weight_matrix(weight, problem.geometry).double()
-    change = _with_bias(end, bias) - _with_bias(start, problem.bias)
-    moved = ((change @ _second_moments(problem)) * change).sum().clamp_min(0)
-    total = ((start @ problem.moments.gram) * start).sum()
-    return float((moved / total.clamp_min(torch.finfo(torch.float64).tiny)).sqrt())
-
-
-def _second_moments(problem: LayerProblem) -> Tensor:
-    """``X^T X``, with a constant feature if the layer has a bias."""
-    data = problem.moments
-    if problem.bias is None:
-        return data.gram
-    return _bordered(data.gram, data.total, data.total, data.samples)
-
-
-def _quantized_output_error(problem: LayerProblem, weight: Tensor, bias: Tensor | None) -> float:
-    """``|Q W^T + b - (X W0^T + b0)| / |X W0^T + b0|`` over the calibration inputs."""
-    target = _with_bias(
-        weight_matrix(problem.weight.detach(), problem.geometry).double(), problem.bias
-    )
-    given = _with_bias(weight_matrix(weight.detach(), problem.geometry).double(), bias)
-    system, cross = _normal_equations(problem.moments, affine=problem.bias is not None)
-    energy = ((target @ _second_moments(problem)) * target).sum()
-    error = ((given @ system) * given).sum() - 2 * ((given @ cross) * target).sum() + energy
+def _ratio(error: Tensor, energy: Tensor) -> float:
+    """Of the roots of sums of squares."""
     return float((error.clamp_min(0) / energy.clamp_min(torch.finfo(torch.float64).tiny)).sqrt())

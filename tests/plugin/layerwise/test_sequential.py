@@ -109,6 +109,23 @@ def test_every_layer_is_solved_on_what_the_network_before_it_gives(name, scope):
         assert torch.allclose(mine.gram, alone[layer.name].gram)
 
 
+def test_known_moments_of_the_float_network_are_taken():
+    images = images_for("edsr")
+    batches = list(images.split(2))
+    expected, found = {}, {}
+    model, layers = quantized("edsr", "all", images)
+    known = collect_moments(model, layers, batches).moments
+    solve_in_sequence(model, layers, batches, partial(weaken, expected))
+    model, layers = quantized("edsr", "all", images)
+    solve_in_sequence(model, layers, batches, partial(weaken, found), known)
+    for layer in layers:
+        mine, theirs = found[layer.name], expected[layer.name]
+        assert mine.gram is known[layer.name].gram
+        assert mine.total is known[layer.name].total
+        for field in ("quantized_gram", "quantized_cross", "quantized_total", "samples"):
+            assert torch.equal(*(torch.as_tensor(getattr(m, field)) for m in (mine, theirs)))
+
+
 def test_brevitas_quantizes_weights_behind_the_input_all_the_same():
     images = images_for("edsr")
     settings = ReconditioningConfig(inputs="compressed")

@@ -133,6 +133,35 @@ def test_grouped_convolutions_keep_their_shape(config):
     assert not torch.equal(solution.weight, weight)
 
 
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize("noise", [0.0, 1e-3])
+def test_least_squares_are_those_of_all_samples(biased, noise):
+    """Also where sums are rounded so much that their matrix is not positive definite."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(90, 6, generator=generator) + 2
+    q, weight = x.mul(2).round().div(2), torch.randn(5, 6, generator=generator)
+    bias = torch.randn(5, generator=generator) if biased else None
+    moments = moments_of(x, LayerGeometry(), q)
+    config = ReconditioningConfig(damping=1e-2)
+    moments.quantized_gram[0, 2, 2] *= 1 - 1e3 * noise
+    before = moments.quantized_gram.clone()
+    [solution] = recondition([LayerProblem("a", weight, bias, moments)], config)
+    assert torch.equal(moments.quantized_gram, before)
+    ones = torch.ones(90, 1, dtype=torch.float64)
+    inputs, codes = (torch.cat([t.double(), ones], 1) if biased else t.double() for t in (x, q))
+    start = weight.double() if bias is None else torch.cat([weight, bias[:, None]], 1).double()
+    system, pull = codes.T @ codes, torch.zeros(codes.shape[1], dtype=torch.float64)
+    system[2, 2] = moments.quantized_gram[0, 2, 2]
+    pull[:6] = config.damping * moments.quantized_gram.diagonal(dim1=-2, dim2=-1).mean()
+    right = codes.T @ inputs @ start.T + pull[:, None] * start.T
+    expected = torch.linalg.solve(system + pull.diag(), right).T
+    torch.testing.assert_close(solution.weight.double(), expected[:, :6], rtol=1e-3, atol=1e-3)
+    if biased:
+        torch.testing.assert_close(solution.bias.double(), expected[:, 6], rtol=1e-3, atol=1e-3)
+    definite = torch.linalg.cholesky_ex(moments.quantized_gram)[1] == 0
+    assert bool(definite) == (noise == 0)
+
+
 def test_dead_inputs_and_zero_weights_stay_finite():
     moments = moments_of(torch.zeros(50, 4), LayerGeometry(), torch.zeros(50, 4))
     for config in (CONDITION, LEAST_SQUARES, dataclasses.replace(CONDITION, output_tolerance=0.1)):
