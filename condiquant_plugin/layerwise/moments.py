@@ -248,7 +248,8 @@ class MomentSums:
         # NNCF looks at every function of torch's that is called within a network.
         with torch._C.DisableTorchFunction():
             x, codes = x.detach(), None if quantized is None else quantized.detach()
-            if _has_wide_patches(x, self._geometry):
+            channels = x.shape[-3] if x.ndim > 2 and min(x.shape[-2:]) >= patches.TILE else 0
+            if has_wide_patches(channels, self._geometry):
                 if self._patches is None:
                     self._patches = _PatchMoments(x, codes, self._dtype, self._floats is None)
                 self._patches.add(x, codes)
@@ -284,14 +285,10 @@ class MomentSums:
         return self._total
 
 
-def _has_wide_patches(x: Tensor, geometry: LayerGeometry) -> bool:
-    """Whether these are the inputs of a convolution that :mod:`.patches` is for."""
+def has_wide_patches(channels: int, geometry: LayerGeometry) -> bool:
+    """Whether a layer is a convolution that :mod:`condiquant_plugin.layerwise.patches` is for."""
     alike = LayerGeometry("conv", (3, 3), padding=(1, 1))
-    return (
-        geometry == alike
-        and x.shape[-3] * patches.TAPS >= _WIDE
-        and min(x.shape[-2:]) >= patches.TILE
-    )
+    return geometry == alike and channels * patches.TAPS >= _WIDE
 
 
 class _PatchMoments:

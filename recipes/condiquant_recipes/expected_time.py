@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from condiquant_plugin.errors import InputError
+from condiquant_plugin.layerwise.blocks import module_geometry
+from condiquant_plugin.layerwise.moments import has_wide_patches
 from condiquant_plugin.layerwise.scope import Scope
 from condiquant_recipes.exporting import example_image
 from condiquant_recipes.progress import Progress
@@ -25,6 +27,8 @@ _TIMED = 3
 _BOUNDS, _MOMENTS = 3.0, 13.0
 """Of calibration for each crop: what goes by the network, and what by the moments of layers' inputs, where
 these are as many as the outputs."""
+_PATCHES = 5.1, 350.0
+"""Of wide 3x3 convolutions, by channels squared and by channels, in place of their inputs squared."""
 _TRAINING = 7.0
 """Of an iteration for each crop in its batch: forward and backward passes through fake quantizers."""
 _VALIDATION = 2.0
@@ -91,12 +95,22 @@ def expected_time(network: nn.Module, recipe: Recipe, crops: Tensor) -> Expected
 
 def _moments(network: nn.Module, scope: Scope) -> float:
     """Multiplications in the second moments of the layers' inputs, by those in the layers."""
-    sizes = [(m.in_features, m.out_features) for m in network.modules() if isinstance(m, nn.Linear)]
+    modules = list(network.modules())
+    linear = [m for m in modules if isinstance(m, nn.Linear)]
+    layers = sum(m.weight.numel() for m in linear)
+    products = float(sum(m.in_features**2 for m in linear))
     if scope == "all":
-        convolutions = (m for m in network.modules() if isinstance(m, nn.Conv2d))
-        sizes += [(m.weight[0].numel(), m.out_channels) for m in convolutions]
-    layers = sum(inputs * outputs for inputs, outputs in sizes)
-    return sum(inputs**2 for inputs, _ in sizes) / layers if layers else 0.0
+        convolutions = [m for m in modules if isinstance(m, nn.Conv2d)]
+        layers += sum(m.weight.numel() for m in convolutions)
+        products += sum(_of_convolution(m) for m in convolutions)
+    return products / layers if layers else 0.0
+
+
+def _of_convolution(layer: nn.Conv2d) -> float:
+    features = layer.weight[0].numel()
+    if has_wide_patches(layer.in_channels, module_geometry(layer)):
+        return _PATCHES[0] * layer.in_channels**2 + _PATCHES[1] * layer.in_channels
+    return float(features**2)
 
 
 def within(recipe: Recipe, minutes: float, out: Path | None, progress: Progress) -> Recipe:

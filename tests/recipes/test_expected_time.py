@@ -82,3 +82,15 @@ def test_moments_cost_what_inputs_are_to_outputs():
     assert module._moments(build("compact"), "all") == pytest.approx(expected)
     assert module._moments(build("compact"), "transformer") == 0
     assert module._moments(nn.Linear(6, 3), "transformer") == 2
+
+
+def test_moments_of_wide_convolutions_cost_less_than_their_inputs_are():
+    cost = {
+        (padding, channels): module._moments(nn.Conv2d(channels, 64, 3, padding=padding), "all")
+        for padding in (0, 1)
+        for channels in (56, 64, 256)
+    }
+    assert cost[0, 64] == 64 * 9 / 64
+    assert cost[1, 56] == cost[0, 56]  # narrow
+    assert cost[1, 64] < 0.2 * cost[0, 64]
+    assert cost[1, 256] < 0.1 * cost[0, 256]
