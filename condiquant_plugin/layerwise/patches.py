@@ -86,7 +86,8 @@ class Input:
         self.count, _, self.height, self.width = x.shape
         self.reached = _reached(x.sum(0, dtype=dtype).permute(1, 2, 0).contiguous())
         """Sums of each tap's pixels that are multiplied with pixels by another, ``(9, 9, channels)``."""
-        self.pixels = x.permute(0, 2, 3, 1).contiguous().sub_(mean)
+        last = x.permute(0, 2, 3, 1)
+        self.pixels = x.new_empty(last.shape).copy_(last).sub_(mean)
         """Around the mean, shape ``(batch, height, width, channels)``."""
 
     def tiles(self, at_once: int) -> Iterator[Tensor]:

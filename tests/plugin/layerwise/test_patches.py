@@ -119,3 +119,12 @@ def test_other_layers_are_unfolded(geometry, shape):
         (found.quantized_cross, codes.mT @ rows),
     ):
         assert (gram - expected).norm() <= 1e-6 * expected.norm()
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_inputs_stay_as_they_are(memory_format):
+    x, q = (each.to(memory_format=memory_format) for each in inputs(2, NARROW, 8, 8))
+    before = x.clone(), q.clone()
+    assert_exact(moments_of(x, GEOMETRY, q), [before])
+    assert torch.equal(x, before[0])
+    assert torch.equal(q, before[1])
