@@ -27,7 +27,7 @@ from condiquant_plugin.calibration.images import (
 from condiquant_plugin.configuration import QuantizationConfig
 from condiquant_plugin.forward_pass import run
 from condiquant_plugin.layerwise import distributed
-from condiquant_plugin.layerwise.moments import Moments
+from condiquant_plugin.layerwise.moments import Moments, has_wide_patches
 from condiquant_plugin.layerwise.problem import LayerProblem, LayerReport, Solution
 from condiquant_plugin.layerwise.quantized import (
     QuantizedLayer,
@@ -221,8 +221,10 @@ class _Job:
         known = {name: other.moments[name] for name in shared} if other is not None else {}
         rest = [layer for layer in self.layers if layer.name not in known]
         quantized = bool(self.rounds) or any(each.needs_quantized_inputs for each in given)
-        # Sums over all images depend on how they are batched in their last bits alone.
-        batches = few_at_once(self.images, self.batch_size)
+        batches = self.batches
+        if any(has_wide_patches(layer.weight.shape[1], layer.geometry) for layer in rest):
+            # One by one they would take long; how they are batched changes the sums' last bits.
+            batches = few_at_once(self.images, self.batch_size)
         found: dict[str, Moments] = {}
         once = self.called_once & known.keys()
         if rest:

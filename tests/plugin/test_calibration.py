@@ -5,6 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from condiquant_basicsr import build_network
 from condiquant_nncf import QuantizationConfig, insert_quantizers, quantize_network, wrap
 from condiquant_nncf.network import quantized_layers
 from condiquant_plugin import InputError, fake_quantizers
@@ -12,7 +13,7 @@ from condiquant_plugin.calibration import calibrate, fidelity_in_db, held_out, j
 from condiquant_plugin.calibration import images as batching
 from condiquant_plugin.calibration.images import few_at_once, sequence_of, together
 from condiquant_plugin.methods.condiquant.reconditioning import ReconditioningConfig
-from networks import build
+from networks import SECTIONS, build
 
 NAMES = ["least squares", "as trained", "least squares, in sequence"]
 
@@ -279,3 +280,17 @@ def test_scaled_channels_are_other_inputs_within_the_same_range():
     wider = {layer.name: torch.tensor([-1.0, 2.1])}
     assert not job._Start([], {}, {}, wider).shares(layer, plain)
     assert not job._Start([], {}, {}, ranges).shares(layer, job._Start([], {}, {}, ranges))
+
+
+@pytest.mark.parametrize(("channels", "sizes"), [(56, [1] * 8), (57, [8])])
+def test_images_are_collected_few_at_once_where_convolutions_are_wide(monkeypatch, channels, sizes):
+    collected, collect = [], job.collect_moments
+
+    def collecting(model, layers, batches, **kwargs):
+        collected.append([len(batch) for batch in batches])
+        return collect(model, layers, batches, **kwargs)
+
+    monkeypatch.setattr(job, "collect_moments", collecting)
+    network = build_network(SECTIONS["compact"] | {"num_feat": channels})
+    quantize_network(network, crops(8), candidate(NAMES[0]))
+    assert collected == [sizes]
