@@ -2,9 +2,9 @@
 
 python tests/benchmarks/weight_memory.py
 
-Memory is the growth of a process by compiling and one inference; each form runs in one of its own. Times are
-those of one token, with the plugin's default properties, by which CPUs with VNNI round inputs of products with
-packed weights, and without that rounding, in turns.
+Memory is the growth of a process by compiling and one inference; each form runs in one of its own. Times
+are those of one token, with the plugin's default properties, by which CPUs with VNNI round inputs of
+products with packed weights, and without that rounding, in turns.
 """
 
 import json
