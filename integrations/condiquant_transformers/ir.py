@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -25,7 +26,9 @@ def export_ir(folder: Path, out: Path, change: Callable[[Any], object]) -> None:
         MissingExtraError: optimum-intel is not installed.
     """
     causal = _causal()
-    exported = causal.from_pretrained(folder, export=True, compile=False, load_in_8bit=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)
+        exported = causal.from_pretrained(folder, export=True, compile=False, load_in_8bit=False)
     change(exported.model)
     exported.save_pretrained(out)
     from transformers import AutoTokenizer

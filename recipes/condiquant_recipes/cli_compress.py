@@ -64,8 +64,8 @@ def compress(
     signs: Annotated[
         str,
         typer.Option(
-            help="arb_rc, rounding: type of signs in the IR, u2 or u1 (half of their file, twice the "
-            "time of a token)."
+            help="arb_rc, rounding: type of signs in the IR, u2 or u1 (half of their file; with VNNI "
+            "twice the time of a token)."
         ),
     ] = "u2",
     overwrite: OverwriteOption = False,

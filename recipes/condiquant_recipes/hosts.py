@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -19,6 +20,10 @@ _EXTRAS = {
     "PIL": "upscale",
 }
 """Of packages that no integration names; ``recipes`` brings all the rest."""
+_QUIET_TRANSFORMERS = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+"""Read when transformers is imported, in processes of a command too."""
+_CHATTY = ("torchao", "torch.utils._pytree")
+"""Loggers that warn of themselves while transformers is imported."""
 
 
 def load(name: str) -> Any:
@@ -32,6 +37,10 @@ def load(name: str) -> Any:
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     warnings.filterwarnings("ignore", message="torch.meshgrid")  # of networks in BasicSR
+    for key, value in _QUIET_TRANSFORMERS.items():
+        os.environ.setdefault(key, value)
+    for name_of_logger in _CHATTY:
+        logging.getLogger(name_of_logger).setLevel(logging.ERROR)
     rich.reconfigure(stderr=True)  # NNCF shows its own bars on this console
     with suppress(ModuleNotFoundError):
         from nncf.common.logging import nncf_logger

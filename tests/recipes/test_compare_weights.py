@@ -49,12 +49,15 @@ def run(monkeypatch, capsys, *more, **settings):
 
 def test_rows_are_measured_kept_and_shown(job, monkeypatch, capsys):
     monkeypatch.chdir(job)
+    mine = b"x" * 2**31  # of this process, which starts those of the rows
     out = run(monkeypatch, capsys)
+    del mine
     report = json.loads((job / "out" / "compare.json").read_text())
     rows = {row["id"]: row for row in report["rows"]}
     assert list(rows) == ["float", "nncf-int4", "gptq-2", "gptq-2-rank-32"]
     assert "residual_rank=32 is more than the smaller side" in rows["gptq-2-rank-32"]["reason"]
     assert "gptq-2-rank-32: no result: residual_rank=32" in out
+    assert 2**28 < rows["gptq-2"]["peak_memory_bytes"] < 2**31
     assert [rows[name]["bits_per_weight"] for name in ("float", "nncf-int4", "gptq-2")] == [
         16, 4 + 16 / 16, 2 + (16 + 2) / 16,
     ]  # fmt: skip

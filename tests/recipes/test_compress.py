@@ -18,6 +18,8 @@ from condiquant_transformers.ir import ir_logits
 from language_networks import WORDS, llama, tokens, word_tokenizer
 
 PROMPT = "The weather today is"
+CHATTER = ("Failed", "torchao", "weights:", "shards:", "deprecated", "deprecated!")
+"""Of transformers and what it imports."""
 
 
 @pytest.fixture(scope="module")
@@ -143,6 +145,7 @@ def test_processes_of_torchrun_share_the_work_and_write_once(job, run):
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr
+    assert not set(CHATTER) & set(done.stderr.split()), done.stderr
     assert done.stdout.count("bits a weight") == 1
     alone, shared = (
         json.loads((job / name / "compression.json").read_text()) for name in ("alone", "shared")

@@ -15,7 +15,7 @@ from condiquant_basicsr import build_network, load_network
 from condiquant_basicsr.value_range import in_range
 from condiquant_openvino import Upscaler, read_metadata
 from condiquant_plugin.errors import InputError
-from condiquant_recipes import cli, plausibility
+from condiquant_recipes import cli, expected_time, plausibility
 from condiquant_recipes.checkpoint import recipe_for
 from condiquant_recipes.expected_time import within
 from condiquant_recipes.float_export import export_float_of
@@ -184,8 +184,15 @@ def photographs():
     return torch.cat([small[..., 8:40, 8:40], small[..., 30:62, 60:92]]).clamp(0, 1)
 
 
-def test_minutes_become_iterations_that_a_resumed_run_keeps(make_job, condiquant):
-    job = make_job("compact")
+def test_minutes_become_iterations_that_a_resumed_run_keeps(make_job, condiquant, monkeypatch):
+    timed, job = [], make_job("compact")
+
+    def passes(network, crop):  # once: what else the machine does is in the time
+        timed.extend([] if timed else real(network, crop))
+        return timed
+
+    real = expected_time._passes
+    monkeypatch.setattr(expected_time, "_passes", passes)
     given = ["quantize", "net.pth", "--images", job.data / "calibration", *QUICK, "-q"]
     assert re.search(
         "without training it is expected to take", condiquant(*given, "--minutes", 0.01, code=2)
@@ -196,7 +203,7 @@ def test_minutes_become_iterations_that_a_resumed_run_keeps(make_job, condiquant
         within(recipe, minutes, None, Progress()).condiquant.distillation.iterations
         for minutes in (10, 40)
     ]
-    assert 2 * counts[0] < counts[1] < 8 * counts[0]
+    assert 3 * counts[0] < counts[1] < 8 * counts[0]
     begun = job.folder / "begun"
     begun.mkdir()
     (begun / "recipe.yml").write_text(

@@ -7,7 +7,6 @@ prints is the row's part as JSON.
 from __future__ import annotations
 
 import json
-import resource
 import sys
 import time
 from collections.abc import Callable
@@ -27,6 +26,7 @@ from condiquant_plugin.compression import (
     compressed_weights,
 )
 from condiquant_plugin.errors import InputError
+from condiquant_recipes.comparison.measuring import memory
 from condiquant_recipes.weight_comparison.contenders import WeightContender, all_contenders
 from condiquant_recipes.weight_comparison.job import FLOAT, MODEL, ROWS, WeightJob
 from condiquant_transformers import read_folder, read_tokenizer, windows
@@ -101,7 +101,8 @@ def _timed(function: Callable[[], Any]) -> tuple[Any, Row]:
     return result, {
         "seconds": time.perf_counter() - started,
         "cpu_seconds": time.process_time() - busy,
-        "peak_memory_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+        # Not ru_maxrss, which begins with what the process had that started this one.
+        "peak_memory_bytes": memory("VmHWM") or None,
     }
 
 
