@@ -20,6 +20,7 @@ from condiquant_openvino import check_parity, convert, layer_executions
 from condiquant_openvino.markers import Role, role_of
 from condiquant_openvino.running.instruction_sets import sums_saturate
 from condiquant_openvino.running.upscaling import compile_ir
+from condiquant_openvino.writing.passes import joining
 from condiquant_openvino.writing.quantizer_graphs import redirect
 from condiquant_plugin import FakeQuantizer
 from condiquant_plugin.uniform import grid
@@ -63,9 +64,9 @@ def without(ir, kind, role=None):
     return naive
 
 
-def quantize(network, x, bits, scope, overflow="safe"):
+def quantize(network, x, bits, scope, overflow="safe", **settings):
     config = condiquant_nncf.QuantizationConfig(
-        bits, bits, scope, recondition=None, overflow=overflow
+        bits, bits, scope, recondition=None, overflow=overflow, **settings
     )
     return condiquant_nncf.quantize_network(network.eval(), x, config).model
 
@@ -321,6 +322,38 @@ def test_norm_behind_a_product_without_bias(run, between):
     assert_right(model, x)
     with torch.no_grad():
         assert relative_error(run(without(convert(model, x), "Power"), x), model(x)) > 1e-3
+
+
+class Dense(nn.Module):
+    """Convolutions get what those before them gave, of either sign, as in the blocks of RRDBNet."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.first, self.second, self.third, self.last = (
+            nn.Conv2d(inputs, outputs, size, padding=size // 2)
+            for inputs, outputs in ((16, 16), (16, 8), (24, 8), (32, 3))
+        )
+
+    def forward(self, x):
+        x = self.first(x)
+        more = F.leaky_relu(self.second(x), 0.2)
+        most = F.leaky_relu(self.third(torch.cat([x, more], 1)), 0.2)
+        return self.last(torch.cat([x, more, most], 1))
+
+
+@pytest.mark.parametrize("bits", [8, 6, 4])
+@pytest.mark.parametrize("size", [1, 3])
+def test_signed_inputs_that_are_joined(run, monkeypatch, bits, size):
+    torch.manual_seed(0)
+    x = torch.randn(1, 16, 16, 16)
+    model = quantize(Dense(size), x, bits, "all", other_bits=8)
+    assert_right(model, x)
+    ir = convert(model, x)
+    assert {layer.runs_as for layer in layer_executions(ir, compile_ir(ir))} == {"int8"}
+    monkeypatch.setattr(joining, "_joins_signed", lambda _: False)
+    if sums_saturate():  # seen on CPUs without VNNI
+        with torch.no_grad():
+            assert relative_error(run(convert(model, x), x), model(x)) > 1e-2
 
 
 def test_convolution_without_bias_used_twice(run):
