@@ -12,6 +12,7 @@ import matplotlib as mpl
 
 from condiquant_plugin.errors import InputError
 from condiquant_plugin.files import replacing, write_atomic
+from condiquant_recipes.precision.costs import SharedCosts
 from condiquant_recipes.precision.target import Target
 from condiquant_recipes.progress import Progress
 from condiquant_recipes.recipe import Recipe, with_condiquant
@@ -55,7 +56,7 @@ def run_front(
     """Write ``count`` IRs from 2-bit to 8-bit weights, ``front.json`` and ``front.svg`` to ``out``.
 
     The first and the last have the same bits everywhere; sizes between are evenly spaced. The float network
-    is scored and written once for all of them, in ``float``.
+    is scored and written once for all of them, in ``float``, and what layers' bits cost is measured once.
 
     Args:
         sets, resume, overwrite, progress: as :func:`condiquant_recipes.run.run` takes them.
@@ -79,11 +80,11 @@ def run_front(
         for bits in (_LEAST, _MOST)
     ]
     first, last = (end.size_ratio for end in ends)
-    points = list(ends)
+    points, costs = list(ends), SharedCosts()
     for place in range(1, count - 1):
         size = round(first + (last - first) * place / (count - 1), 3)
         target = Target("size", size)
-        metrics = run(recipe, data, out / target.label, target=target, **arguments)
+        metrics = run(recipe, data, out / target.label, target=target, costs=costs, **arguments)
         points.append(_point(metrics, target.label))
     points.sort(key=lambda point: point.bin_bytes)
     write_atomic(out / "front.json", json.dumps([vars(p) for p in points], indent=1).encode())

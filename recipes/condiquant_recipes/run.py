@@ -27,6 +27,7 @@ from condiquant_recipes.exporting import check_convertible, saying
 from condiquant_recipes.finished import complete, exported
 from condiquant_recipes.plausibility import range_warning
 from condiquant_recipes.precision import search
+from condiquant_recipes.precision.costs import SharedCosts
 from condiquant_recipes.precision.picture import draw_sensitivity
 from condiquant_recipes.precision.target import Target
 from condiquant_recipes.progress import Progress
@@ -57,6 +58,7 @@ def run(
     overwrite: bool = False,
     target: Target | None = None,
     float_folder: Path | None = None,
+    costs: SharedCosts | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Run a recipe; writes ``metrics.json``, ``model.xml``/``.bin``, ``quantized.safetensors``.
@@ -71,6 +73,7 @@ def run(
         overwrite: drop what another run left in ``out``, or without ``resume`` the same one.
         target: find the bits of every layer that keep this promise, instead of the recipe's.
         float_folder: where the float network's scores and IR are kept for several runs.
+        costs: what layers' bits cost, kept for several targets of one recipe.
 
     Returns:
         The content of ``metrics.json``.
@@ -92,7 +95,7 @@ def run(
         known = None
         if resume:
             known = Workspace(out).finished_with(_PRECISION, source.network, data, also)
-        recipe, found = search.targeted(recipe, source, data, target, known, progress)
+        recipe, found = search.targeted(recipe, source, data, target, known, progress, costs)
     workspace = Workspace.create(
         out,
         recipe,

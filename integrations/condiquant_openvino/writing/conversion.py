@@ -18,6 +18,7 @@ from condiquant_openvino.writing import quantizer_graphs
 from condiquant_openvino.writing.binarization import Binarizer, BinaryKernel, write_binarizers
 from condiquant_openvino.writing.overflow import inexact_in_int8
 from condiquant_openvino.writing.passes.compaction import compact
+from condiquant_openvino.writing.passes.factors import move_factors_behind_products
 from condiquant_openvino.writing.passes.joining import join
 from condiquant_openvino.writing.passes.propagation import propagate
 from condiquant_openvino.writing.passes.rearranging import collapse
@@ -126,6 +127,7 @@ def write_quantizers(
     check_choice("isa", isa, get_args(InstructionSet))
     name = model.get_friendly_name()
     simplify(model)
+    move_factors_behind_products(model)
     write_binarizers(_binarizers(model, binarizers or {}), binary_kernel)
     _absorb_transposes(model, quantizers)
     _replace_placeholders(model, quantizers, overflow, linear_in_float=isa == "avx2")

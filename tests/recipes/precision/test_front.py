@@ -8,6 +8,7 @@ from condiquant_openvino import read_metadata
 from condiquant_plugin import InputError, fake_quantizers
 from condiquant_recipes import finished, front, run
 from condiquant_recipes.front import run_front
+from condiquant_recipes.precision import costs
 from condiquant_recipes.recipe import load_recipe
 
 POINTS = ["w2a8", "w8a8"]
@@ -54,6 +55,24 @@ def done(monkeypatch):
     monkeypatch.setattr(run.nncf_host, "quantize_network", calibrated)
     monkeypatch.setattr(finished, "export", exported)
     monkeypatch.setattr(run.basicsr_host, "evaluate", evaluated)
+    return seen
+
+
+@pytest.fixture
+def searches(monkeypatch):
+    """Measurements of what bits cost, and the targets that bits are chosen for, in order."""
+    seen, find, measure = [], run.search.find_precision, costs.LayerCosts
+
+    def found(measured, hr, target, progress):
+        seen.append(target.label)
+        return find(measured, hr, target, progress)
+
+    def measured(*args):
+        seen.append("measured")
+        return measure(*args)
+
+    monkeypatch.setattr(run.search, "find_precision", found)
+    monkeypatch.setattr(costs, "LayerCosts", measured)
     return seen
 
 
@@ -187,20 +206,14 @@ def test_a_front_is_begun_anew_if_asked_to(job, done):
     ]  # fmt: skip
 
 
-def test_bits_found_on_other_crops_are_searched_again(job, done, monkeypatch):
-    searches, search = [], run.search.find_precision
-
-    def searched(*args):
-        searches.append(args[3].label)
-        return search(*args)
-
-    monkeypatch.setattr(run.search, "find_precision", searched)
+def test_costs_of_bits_are_measured_once_for_all_points_of_the_same_crops(job, searches):
     recipe = load_recipe(job.write())
-    points = front.run_front(recipe, job.data, job.out, 3)
-    (between,) = (p.name for p in points if p.name not in POINTS)
-    assert searches == [between]
-    assert front.run_front(recipe, job.data, job.out, 3, resume=True) == points
-    assert searches == [between]
+    points = front.run_front(recipe, job.data, job.out, 4)
+    between = [p.name for p in points if p.name not in POINTS]
+    assert searches == ["measured", *between]
+    assert front.run_front(recipe, job.data, job.out, 4, resume=True) == points
+    assert searches == ["measured", *between]
     brighter(job)
     front.run_front(recipe, job.data, job.out, 3, resume=True, overwrite=True)
-    assert len(searches) == 2
+    assert searches[3:4] == ["measured"]
+    assert len(searches) == 5
