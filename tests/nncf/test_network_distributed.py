@@ -9,6 +9,8 @@ from condiquant_plugin import InputError
 from condiquant_plugin.methods.condiquant.reconditioning import ReconditioningConfig
 from networks import build, skewed
 
+pytestmark = pytest.mark.xdist_group("network_distributed")  # what takes long is made once
+
 CASES = {
     "swinir": ("swinir", "least_squares"),
     "swinir, condition": ("swinir", "condition"),

@@ -16,7 +16,14 @@ import openvino as ov
 import openvino.opset13 as ops
 from numpy.typing import NDArray
 
-from condiquant_openvino.markers import bytes_of, constant_values, has_weight, is_encoder, marker_of
+from condiquant_openvino.markers import (
+    PRODUCTS,
+    bytes_of,
+    constant_values,
+    has_weight,
+    is_encoder,
+    marker_of,
+)
 from condiquant_openvino.writing.quantizer_graphs import LEVELS_OF_TRANSFORMS, redirect, to_bytes
 from condiquant_plugin.uniform.marking import Marker
 
@@ -55,6 +62,21 @@ class _Encoder:
         """Only encoders of the same number of levels and the same byte type can merge."""
         byte = self.convert.get_output_element_type(0).get_type_name()
         return self.node.get_attributes()["levels"], byte
+
+    @property
+    def is_bound_to_convolution(self) -> bool:
+        """Whether it gives signed bytes to one: at a distance they stay signed.
+
+        Right behind a FakeQuantize the plugin makes them unsigned; kernels of signed ones halve odd weights
+        without VNNI.
+        """
+        decoders = (port.get_node() for port in self.convert.output(0).get_target_inputs())
+        exits = (port.get_node() for each in decoders for port in each.output(0).get_target_inputs())
+        products = (port.get_node() for each in exits for port in each.output(0).get_target_inputs())
+        return self.kind[1] == "i8" and any(
+            node.get_type_name() in PRODUCTS and node.get_type_name() != "MatMul"
+            for node in products
+        )
 
 
 @dataclass(frozen=True)
@@ -131,7 +153,7 @@ def _rise(encoder: _Encoder, apart: set[str]) -> bool:
     """Move an encoder past the operator that gives its input; those in ``apart`` do not merge."""
     tensor = encoder.source
     passed = tensor.get_node()
-    if passed.get_output_size() != 1 or not passed.inputs():
+    if passed.get_output_size() != 1 or not passed.inputs() or encoder.is_bound_to_convolution:
         return False
     alone = _data_consumers(tensor) == 1
     if (factor := _positive_factor(passed)) is not None and alone:
@@ -191,6 +213,8 @@ def _merge_selections(tensor: ov.Output, axis: int, apart: set[str]) -> bool:
             return False
         encoders = _encoders(node.output(0))
         if not encoders or encoders[0].node.get_friendly_name() in apart:
+            return False
+        if encoders[0].is_bound_to_convolution:
             return False
         parts.append((node, selection, encoders[0]))
     if size.is_dynamic or len({encoder.kind for _, _, encoder in parts}) > 1:
