@@ -165,11 +165,21 @@ class PrecisionStudy:
                 layer.weight.copy_(self._rounded[width].weights[name])
 
     @torch.no_grad()
-    def errors(self, bits: Mapping[str, LayerBits], images: Sequence[Any]) -> list[float]:
-        """Mean squared error of the output with these bits, of each image."""
-        self._restore()
-        with computing_floats(self.model):
-            targets = [run(self.model, image) for image in images]
+    def errors(
+        self,
+        bits: Mapping[str, LayerBits],
+        images: Sequence[Any],
+        targets: Sequence[Tensor] | None = None,
+    ) -> list[float]:
+        """Mean squared error of the output with these bits, of each image.
+
+        Args:
+            targets: the float network's outputs, where they are known.
+        """
+        if targets is None:
+            self._restore()
+            with computing_floats(self.model):
+                targets = [run(self.model, image) for image in images]
         self.assemble(bits)
         with snapped_together(self.model):
             outputs = [run(self.model, image) for image in images]

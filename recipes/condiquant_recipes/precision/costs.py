@@ -117,6 +117,7 @@ class LayerCosts:
     def _rank_correlation(self) -> float:
         """Of what single changes are predicted to cost and do cost on held-out crops."""
         few = self.images[: max(len(self.images) // 2, 1)]
+        targets = [output[None] for output in self.float_outputs[: len(few)]]
         items: list[tuple[float, dict[str, LayerBits]]] = [
             (error, {name: LayerBits(bits, FLOAT_BITS)})
             for name, by_bits in self.sensitivity.weights.items()
@@ -129,7 +130,7 @@ class LayerCosts:
         ]
         items.sort(key=lambda item: item[0])
         spread = items[:: max(len(items) // _CHECKED, 1)]
-        measured = [mean(self.study.errors(bits, few)) for _, bits in spread]
+        measured = [mean(self.study.errors(bits, few, targets)) for _, bits in spread]
         return float(spearmanr([error for error, _ in spread], measured).statistic)
 
     def _stored_bytes(self, name: str) -> dict[int, int]:
