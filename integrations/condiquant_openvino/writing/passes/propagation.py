@@ -71,8 +71,12 @@ class _Encoder:
         without VNNI.
         """
         decoders = (port.get_node() for port in self.convert.output(0).get_target_inputs())
-        exits = (port.get_node() for each in decoders for port in each.output(0).get_target_inputs())
-        products = (port.get_node() for each in exits for port in each.output(0).get_target_inputs())
+        exits = (
+            port.get_node() for each in decoders for port in each.output(0).get_target_inputs()
+        )
+        products = (
+            port.get_node() for each in exits for port in each.output(0).get_target_inputs()
+        )
         return self.kind[1] == "i8" and any(
             node.get_type_name() in PRODUCTS and node.get_type_name() != "MatMul"
             for node in products
