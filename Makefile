@@ -11,7 +11,7 @@ demo: $(INSTALLED)
 
 # CI: or OpenVINO forks the process to report every conversion over the network.
 test: lint
-	CI=true OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses=auto --dist=loadgroup
+	CI=true OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses=auto
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -13,8 +13,6 @@ from condiquant_recipes.recipe import Recipe, load_recipe
 from condiquant_recipes.recipe_files import ready_recipes, recipe_path
 from condiquant_recipes.recipe_reference import recipe_schema
 
-pytestmark = pytest.mark.xdist_group("docs_site")  # what takes long is made once
-
 ROOT = Path(__file__).parents[1]
 
 

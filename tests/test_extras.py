@@ -14,8 +14,6 @@ from packaging.utils import canonicalize_name
 
 import absent_hosts
 
-pytestmark = pytest.mark.xdist_group("extras")  # what takes long is made once
-
 HOSTS = ("nncf", "openvino", "brevitas", "basicsr")
 # None, one, all but one, all: what needs two others at once would be an odd import.
 SUBSETS = [subset for count in (0, 1, 3, 4) for subset in itertools.combinations(HOSTS, count)]

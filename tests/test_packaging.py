@@ -12,8 +12,6 @@ import yaml
 
 from condiquant_plugin import __version__
 
-pytestmark = pytest.mark.xdist_group("packaging")  # what takes long is made once
-
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("plugin", "nncf", "basicsr", "brevitas", "openvino", "recipes", "transformers")
 

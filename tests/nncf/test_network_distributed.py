@@ -9,8 +9,6 @@ from condiquant_plugin import InputError
 from condiquant_plugin.methods.condiquant.reconditioning import ReconditioningConfig
 from networks import build, skewed
 
-pytestmark = pytest.mark.xdist_group("network_distributed")  # what takes long is made once
-
 CASES = {
     "swinir": ("swinir", "least_squares"),
     "swinir, condition": ("swinir", "condition"),

@@ -19,8 +19,6 @@ from condiquant_plugin.layerwise.problem import LayerProblem
 from condiquant_plugin.methods.condiquant import reconditioning
 from condiquant_plugin.methods.condiquant.reconditioning import ReconditioningConfig
 
-pytestmark = pytest.mark.xdist_group("layerwise_distributed")  # what takes long is made once
-
 WORLD = 3
 OBJECTIVES = ("condition", "least_squares")
 GROUPED = LayerGeometry("conv", (3, 3), padding=(1, 1), groups=2)
