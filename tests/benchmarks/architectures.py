@@ -46,18 +46,17 @@ SECTIONS = {
         "upsampler": "pixelshuffledirect",
     },
     "OmniSR": {"num_feat": 16, "block_num": 1, "res_num": 1, "up_scale": 2, "window_size": 8, "pe": True},
-    "CRAFT": {"upscale": 2, "window_size": 8, "depths": [1], "embed_dim": 24, "num_heads": [2]},
     "PLKSR": {"dim": 16, "n_blocks": 2, "upscaling_factor": 2},
     "RealPLKSR": {"dim": 16, "n_blocks": 2, "upscaling_factor": 2},
     "SAFMN": {"dim": 16, "n_blocks": 2, "upscaling_factor": 2},
     "MoSR": {"dim": 16, "n_block": 2, "upscale": 2},
     "SeemoRe": {"scale": 2, "embedding_dim": 16, "num_layers": 2, "num_experts": 2},
-    "DITN_Real": {
+    "DITN": {
         "dim": 16, "ITL_blocks": 1, "SAL_blocks": 1, "UFONE_blocks": 1, "patch_size": 8, "upscale": 2,
     },
     "NAFNet": {"width": 8, "middle_blk_num": 1, "enc_blk_nums": [1, 1], "dec_blk_nums": [1, 1]},
     "UpCunet2x": {},
-    "DnCNN": {"nc": 16, "nb": 4, "act_mode": "BR"},
+    "DnCNN": {"in_nc": 3, "out_nc": 3, "nc": 16, "nb": 4, "act_mode": "BR"},
 }  # fmt: skip
 
 
