@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from condiquant_plugin.calibration.images import few_at_once
 from condiquant_plugin.configuration import QuantizationConfig
 from condiquant_plugin.errors import InputError
 from condiquant_plugin.forward_pass import run
@@ -32,10 +33,10 @@ from condiquant_plugin.layerwise.quantized import (
 from condiquant_plugin.methods.gptq.rounding import GPTQ
 from condiquant_plugin.uniform import grid
 from condiquant_plugin.uniform.bits import FLOAT_BITS
+from condiquant_plugin.uniform.bounds_search import float_inputs
 from condiquant_plugin.uniform.fake_quantizer import (
     FakeQuantizer,
     fake_quantizers,
-    search_bounds,
     snapped_together,
 )
 
@@ -61,14 +62,17 @@ class Sensitivity:
         return total
 
 
+_Bounds = dict[str, tuple[Tensor, Tensor]]
+"""By quantizer."""
+
+
 @dataclass(frozen=True)
 class _Rounded:
     """A calibration at one width."""
 
     weights: dict[str, Tensor]
     """As the calibration left them, by layer."""
-    bounds: dict[str, tuple[Tensor, Tensor]]
-    """By quantizer."""
+    bounds: _Bounds
 
 
 class PrecisionStudy:
@@ -106,38 +110,48 @@ class PrecisionStudy:
         self.fixed = dict(fixed or {})
         self._quantizers = {q.name: q for q in fake_quantizers(model).values()}
         self._trained = {name: x.weight.detach().clone() for name, x in self.layers.items()}
-        self._rounded: dict[int, _Rounded] = {}
         moments: dict[str, Moments] = {}
         if config.rounding == "gptq":
-            moments = collect_moments(model, layers, self.images, quantized=False).moments
+            batches = few_at_once(self.images)
+            moments = collect_moments(model, layers, batches, quantized=False).moments
+        self._rounded = self._calibrated(self._searched(self.images[:bounds_images]), moments)
+
+    def _searched(self, images: Sequence[Any]) -> dict[int, _Bounds]:
+        """Bounds at every width, on what the float network gives."""
+        given = float_inputs(self.model, images)
+        found = {}
         for bits in self.widths:
-            self._rounded[bits] = self._calibrated(bits, self.images[:bounds_images], moments)
+            for quantizer, entries in given.items():
+                own = self.fixed.get(_owner(quantizer))
+                quantizer.set_bits(bits if own is None else _width(own, quantizer.kind))
+                quantizer.search_bounds(entries)
+            found[bits] = {
+                name: (q.lower.detach().clone(), q.upper.detach().clone())
+                for name, q in self._quantizers.items()
+            }
+        return found
 
     @torch.no_grad()
     def _calibrated(
-        self, bits: int, images: Sequence[Any], moments: Mapping[str, Moments]
-    ) -> _Rounded:
-        """Bounds and rounding at one width, each layer on the inputs that the float network gives it."""
-        self._restore()
-        for quantizer in self._quantizers.values():
-            own = self.fixed.get(_owner(quantizer))
-            quantizer.set_bits(bits if own is None else _width(own, quantizer.kind))
-        search_bounds(self.model, images)
-        problems = [
-            layer.problem(moments[layer.name].as_quantized())
-            for layer in self.layers.values()
-            if layer.name in moments and not layer.weight_quantizer.depends_on_weight
-        ]
-        for solution in GPTQ().solve(problems):
+        self, bounds: Mapping[int, _Bounds], moments: Mapping[str, Moments]
+    ) -> dict[int, _Rounded]:
+        """Weights rounded at every width, each layer on the inputs that the float network gives it."""
+        seen = {name: found.as_quantized() for name, found in moments.items()}
+        weights = {bits: dict(self._trained) for bits in self.widths}
+        asked = []
+        for bits in self.widths:
+            for name, layer in self.layers.items():
+                quantizer = layer.weight_quantizer
+                _put(quantizer, bits, bounds[bits])
+                if name in seen and not quantizer.depends_on_weight:
+                    asked.append((bits, layer, layer.problem(seen[name])))
+        solutions = GPTQ().solve([problem for _, _, problem in asked])
+        for (bits, layer, _), solution in zip(asked, solutions, strict=True):
             # The bias stays: what it is to make up for is known with the bits of the inputs.
-            self.layers[solution.report.name].write(replace(solution, bias=None))
-        return _Rounded(
-            {name: x.weight.detach().clone() for name, x in self.layers.items()},
-            {
-                name: (q.lower.detach().clone(), q.upper.detach().clone())
-                for name, q in self._quantizers.items()
-            },
-        )
+            layer.write(replace(solution, bias=None))
+            weights[bits][layer.name] = layer.weight.detach().clone()
+        self._restore()
+        return {bits: _Rounded(weights[bits], bounds[bits]) for bits in self.widths}
 
     @property
     def products(self) -> list[str]:
@@ -199,11 +213,16 @@ class PrecisionStudy:
         squares: dict[tuple[str, str], list[Tensor]] = defaultdict(list)
         self._restore()
         changes = {name: self._weight_changes(layer) for name, layer in self.layers.items()}
+        grids = {
+            name: [self._grid_at(quantizer, bits) for bits in self.widths]
+            for name, quantizer in self._quantizers.items()
+            if quantizer.kind != "weight" and _owner(quantizer) not in self.fixed
+        }
         for image in images:
             moved: dict[tuple[str, str], Tensor] = defaultdict(
                 lambda: torch.zeros(len(self.widths), dtype=torch.float64)
             )
-            with self._watched(moved), torch.enable_grad():
+            with self._watched(moved, grids), torch.enable_grad():
                 image, starts = _followed(image)
                 output = run(self.model, image)
                 signs = torch.randint(0, 2, output.shape, generator=generator).to(output) * 2 - 1
@@ -234,13 +253,12 @@ class PrecisionStudy:
         return changes
 
     @contextmanager
-    def _watched(self, moved: dict[tuple[str, str], Tensor]) -> Iterator[None]:
+    def _watched(
+        self,
+        moved: dict[tuple[str, str], Tensor],
+        grids: Mapping[str, Sequence[grid.SnappedGrid]],
+    ) -> Iterator[None]:
         """The float network; its backward pass adds to ``moved`` what each input moves the output."""
-        grids = {
-            name: [self._grid_at(quantizer, bits) for bits in self.widths]
-            for name, quantizer in self._quantizers.items()
-            if quantizer.kind != "weight" and _owner(quantizer) not in self.fixed
-        }
 
         def add(key: tuple[str, str], name: str, x: Tensor, gradient: Tensor) -> None:
             moves = [(gradient * (each.quantize(x) - x)).sum() for each in grids[name]]
@@ -272,8 +290,7 @@ class PrecisionStudy:
 
     def _put(self, quantizer: FakeQuantizer, bits: int, calibration: int) -> None:
         """Give a quantizer bits, and the bounds that it got in the calibration at a width."""
-        quantizer.set_bits(bits)
-        quantizer.set_bounds(*self._rounded[calibration].bounds[quantizer.name])
+        _put(quantizer, bits, self._rounded[calibration].bounds)
 
     @torch.no_grad()
     def _restore(self) -> None:
@@ -297,6 +314,11 @@ def _followed(image: Any) -> tuple[Any, list[Tensor]]:
 def _owner(quantizer: FakeQuantizer) -> str:
     """Of a layer's quantizers the layer, of those of a product's factors the product."""
     return quantizer.name.rpartition(".")[0]
+
+
+def _put(quantizer: FakeQuantizer, bits: int, bounds: _Bounds) -> None:
+    quantizer.set_bits(bits)
+    quantizer.set_bounds(*bounds[quantizer.name])
 
 
 def _width(bits: LayerBits | None, kind: grid.Kind) -> int:

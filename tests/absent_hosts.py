@@ -186,7 +186,7 @@ def by_hand():
     from torch.nn.utils import parametrize
 
     from condiquant_plugin import FakeQuantizer
-    from condiquant_plugin.uniform.fake_quantizer import search_bounds
+    from condiquant_plugin.uniform.bounds_search import search_bounds
 
     model = network()
     layer = model.body if isinstance(model, Upscaler) else model.body[0].conv1

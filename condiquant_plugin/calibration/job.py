@@ -38,9 +38,9 @@ from condiquant_plugin.layerwise.sequential import solve_in_sequence
 from condiquant_plugin.methods.condiquant.reconditioning import ReconditioningConfig, unchanged
 from condiquant_plugin.methods.equalization.scaling import Scaling, equalize, find_scalings
 from condiquant_plugin.methods.gptq.rounding import GPTQ
+from condiquant_plugin.uniform.bounds_search import search_bounds
 from condiquant_plugin.uniform.fake_quantizer import (
     fake_quantizers,
-    search_bounds,
     snapped_together,
 )
 

@@ -6,7 +6,7 @@ While a model is traced it calls the operator ``condiquant::fake_quantize``, whi
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -14,12 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from condiquant_plugin.errors import InputError, check_finite
-from condiquant_plugin.forward_pass import run
+from condiquant_plugin.errors import check_finite
 from condiquant_plugin.uniform import bounds, grid
 from condiquant_plugin.uniform.bits import FLOAT_BITS
 from condiquant_plugin.uniform.rotation import orthogonal
-from condiquant_plugin.uniform.sampling import Sample
+from condiquant_plugin.uniform.sampling import First, Sample
 
 
 class _FakeQuantize(torch.autograd.Function):
@@ -160,7 +159,7 @@ class FakeQuantizer(nn.Module):
         self.upper = nn.Parameter(torch.ones(shape))
         self.enabled = True
         self.search_on_next_input = False
-        self.sample: Sample | None = None
+        self.sample: Sample | First | None = None
         self._learned: grid.SnappedGrid | None = None
 
     def set_bits(self, bits: int) -> None:
@@ -339,52 +338,3 @@ def snapped_together(model: nn.Module) -> Iterator[None]:
 def fake_quantizers(model: nn.Module) -> dict[str, FakeQuantizer]:
     """Every fake quantizer of a model by module name."""
     return {n: m for n, m in model.named_modules() if isinstance(m, FakeQuantizer)}
-
-
-@torch.no_grad()
-def search_bounds(
-    model: nn.Module,
-    crops: Tensor | Sequence[Any],
-    *,
-    quantized_inputs: bool = False,
-    batch_size: int | None = None,
-) -> None:
-    """DOBI for every fake quantizer.
-
-    Args:
-        crops: ``(count, channels, height, width)``, or batches that pass one after the other.
-        quantized_inputs: search where everything before is quantized, else on the float network. Takes
-            one forward pass over all ``crops``, whatever ``batch_size``.
-        batch_size: crops in one forward pass, of which a :class:`.sampling.Sample` is
-            taken, as of batches; ``None`` is one pass over all, of which everything is.
-
-    Raises:
-        InputError: NaN or Inf; with ``quantized_inputs``, batches of several sizes.
-    """
-    at_once = quantized_inputs or (isinstance(crops, Tensor) and batch_size is None)
-    if isinstance(crops, Tensor):
-        batches: Sequence[Any] = [crops] if at_once else crops.split(batch_size or len(crops))
-    else:
-        batches = [_joined(crops)] if at_once else crops
-    quantizers = list(fake_quantizers(model).values())
-    for quantizer in quantizers:
-        quantizer.search_on_next_input = True
-        quantizer.enabled = quantized_inputs
-        if not at_once and quantizer.kind != "weight" and quantizer.row_blocks == 1:
-            quantizer.sample = Sample()
-    try:
-        for batch in batches:
-            run(model, batch)
-        for quantizer in quantizers:
-            if quantizer.sample:
-                quantizer.search_bounds(quantizer.sample.entries())
-                quantizer.search_on_next_input = False
-    finally:
-        for quantizer in quantizers:
-            quantizer.enabled, quantizer.sample = True, None
-
-
-def _joined(batches: Sequence[Any]) -> Tensor:
-    if not all(isinstance(b, Tensor) and b.shape[1:] == batches[0].shape[1:] for b in batches):
-        raise InputError('bounds_inputs="quantized" needs images of one size: use "float"')
-    return torch.cat(list(batches))

@@ -49,3 +49,24 @@ class Sample:
     def entries(self) -> Tensor:
         """What was taken, one-dimensional; the last two entries are the extremes of everything."""
         return torch.cat([*self._samples, torch.stack(self._extremes)])
+
+
+class First:
+    """The first tensor, whole, for what is always the same."""
+
+    def __init__(self) -> None:
+        self._first: Tensor | None = None
+
+    def __len__(self) -> int:
+        """1 once there is one."""
+        return int(self._first is not None)
+
+    def add(self, x: Tensor) -> None:
+        """Take ``x`` if it is the first."""
+        if self._first is None:
+            self._first = x.detach()
+
+    def entries(self) -> Tensor:
+        """The tensor itself."""
+        assert self._first is not None
+        return self._first

@@ -125,6 +125,26 @@ def test_studies_are_repeatable_and_leave_the_network_alone():
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
 
 
+def test_bounds_at_every_width_are_those_of_a_search_at_it():
+    def bounds(model):
+        return {
+            q.name: (q.lower.tolist(), q.upper.tolist()) for q in fake_quantizers(model).values()
+        }
+
+    made, network, crops = study("edsr")
+    for bits in (2, 8):
+        made.assemble(made.uniform(bits, bits))
+        config = host.QuantizationConfig(
+            scope="all",
+            weight_bits=bits,
+            activation_bits=bits,
+            recondition=None,
+            rounding="nearest",
+        )
+        alone = host.quantize_network(network, crops, config, bounds_crops=4)
+        assert bounds(made.model) == bounds(alone.model)
+
+
 def test_rotations_are_refused():
     with pytest.raises(InputError, match="rotate=True and a search for bits"):
         study("swinir", rotate=True)

@@ -93,7 +93,7 @@ class IntegerGPTQ(BlockSettings):
         lower = -zero_points.double().repeat_interleave(columns, -1) * step
         if self.compensation == "exact":
             gram = damped(stack.gram, self.damping)
-            weight = compensated(weight, gram, lower, step, 2**self.bits - 1)
+            weight = compensated(weight, gram, lower, step, weight.new_tensor(2**self.bits - 1))
         codes = ((weight - lower) / step).round_().clamp_(0, 2**self.bits - 1).to(torch.uint8)
         parts = zip(
             stack.problems, *(stack.split(t) for t in (codes, scales, zero_points)), strict=True

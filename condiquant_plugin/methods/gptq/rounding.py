@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,7 +31,7 @@ from condiquant_plugin.layerwise.problem import (
 
 _COLUMNS = 128
 _GRAMS = 2**24
-"""Entries of Gram matrices in one batch."""
+"""Entries of Gram matrices, or of weights, in one batch."""
 _NOISE = 1e-9
 """Of sums in float64, which the mean is taken out of, with room to spare."""
 _TINY = torch.finfo(torch.float64).tiny
@@ -71,24 +73,36 @@ class GPTQ(OnGramMatrices):
     def solve(self, problems: Sequence[LayerProblem]) -> list[Solution]:
         """Weights that round to GPTQ's levels, and biases that keep the mean output.
 
+        A layer on several grids, problems with the very same moments, is solved on all of them at once.
+
         Raises:
             InputError: NaN or Inf in a weight; no grid, or no moments of quantized inputs.
         """
-        alike: dict[tuple[torch.Size, int], list[_Rows]] = defaultdict(list)
-        rows = [_Rows(problem, self.damping) for problem in problems]
-        for layer in rows:
-            alike[layer.weight.shape[1:], layer.last_code].append(layer)
-        for (shape, last_code), layers in alike.items():
-            at_once = max(_GRAMS // shape[1] ** 2, 1)
-            for start in range(0, len(layers), at_once):
-                _solve_together(layers[start : start + at_once], last_code)
-        return [layer.solution() for layer in rows]
+        layers: dict[Any, list[int]] = defaultdict(list)
+        for place, problem in enumerate(problems):
+            shape = weight_matrix(problem.weight, problem.geometry).shape
+            layers[id(problem.moments), problem.bias is None, shape].append(place)
+        alike: dict[Any, list[list[int]]] = defaultdict(list)
+        for (_, _, (_, rows, features)), places in layers.items():
+            alike[len(places) * rows, features].append(places)
+        solutions: dict[int, Solution] = {}
+        for (rows, features), stacked in alike.items():
+            at_once = max(_GRAMS // (features * max(features, rows)), 1)
+            for start in range(0, len(stacked), at_once):
+                together = [
+                    _Layer([problems[place] for place in places], self.damping)
+                    for places in stacked[start : start + at_once]
+                ]
+                _solve_together(together)
+                found = (rows.solution() for layer in together for rows in layer.grids)
+                solutions.update(zip(chain(*stacked[start : start + at_once]), found, strict=True))
+        return [solutions[place] for place in range(len(problems))]
 
 
 class _Rows:
     """A layer as a batch of matrices ``(groups, rows, features)``, float64."""
 
-    def __init__(self, problem: LayerProblem, damping: float) -> None:
+    def __init__(self, problem: LayerProblem) -> None:
         check_weight(problem.name, problem.weight)
         moments, grid = problem.moments, problem.grid
         if grid is None or moments.quantized_gram is None or moments.quantized_total is None:
@@ -97,17 +111,9 @@ class _Rows:
         self.problem = problem
         self.weight = weight_matrix(problem.weight.detach(), problem.geometry).double()
         self.lower, self.step = self._spread(grid.lower), self._spread(grid.step)
-        self.last_code = grid.last_code
+        self.last_code = torch.full(self.weight.shape[:2], float(grid.last_code)).to(self.weight)
         self.mean = moments.quantized_total.double() / max(moments.samples, 1)
         self.second = moments.quantized_gram.double()
-        self.gram = self.second
-        if problem.bias is not None:  # which takes the mean error
-            self.gram = self.second - moments.samples * self.mean[:, :, None] * self.mean[:, None]
-        added = torch.maximum(
-            damping * _mean_diagonal(self.gram), _NOISE * _mean_diagonal(self.second)
-        )
-        identity = torch.eye(self.gram.shape[-1], dtype=added.dtype, device=added.device)
-        self.gram = self.gram + added.clamp_min(_TINY)[:, None, None] * identity
         self.solved = self.weight
 
     def _spread(self, bound: Tensor) -> Tensor:
@@ -115,7 +121,7 @@ class _Rows:
         return weight_matrix(bound.expand_as(like).contiguous(), self.problem.geometry).double()
 
     def _levels(self, weight: Tensor) -> Tensor:
-        return _nearest(weight, self.lower, self.step, self.last_code)
+        return _nearest(weight, self.lower, self.step, self.last_code[..., None])
 
     def solution(self) -> Solution:
         problem = self.problem
@@ -141,22 +147,43 @@ class _Rows:
         return float((moved.clamp_min(0) / total.clamp_min(_TINY)).sqrt())
 
 
+class _Layer:
+    """What a layer is rounded with, a matrix ``(groups, features, features)``, and all its grids."""
+
+    def __init__(self, problems: Sequence[LayerProblem], damping: float) -> None:
+        self.grids = [_Rows(problem) for problem in problems]
+        first, moments = self.grids[0], problems[0].moments
+        gram = first.second
+        if problems[0].bias is not None:  # which takes the mean error
+            gram = gram - moments.samples * first.mean[:, :, None] * first.mean[:, None]
+        added = torch.maximum(damping * _mean_diagonal(gram), _NOISE * _mean_diagonal(first.second))
+        identity = torch.eye(gram.shape[-1], dtype=added.dtype, device=added.device)
+        self.gram = gram + added.clamp_min(_TINY)[:, None, None] * identity
+
+    def stacked(self, name: str) -> Tensor:
+        """What is given for the rows of every grid, one after the other."""
+        return torch.cat([getattr(rows, name) for rows in self.grids], 1)
+
+
 def _mean_diagonal(matrices: Tensor) -> Tensor:
     return matrices.diagonal(dim1=-2, dim2=-1).mean(-1)
 
 
-def _solve_together(layers: Sequence[_Rows], last_code: int) -> None:
-    weight, gram, lower, step = (
-        torch.cat([getattr(layer, name) for layer in layers])
-        for name in ("weight", "gram", "lower", "step")
+def _solve_together(layers: Sequence[_Layer]) -> None:
+    weight, lower, step, last_code = (
+        torch.cat([layer.stacked(name) for layer in layers])
+        for name in ("weight", "lower", "step", "last_code")
     )
+    gram = torch.cat([layer.gram for layer in layers])
     solved = compensated(weight, gram, lower, step, last_code)
-    for layer, part in zip(layers, solved.split([len(x.weight) for x in layers]), strict=True):
-        layer.solved = part
+    for layer, part in zip(layers, solved.split([len(x.gram) for x in layers]), strict=True):
+        by_grid = part.split([rows.weight.shape[1] for rows in layer.grids], 1)
+        for rows, own in zip(layer.grids, by_grid, strict=True):
+            rows.solved = own
 
 
 def compensated(
-    weight: Tensor, gram: Tensor, lower: Tensor, step: Tensor, last_code: int
+    weight: Tensor, gram: Tensor, lower: Tensor, step: Tensor, last_code: Tensor
 ) -> Tensor:
     """Each entry at the moment of its rounding, inside the grid's range.
 
@@ -164,7 +191,7 @@ def compensated(
         weight: shape ``(batch, rows, features)``, float64.
         gram: positive definite, shape ``(batch, features, features)``.
         lower, step: of every entry's levels ``lower + code * step``, in the shape of ``weight``.
-        last_code: codes go from 0 to this.
+        last_code: codes go from 0 to this, shape ``(batch, rows)`` or ``()``.
     """
     order = gram.diagonal(dim1=-2, dim2=-1).argsort(dim=-1, descending=True, stable=True)
     by_column = order[:, None].expand_as(weight)
@@ -191,5 +218,7 @@ def compensated(
     return result.scatter(-1, by_column, result)
 
 
-def _nearest(x: Tensor, lower: Tensor, step: Tensor, last_code: int) -> Tensor:
-    return lower + ((x - lower) / step).round_().clamp_(0, last_code) * step
+def _nearest(x: Tensor, lower: Tensor, step: Tensor, last_code: Tensor) -> Tensor:
+    return (
+        lower + ((x - lower) / step).round_().clamp_(torch.zeros_like(last_code), last_code) * step
+    )

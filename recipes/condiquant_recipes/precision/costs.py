@@ -11,14 +11,16 @@ from tempfile import TemporaryDirectory
 
 import torch
 from scipy.stats import spearmanr
-from torch import Tensor
+from torch import Tensor, nn
 
 import condiquant_nncf as nncf_host
 import condiquant_openvino as openvino_host
 from condiquant_openvino.writing.quantizer_graphs import stored_bytes
+from condiquant_plugin.calibration.images import few_at_once
 from condiquant_plugin.errors import InputError
 from condiquant_plugin.layerwise.precision import LayerBits
 from condiquant_plugin.uniform.bits import FLOAT_BITS
+from condiquant_plugin.uniform.fake_quantizer import snapped_together
 from condiquant_recipes import settings
 from condiquant_recipes.exporting import compared_to_float, example_image, tile_size
 from condiquant_recipes.precision.allocation import Option
@@ -56,7 +58,7 @@ class LayerCosts:
                 source.network, crops, settings.quantization(recipe), bounds_crops=STUDIED // 2
             )
             self.sensitivity = self.study.sensitivity(crops.split(1), seed=recipe.seed)
-            self.images = source.held_out.split(1)
+            self.held_out = few_at_once(source.held_out.split(1))
             self._stored = {name: self._stored_bytes(name) for name in self.study.layers}
             self._whole = float(sum(by_width[FLOAT_BITS] for by_width in self._stored.values()))
             self.float_outputs = self.outputs({})
@@ -65,8 +67,13 @@ class LayerCosts:
     def outputs(self, bits: Mapping[str, LayerBits]) -> list[Tensor]:
         """Of the held-out crops, as first rounded; without bits the float network's."""
         self._assemble(bits)
-        with torch.no_grad():
-            return [self.study.model(image)[0] for image in self.images]
+        return self.outputs_of(self.study.model)
+
+    @torch.no_grad()
+    def outputs_of(self, model: nn.Module) -> list[Tensor]:
+        """Of the held-out crops, each."""
+        with snapped_together(model):
+            return [output for batch in self.held_out for output in model(batch)]
 
     def best(self) -> dict[str, LayerBits]:
         """The most bits everywhere."""
@@ -116,8 +123,11 @@ class LayerCosts:
 
     def _rank_correlation(self) -> float:
         """Of what single changes are predicted to cost and do cost on held-out crops."""
-        few = self.images[: max(len(self.images) // 2, 1)]
-        targets = [output[None] for output in self.float_outputs[: len(few)]]
+        half = self.source.held_out.split(1)[: max(len(self.source.held_out) // 2, 1)]
+        few = few_at_once(half)
+        self._assemble({})
+        with torch.no_grad():
+            targets = [self.study.model(batch) for batch in few]
         items: list[tuple[float, dict[str, LayerBits]]] = [
             (error, {name: LayerBits(bits, FLOAT_BITS)})
             for name, by_bits in self.sensitivity.weights.items()

@@ -15,7 +15,6 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-import torch
 from torch import Tensor
 
 import condiquant_basicsr as basicsr_host
@@ -227,8 +226,7 @@ class _Search:
             bounds_crops=STUDIED // 2,
             held_out=source.held_out,
         )
-        with torch.no_grad():
-            figure = self._of_outputs([result.model(image)[0] for image in self.costs.images])
+        figure = self._of_outputs(self.costs.outputs_of(result.model))
         self._reached.append(figure)
         return figure
 

@@ -20,7 +20,7 @@ from condiquant_plugin.layerwise.problem import LayerReport
 from condiquant_plugin.layerwise.quantized import collect_moments, computing_floats
 from condiquant_plugin.layerwise.sequential import solve_in_sequence
 from condiquant_plugin.methods.condiquant.reconditioning import ReconditioningConfig, recondition
-from condiquant_plugin.uniform.fake_quantizer import search_bounds
+from condiquant_plugin.uniform.bounds_search import search_bounds
 from networks import build
 
 SETTINGS = ReconditioningConfig(damping=1e-2)

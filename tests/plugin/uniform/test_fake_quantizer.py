@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from condiquant_plugin import FakeQuantizer, InputError
-from condiquant_plugin.uniform.fake_quantizer import search_bounds, snapped_together
+from condiquant_plugin.uniform.bounds_search import search_bounds
+from condiquant_plugin.uniform.fake_quantizer import snapped_together
 from condiquant_plugin.uniform.sampling import Sample
 
 

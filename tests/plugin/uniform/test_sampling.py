@@ -2,7 +2,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from condiquant_plugin.uniform.sampling import Sample
+from condiquant_plugin.uniform.sampling import First, Sample
 
 ROOM = 2**18
 
@@ -76,3 +76,14 @@ def test_a_sample_counts_its_tensors():
     for count in range(3):
         assert len(sample) == count
         sample.add(torch.randn(4))
+
+
+def test_of_what_stays_the_same_the_first_is_kept_whole():
+    first = First()
+    assert not first
+    given = torch.randn(2, 3, requires_grad=True)
+    first.add(given)
+    first.add(torch.zeros(2, 3))
+    assert len(first) == 1
+    assert torch.equal(first.entries(), given)
+    assert not first.entries().requires_grad

@@ -116,6 +116,29 @@ def test_layers_of_one_shape_are_solved_as_if_alone():
         assert torch.equal(solution.bias, alone.bias)
 
 
+@pytest.mark.parametrize("kind", GEOMETRIES)
+def test_a_layer_on_several_grids_is_solved_on_each_as_if_alone(kind, monkeypatch):
+    factored = []
+    factor = torch.cholesky_inverse
+    monkeypatch.setattr(torch, "cholesky_inverse", lambda x: factored.append(x) or factor(x))
+    first, _ = problem(kind, 3)
+    other = problem(kind, seed=1, name="another")[0]
+    without_bias = replace(first, bias=None)
+    grids = [replace(first, grid=problem(kind, bits)[0].grid) for bits in (2, 4, 6)]
+    asked = [first, other, *grids, without_bias]
+    together = GPTQ().solve(asked)
+    assert sum(len(x) for x in factored) == 3 * len(weight_matrix(first.weight, first.geometry))
+    for layer, solution in zip(asked, together, strict=True):
+        (alone,) = GPTQ().solve([layer])
+        assert solution.report.name == layer.name
+        assert torch.allclose(solution.weight, alone.weight, rtol=1e-5, atol=1e-6)
+        quantize = layer.grid.quantize
+        assert torch.allclose(quantize(solution.weight), quantize(alone.weight))
+        assert (solution.bias is None) == (layer.bias is None)
+        if layer.bias is not None:
+            assert torch.allclose(solution.bias, alone.bias, atol=1e-6)
+
+
 def test_inputs_that_are_all_zero_round_to_the_nearest():
     asked, codes = problem()
     moments = moments_of(torch.zeros_like(codes), asked.geometry, torch.zeros_like(codes))
