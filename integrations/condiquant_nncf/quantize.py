@@ -15,8 +15,10 @@ import torch
 from nncf.common.logging import nncf_logger
 from nncf.common.utils.backend import BackendType
 from nncf.quantization.advanced_parameters import AdvancedQuantizationParameters
-from nncf.quantization.algorithms.pipeline import Pipeline, PipelineStep
+from nncf.quantization.algorithms.pipeline import PipelineStep
 from nncf.quantization.algorithms.post_training.pipeline import create_ptq_pipeline
+from nncf.torch.function_hook.nncf_graph.nncf_graph_builder import GraphModelWrapper
+from torch import nn
 
 from condiquant_nncf.algorithms.condiquant import CondiQuant
 from condiquant_nncf.algorithms.input_bounds import InputBounds
@@ -28,7 +30,7 @@ from condiquant_nncf.backends.torch import as_float32
 from condiquant_nncf.backends.torch import prepare as wrap_checked
 from condiquant_nncf.configuration import QuantizationConfig
 from condiquant_nncf.network import calibrate_wrapped
-from condiquant_plugin.calibration import candidates
+from condiquant_plugin.calibration import Calibration, candidates
 from condiquant_plugin.configuration import Equalize, Granularity, Rounding
 from condiquant_plugin.errors import InputError, check_count
 from condiquant_plugin.forward_pass import run
@@ -80,13 +82,14 @@ def create_condiquant_pipeline(
     bounds_crops: int = BOUNDS_CROPS,
     then: Then | None = "bounds",
     **ptq_arguments: Any,
-) -> Pipeline:
+) -> CalibrationPipeline:
     """Steps: :class:`InputBounds`, :class:`InputMoments`, :class:`CondiQuant`, and what follows.
 
     Batches of images in the dataset pass the network one image at a time in our steps, as in
-    :func:`quantize_network`. ``recondition="auto"`` tries the weights as trained and least squares, and
-    keeps what is closer to the float model on every eighth image, held out from the rest; least squares in
-    sequence needs a torch model: :func:`quantize` tries it there too.
+    :func:`quantize_network`, which is what ``then="bounds"`` makes of a torch model. Of an ``ov.Model``
+    ``recondition="auto"`` tries the weights as trained and least squares, and keeps what is closer to the
+    float model on every eighth image, held out from the rest; least squares in sequence and equalized
+    channels need a torch model.
 
     Args:
         config: for all steps; ``recondition=None`` leaves out :class:`CondiQuant`.
@@ -134,7 +137,18 @@ def create_condiquant_pipeline(
         if settings is None or not settings.needs_quantized_inputs:
             collecting = []
         ways = {"": reconditioning(settings)}
-    return CalibrationPipeline(collecting, ways, following, subset_size=subset_size)
+
+    def in_one(wrapped: GraphModelWrapper, images: list[Any]) -> tuple[nn.Module, Calibration]:
+        done = calibrate_wrapped(wrapped, images, config, bounds_images=bounds_crops)
+        return done.model, done.calibration
+
+    return CalibrationPipeline(
+        collecting,
+        ways,
+        following,
+        subset_size=subset_size,
+        of_torch=in_one if then == "bounds" else None,
+    )
 
 
 @torch.inference_mode(False)
@@ -294,8 +308,7 @@ def _run(
             result = finish(pipeline.run(prepared, dataset), _described(config))
         else:
             result = pipeline.run(wrap_checked(model, example), _in_float32(dataset)).model
-    algorithms = [algorithm for step in pipeline.steps_taken() for algorithm in step]
-    return result, [r for a in algorithms if isinstance(a, CondiQuant) for r in a.reports]
+    return result, pipeline.reports
 
 
 def _in_float32(dataset: nncf.Dataset) -> nncf.Dataset:

@@ -66,6 +66,7 @@ def run_front(
     """
     if count < 2:
         raise InputError(f"--front {count}: give at least 2 points")
+    progress = progress or Progress()
     if overwrite and not resume:
         remove(out / _FLOAT)
     arguments: dict[str, Any] = {
@@ -82,10 +83,12 @@ def run_front(
     first, last = (end.size_ratio for end in ends)
     points, costs = list(ends), SharedCosts()
     for place in range(1, count - 1):
-        size = round(first + (last - first) * place / (count - 1), 3)
-        target = Target("size", size)
+        size = first + (last - first) * place / (count - 1)
+        target = Target("size", float(f"{size:.3g}"))
         metrics = run(recipe, data, out / target.label, target=target, costs=costs, **arguments)
         points.append(_point(metrics, target.label))
+        for warning in metrics["warnings"]:
+            progress.note(warning)
     points.sort(key=lambda point: point.bin_bytes)
     write_atomic(out / "front.json", json.dumps([vars(p) for p in points], indent=1).encode())
     _plot(recipe.name, points, out / "front.svg")

@@ -138,6 +138,7 @@ def run(
             workspace, quantized.model, recipe, source.multiple, progress, float_workspace
         )
     seconds["export"] = ir.seconds
+    missed = None if target is None else target.missed(ir.figures)
 
     bits = precision.layer_bits(quantized.model)
     usual = precision.usual(bits)
@@ -148,7 +149,7 @@ def run(
         "activation_bits": usual.activation,
         "other_bits": precision.others(bits),
         "reference": recipe.datasets.reference,
-        "warnings": [] if warning is None else [warning],
+        "warnings": [each for each in (warning, missed) if each is not None],
         "float": float_scores,
         "quantized": scores,
         "fidelity": _fidelity(quantized.model, source, recipe.scale),

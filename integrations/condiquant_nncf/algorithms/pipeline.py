@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from statistics import mean
 from typing import Any
@@ -12,11 +12,14 @@ import numpy as np
 from nncf.common.logging import nncf_logger
 from nncf.common.utils.backend import BackendType, get_backend
 from nncf.quantization.algorithms.pipeline import Pipeline, PipelineStep
-from torch import Tensor
+from torch import Tensor, nn
 
+from condiquant_nncf.algorithms.condiquant import CondiQuant
 from condiquant_nncf.backends.choose import get_algo_backend
-from condiquant_plugin.calibration import fidelity_in_db, held_out
+from condiquant_plugin.calibration import Calibration, fidelity_in_db, held_out
+from condiquant_plugin.layerwise.problem import LayerReport
 
+OfTorch = Callable[[Any, list[Any]], tuple[nn.Module, Calibration]]
 _IMAGE_BATCH_DIMENSIONS = 4
 
 
@@ -68,6 +71,8 @@ class CalibrationPipeline(Pipeline):
             every eighth of the images, which the steps do not see.
         following: on the whole dataset.
         subset_size: images of the dataset that count.
+        of_torch: what replaces steps and candidates for a torch model: changes the one it is given, and
+            may hold all images.
     """
 
     def __init__(
@@ -77,24 +82,43 @@ class CalibrationPipeline(Pipeline):
         following: Sequence[PipelineStep] = (),
         *,
         subset_size: int,
+        of_torch: OfTorch | None = None,
     ) -> None:
         first = next(iter(candidates.values()), ())
         super().__init__([*steps, *first, *following])
         self._common, self._following = Pipeline(list(steps)), Pipeline(list(following))
         self._candidates = {name: Pipeline(list(own)) for name, own in candidates.items()}
-        self._subset_size = subset_size
+        self._subset_size, self._of_torch = subset_size, of_torch
         self.chosen, self.fidelity = next(iter(candidates), ""), dict[str, float]()
+        self._reports: list[LayerReport] | None = None
 
     def steps_taken(self) -> list[PipelineStep]:
         """Those whose result stayed."""
         own = self._candidates[self.chosen].pipeline_steps if self._candidates else []
         return [*self._common.pipeline_steps, *own, *self._following.pipeline_steps]
 
+    @property
+    def reports(self) -> list[LayerReport]:
+        """What became of the layers' weights in the last run."""
+        if self._reports is not None:
+            return self._reports
+        algorithms = [algorithm for step in self.steps_taken() for algorithm in step]
+        return [r for a in algorithms if isinstance(a, CondiQuant) for r in a.reports]
+
     def run(self, model: Any, dataset: nncf.Dataset) -> Any:
         """The model after all steps."""
+        self._reports = None
+        if self._of_torch is not None and get_backend(model) is BackendType.TORCH:
+            images = SingleImages(dataset).get_inference_data()
+            wrapped = get_algo_backend(model).copy_of_model()
+            network, found = self._of_torch(wrapped, list(islice(images, self._subset_size)))
+            self._reports, self.chosen, self.fidelity = found.reports, found.chosen, found.fidelity
+            wrapped.model = network
+            return self._following.run(wrapped, dataset)
         splits = _takes_single_images(model)
         images = SingleImages(dataset, splits=splits)
         if len(self._candidates) < 2:
+            self.fidelity = {}
             result = self._common.run(model, images)
             for pipeline in self._candidates.values():
                 result = pipeline.run(result, images)

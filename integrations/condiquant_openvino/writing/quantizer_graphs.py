@@ -199,8 +199,8 @@ def weight(
     else:
         codes = quantizer.codes(values).reshape(shape)
         zero = per_row(quantizer.zero, values.shape, shape)
-        integers = _look_up(codes, zero, quantizer, np.int8 if int8 else np.float32)
-    if int8:
+        integers = _look_up(codes, zero, quantizer, in_float=not int8)
+    if integers.get_element_type() != ov.Type.f32:
         integers = ops.convert(integers, np.float32)
     result = ops.multiply(integers, ops.constant(scale))
     mark(result, quantizer.marker())
@@ -228,13 +228,21 @@ def stored_bytes(values: torch.Tensor, snapped: grid.SnappedGrid) -> int:
 
 
 def _look_up(
-    codes: NDArray[np.int32], zero: NDArray[np.int32], quantizer: Quantizer, entry: type
+    codes: NDArray[np.int32], zero: NDArray[np.int32], quantizer: Quantizer, *, in_float: bool
 ) -> ov.Node:
     """Lattice integers from packed codes: a table for every distinct position of zero.
 
     Where most rows have their own, a table for every row takes fewer operators; of 6 bits all rows share
     one, at places of their own, as 64 entries may be more than a row has.
+
+    Args:
+        in_float: tables become floats before they are read, or OpenVINO takes the weight for compressed.
     """
+
+    def entries(table: NDArray) -> ov.Node:
+        stored = ops.constant(table.astype(np.int8))
+        return ops.convert(stored, np.float32) if in_float else stored
+
     zeros, table_of_row = np.unique(zero, return_inverse=True)
     levels = np.arange(2**quantizer.bits) * quantizer.refinement
     packed = ops.constant(codes, dtype=_PACKED.get(quantizer.bits, ov.Type.u8))
@@ -243,15 +251,15 @@ def _look_up(
         index = ops.multiply(index, ops.constant(np.int32(quantizer.refinement)))
         index = ops.add(index, ops.constant((zeros[-1] - zero).astype(np.int32)))
         table: NDArray = np.arange(levels[-1] + zeros[-1] - zeros[0] + 1) - zeros[-1]
-        return ops.gather(ops.constant(table.astype(entry)), index, ops.constant(np.int64(0)))
+        return ops.gather(entries(table), index, ops.constant(np.int64(0)))
     if len(zeros) > _FEW_TABLES and zero.size == codes.shape[0] == zero.shape[0]:
-        rows: NDArray = (levels - zero.reshape(-1, 1)).astype(entry)
-        return ops.gather(ops.constant(rows), index, ops.constant(np.int64(1)), batch_dims=1)
-    tables: NDArray = (levels - zeros[:, None]).astype(entry)
+        rows: NDArray = levels - zero.reshape(-1, 1)
+        return ops.gather(entries(rows), index, ops.constant(np.int64(1)), batch_dims=1)
+    tables: NDArray = levels - zeros[:, None]
     if len(zeros) > 1:
         offset = table_of_row.reshape(zero.shape) * len(levels)
         index = ops.add(index, ops.constant(offset.astype(np.int32)))
-    return ops.gather(ops.constant(tables.ravel()), index, ops.constant(np.int64(0)))
+    return ops.gather(entries(tables.ravel()), index, ops.constant(np.int64(0)))
 
 
 def _fake_quantize(

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from condiquant_plugin.errors import InputError
 
 Aim = Literal["fidelity", "drop", "size", "latency"]
+_ALIGNMENT = 2e-3
+"""Of a size: constants begin at multiples of 64 bytes."""
 _MEANINGS = {
     "fidelity": "PSNR to the float network's output in dB, at least",
     "drop": "dB of PSNR against HR below the float network, at most",
@@ -45,6 +48,20 @@ class Target:
 
     def __str__(self) -> str:
         return f"{self.aim}={self.value:g}"
+
+    def missed(self, ir: Mapping[str, Any]) -> str | None:
+        """What a written IR has beyond the promise, of those that it alone can tell; None if it is kept.
+
+        Args:
+            ir: its ``bin_bytes``, ``float_bin_bytes`` and ``latency_ratio``.
+        """
+        reached = {
+            "size": ir["bin_bytes"] / ir["float_bin_bytes"],
+            "latency": ir["latency_ratio"],
+        }.get(self.aim, 0.0)
+        if reached <= self.value * (1 + _ALIGNMENT):
+            return None
+        return f"--target {self}: the IR has {self.aim}={reached:.3g}"
 
     @property
     def label(self) -> str:

@@ -95,16 +95,18 @@ def test_stored_weights_are_the_values_of_the_grid(bits, rows, int8):
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 6, 8])
 @pytest.mark.parametrize("blocks", [1, 24])
-def test_stored_bytes_are_those_of_the_file(bits, blocks, tmp_path):
+@pytest.mark.parametrize("int8", [True, False], ids=["int8", "float"])
+def test_stored_bytes_are_those_of_the_file(bits, blocks, int8, tmp_path):
     values = torch.randn(24, 40)
     lower = torch.linspace(-1.9, -0.1, blocks).view(-1, 1) if blocks > 1 else torch.tensor(-1.0)
     snapped = grid.snap(lower, lower + 2, bits, "weight")
-    model = ov.Model(
-        [weight(values.numpy(), quantizer_of(bits, "weight", lower, lower + 2), int8=True)], []
-    )
+    quantizer = quantizer_of(bits, "weight", lower, lower + 2)
+    model = ov.Model([weight(values.numpy(), quantizer, int8=int8)], [])
     ov.save_model(model, tmp_path / "model.xml", compress_to_fp16=False)
     written = (tmp_path / "model.bin").stat().st_size
-    assert written == pytest.approx(stored_bytes(values, snapped), abs=64)  # constants are aligned
+    table = 256 if bits == 8 and not int8 else 0  # all weights of a network share it
+    expected = stored_bytes(values, snapped) + table
+    assert written == pytest.approx(expected, abs=64)  # constants are aligned
 
 
 @pytest.mark.parametrize("transposed", [False, True])

@@ -36,6 +36,18 @@ def test_targets_that_cannot_be_read(text):
         Target.parse(text)
 
 
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("size=0.25", None), ("size=0.2", "--target size=0.2: the IR has size=0.25"), ("fidelity=50", None),
+        ("latency=0.5", None), ("latency=0.4", "--target latency=0.4: the IR has latency=0.5"),
+    ],
+)  # fmt: skip
+def test_an_ir_that_breaks_its_promise_is_named(text, words):
+    figures = {"bin_bytes": 250, "float_bin_bytes": 1000, "latency_ratio": 0.5}
+    assert Target.parse(text).missed(figures) == words
+
+
 def found_for(job, text):
     """Recipe and record of a search alone."""
     recipe = load_recipe(job.write())
