@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -70,8 +70,8 @@ _Bounds = dict[str, tuple[Tensor, Tensor]]
 class _Rounded:
     """A calibration at one width."""
 
-    weights: dict[str, Tensor]
-    """As the calibration left them, by layer."""
+    parts: dict[str, list[Tensor]]
+    """Weight and bias as rounding left them, by layer."""
     bounds: _Bounds
 
 
@@ -109,7 +109,7 @@ class PrecisionStudy:
         self.widths = tuple(widths)
         self.fixed = dict(fixed or {})
         self._quantizers = {q.name: q for q in fake_quantizers(model).values()}
-        self._trained = {name: x.weight.detach().clone() for name, x in self.layers.items()}
+        self._trained = {name: _parts(layer) for name, layer in self.layers.items()}
         moments: dict[str, Moments] = {}
         if config.rounding == "gptq":
             batches = few_at_once(self.images)
@@ -137,7 +137,7 @@ class PrecisionStudy:
     ) -> dict[int, _Rounded]:
         """Weights rounded at every width, each layer on the inputs that the float network gives it."""
         seen = {name: found.as_quantized() for name, found in moments.items()}
-        weights = {bits: dict(self._trained) for bits in self.widths}
+        parts = {bits: dict(self._trained) for bits in self.widths}
         asked = []
         for bits in self.widths:
             for name, layer in self.layers.items():
@@ -147,11 +147,10 @@ class PrecisionStudy:
                     asked.append((bits, layer, layer.problem(seen[name])))
         solutions = GPTQ().solve([problem for _, _, problem in asked])
         for (bits, layer, _), solution in zip(asked, solutions, strict=True):
-            # The bias stays: what it is to make up for is known with the bits of the inputs.
-            layer.write(replace(solution, bias=None))
-            weights[bits][layer.name] = layer.weight.detach().clone()
+            layer.write(solution)
+            parts[bits][layer.name] = _parts(layer)
         self._restore()
-        return {bits: _Rounded(weights[bits], bounds[bits]) for bits in self.widths}
+        return {bits: _Rounded(parts[bits], bounds[bits]) for bits in self.widths}
 
     @property
     def products(self) -> list[str]:
@@ -176,7 +175,7 @@ class PrecisionStudy:
                 self._put(quantizer, width, self.widths[0] if owner in self.fixed else width)
         for name, layer in self.layers.items():
             if (width := _width(bits.get(name), "weight")) != FLOAT_BITS:
-                layer.weight.copy_(self._rounded[width].weights[name])
+                _put_parts(layer, self._rounded[width].parts[name])
 
     @torch.no_grad()
     def errors(
@@ -212,7 +211,7 @@ class PrecisionStudy:
         generator = torch.Generator().manual_seed(seed)
         squares: dict[tuple[str, str], list[Tensor]] = defaultdict(list)
         self._restore()
-        changes = {name: self._weight_changes(layer) for name, layer in self.layers.items()}
+        changes = [(name, *c) for name, x in self.layers.items() for c in self._changes(x)]
         grids = {
             name: [self._grid_at(quantizer, bits) for bits in self.widths]
             for name, quantizer in self._quantizers.items()
@@ -226,14 +225,12 @@ class PrecisionStudy:
                 image, starts = _followed(image)
                 output = run(self.model, image)
                 signs = torch.randint(0, 2, output.shape, generator=generator).to(output) * 2 - 1
-                weights = [layer.weight for layer in self.layers.values()]
-                wanted = [*weights, *starts]  # hooks run only on the way to one of them
+                # Hooks run only on the way to one of these.
+                wanted = [*(part for _, part, _ in changes), *starts]
                 gradients = torch.autograd.grad(output, wanted, signs, allow_unused=True)
-            for name, gradient in zip(self.layers, gradients, strict=False):
+            for (name, _, by_width), gradient in zip(changes, gradients, strict=False):
                 if gradient is not None:
-                    moved[name, "weight"] += torch.stack(
-                        [(gradient * change).sum() for change in changes[name]]
-                    )
+                    moved[name, "weight"] += torch.stack([(gradient * c).sum() for c in by_width])
             for key, value in moved.items():
                 squares[key].append(value.square() / output.numel())
         found: dict[str, dict[str, dict[int, float]]] = {"weight": {}, "input": {}}
@@ -242,15 +239,17 @@ class PrecisionStudy:
             found[part][name] = dict(zip(self.widths, means, strict=True))
         return Sensitivity(found["weight"], found["input"])
 
-    def _weight_changes(self, layer: QuantizedLayer) -> list[Tensor]:
-        """What rounding adds to a weight, by width."""
-        changes = []
-        quantizer = layer.weight_quantizer
+    def _changes(self, layer: QuantizedLayer) -> list[tuple[Tensor, list[Tensor]]]:
+        """A weight, and a bias that makes up for the mean, and what rounding adds to them by width."""
+        quantizer, trained = layer.weight_quantizer, self._trained[layer.name]
+        by_width = []
         for bits in self.widths:
             self._put(quantizer, bits, bits)
-            weight = self._rounded[bits].weights[layer.name]
-            changes.append(quantizer.levels_of(weight).quantize(weight) - self._trained[layer.name])
-        return changes
+            weight, *bias = self._rounded[bits].parts[layer.name]
+            rounded = [quantizer.levels_of(weight).quantize(weight), *bias]
+            by_width.append([r - t for r, t in zip(rounded, trained, strict=True)])
+        tensors = _tensors(layer)
+        return [(t, list(c)) for t, c in zip(tensors, zip(*by_width, strict=True), strict=True)]
 
     @contextmanager
     def _watched(
@@ -274,7 +273,8 @@ class PrecisionStudy:
         hooks = [self._quantizers[name].register_forward_hook(watch) for name in grids]
         trained = {p: p.requires_grad for p in self.model.parameters()}
         for layer in self.layers.values():
-            layer.weight.requires_grad_(True)
+            for tensor in _tensors(layer):
+                tensor.requires_grad_(True)
         try:
             with computing_floats(self.model):
                 yield
@@ -295,7 +295,7 @@ class PrecisionStudy:
     @torch.no_grad()
     def _restore(self) -> None:
         for name, layer in self.layers.items():
-            layer.weight.copy_(self._trained[name])
+            _put_parts(layer, self._trained[name])
 
 
 def _followed(image: Any) -> tuple[Any, list[Tensor]]:
@@ -309,6 +309,19 @@ def _followed(image: Any) -> tuple[Any, list[Tensor]]:
         return starts[-1].clone()
 
     return tree_map_only(Tensor, follow, image), starts
+
+
+def _tensors(layer: QuantizedLayer) -> list[Tensor]:
+    return [layer.weight, *([] if layer.bias is None else [layer.bias])]
+
+
+def _parts(layer: QuantizedLayer) -> list[Tensor]:
+    return [tensor.detach().clone() for tensor in _tensors(layer)]
+
+
+def _put_parts(layer: QuantizedLayer, parts: Sequence[Tensor]) -> None:
+    for tensor, part in zip(_tensors(layer), parts, strict=True):
+        tensor.copy_(part)
 
 
 def _owner(quantizer: FakeQuantizer) -> str:

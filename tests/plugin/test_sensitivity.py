@@ -46,6 +46,27 @@ def test_predictions_rank_what_single_layers_cost(name):
     assert abs(ratio) < np.log(2)
 
 
+def test_a_bias_makes_up_for_the_mean_of_what_rounding_does():
+    network = build("edsr")
+    with torch.no_grad():
+        network.body[0].conv1.bias.add_(2000)  # what conv2 gets has a mean far above its spread
+    made, network, crops = study("edsr", network)
+    name = "body.0.conv2"
+    predicted = made.sensitivity(crops.repeat(4, 1, 1, 1).split(1)).weights[name][3]
+    bits = {name: LayerBits(3, FLOAT_BITS)}
+    measured = np.mean(made.errors(bits, crops.split(1)))
+    trained = network.body[0].conv2.bias
+    with torch.no_grad():
+        made.assemble(bits)
+        made.layers[name].bias.copy_(trained)
+        outputs = [(made.model(crop), network(crop)) for crop in crops.split(1)]
+        kept = np.mean([float((output - target).square().mean()) for output, target in outputs])
+        made.assemble({})
+        assert torch.equal(made.layers[name].bias, trained)
+    assert measured < 0.1 * kept
+    assert abs(np.log(predicted / measured)) < np.log(3)
+
+
 def test_an_assembled_network_has_the_bits_that_it_is_given():
     made, network, crops = study("swinir")
     with torch.no_grad():
