@@ -23,7 +23,7 @@ from condiquant_plugin.uniform.marking import Marker, Role
 LEVELS_OF_TRANSFORMS = {128, 256}
 """What the low-precision transforms take for bytes, and take apart."""
 _FEW_TABLES = 6
-_ROW_TABLE_BITS = 4
+_ALL_TABLES_BITS = 4
 _PACKED = {2: ov.Type.u2, 3: ov.Type.u3, 4: ov.Type.u4, 6: ov.Type.u6}
 
 
@@ -207,12 +207,15 @@ def weight(
     return result.output(0)
 
 
-def stored_bytes(values: torch.Tensor, snapped: grid.SnappedGrid) -> int:
+def stored_bytes(values: torch.Tensor, snapped: grid.SnappedGrid) -> tuple[int, int]:
     """What a weight takes in a .bin, as :func:`weight` packs it: codes, tables, scales.
 
     Args:
         values: the float weight.
         snapped: its levels, tensors that broadcast against it.
+
+    Returns:
+        What it takes alone, and the table that all weights of its width share.
     """
     lower, step, zero = (t.detach().cpu() for t in (snapped.lower, snapped.step, snapped.zero))
     arrays = lower.numpy(), step.numpy(), zero.int().numpy()
@@ -224,42 +227,59 @@ def stored_bytes(values: torch.Tensor, snapped: grid.SnappedGrid) -> int:
         if node.get_type_name() == "Constant":
             constants[node.get_friendly_name()] = node.get_byte_size()
         pending += [value.get_node() for value in node.input_values()]
-    return sum(constants.values())
+    shared = _shared_table(quantizer, quantizer.zero)
+    common = 0 if shared is None else shared.size
+    return sum(constants.values()) - common, common
 
 
 def _look_up(
     codes: NDArray[np.int32], zero: NDArray[np.int32], quantizer: Quantizer, *, in_float: bool
 ) -> ov.Node:
-    """Lattice integers from packed codes: a table for every distinct position of zero.
-
-    Where most rows have their own, a table for every row takes fewer operators; of 6 bits all rows share
-    one, at places of their own, as 64 entries may be more than a row has.
+    """Lattice integers from packed codes, looked up in tables of few positions of zero, of a row or of all.
 
     Args:
         in_float: tables become floats before they are read, or OpenVINO takes the weight for compressed.
     """
 
-    def entries(table: NDArray) -> ov.Node:
+    def read(table: NDArray, index: ov.Node, axis: int = 0, **more: int) -> ov.Node:
         stored = ops.constant(table.astype(np.int8))
-        return ops.convert(stored, np.float32) if in_float else stored
+        entries = ops.convert(stored, np.float32) if in_float else stored
+        return ops.gather(entries, index, ops.constant(np.int64(axis)), **more)
 
-    zeros, table_of_row = np.unique(zero, return_inverse=True)
-    levels = np.arange(2**quantizer.bits) * quantizer.refinement
     packed = ops.constant(codes, dtype=_PACKED.get(quantizer.bits, ov.Type.u8))
-    index = ops.convert(packed, np.int32)
-    if len(zeros) > 1 and quantizer.bits > _ROW_TABLE_BITS:
-        index = ops.multiply(index, ops.constant(np.int32(quantizer.refinement)))
-        index = ops.add(index, ops.constant((zeros[-1] - zero).astype(np.int32)))
-        table: NDArray = np.arange(levels[-1] + zeros[-1] - zeros[0] + 1) - zeros[-1]
-        return ops.gather(entries(table), index, ops.constant(np.int64(0)))
+    index, levels = ops.convert(packed, np.int32), _levels(quantizer)
+    if (table := _shared_table(quantizer, zero)) is not None:
+        if quantizer.bits > _ALL_TABLES_BITS:
+            index = ops.multiply(index, ops.constant(np.int32(quantizer.refinement)))
+            offset = levels[-1] - zero
+        else:
+            offset = zero * len(levels)
+        return read(table, ops.add(index, ops.constant(offset.astype(np.int32))))
+    zeros, table_of_row = np.unique(zero, return_inverse=True)
     if len(zeros) > _FEW_TABLES and zero.size == codes.shape[0] == zero.shape[0]:
-        rows: NDArray = levels - zero.reshape(-1, 1)
-        return ops.gather(entries(rows), index, ops.constant(np.int64(1)), batch_dims=1)
-    tables: NDArray = levels - zeros[:, None]
+        return read(levels - zero.reshape(-1, 1), index, 1, batch_dims=1)
     if len(zeros) > 1:
         offset = table_of_row.reshape(zero.shape) * len(levels)
         index = ops.add(index, ops.constant(offset.astype(np.int32)))
-    return ops.gather(entries(tables.ravel()), index, ops.constant(np.int64(0)))
+    return read((levels - zeros[:, None]).ravel(), index)
+
+
+def _levels(quantizer: Quantizer) -> NDArray[np.int64]:
+    return np.arange(2**quantizer.bits) * quantizer.refinement
+
+
+def _shared_table(quantizer: Quantizer, zero: NDArray[np.int32]) -> NDArray[np.int64] | None:
+    """What all weights of a width with many positions of zero read, the same in all layers.
+
+    Up to 4 bits the integers of every position there is, one after the other; above, where these would be
+    many, all integers, of which codes take every so many. At 2 bits none: a row's own table is no larger.
+    """
+    count, levels = len(np.unique(zero)), _levels(quantizer)
+    if quantizer.bits > _ALL_TABLES_BITS:
+        return np.arange(-levels[-1], levels[-1] + 1) if count > 1 else None
+    if quantizer.bits == grid.MIN_BITS or count <= _FEW_TABLES:
+        return None
+    return (levels - np.arange(levels[-1] + 1)[:, None]).ravel()
 
 
 def _fake_quantize(

@@ -59,6 +59,7 @@ class LayerCosts:
             )
             self.sensitivity = self.study.sensitivity(crops.split(1), seed=recipe.seed)
             self.held_out = few_at_once(source.held_out.split(1))
+            self._shared = dict.fromkeys(self.study.widths, 0)
             self._stored = {name: self._stored_bytes(name) for name in self.study.layers}
             self._whole = float(sum(by_width[FLOAT_BITS] for by_width in self._stored.values()))
             self.float_outputs = self.outputs({})
@@ -81,7 +82,11 @@ class LayerCosts:
 
     def bytes(self, bits: Mapping[str, LayerBits]) -> float:
         """That the weights in scope take in an IR."""
-        return sum(by_width[bits[name].weight] for name, by_width in self._stored.items())
+        widths = [bits[name].weight for name in self._stored]
+        own = sum(
+            self._stored[name][width] for name, width in zip(self._stored, widths, strict=True)
+        )
+        return own + sum(self._shared.get(width, 0) for width in set(widths))
 
     def penalty(self, bits: Mapping[str, LayerBits]) -> float:
         """Of float layers, in bytes."""
@@ -144,13 +149,13 @@ class LayerCosts:
         return float(spearmanr([error for error, _ in spread], measured).statistic)
 
     def _stored_bytes(self, name: str) -> dict[int, int]:
-        """Of a layer's weight in an IR, by width."""
+        """Of a layer's weight in an IR, by width, without what it shares with others of that width."""
         layer, found = self.study.layers[name], dict[int, int]()
         for width in self.study.widths:
             self.study.assemble({name: LayerBits(width, INPUT_BITS)})
-            found[width] = stored_bytes(
-                layer.weight, layer.weight_quantizer.levels_of(layer.weight)
-            )
+            levels = layer.weight_quantizer.levels_of(layer.weight)
+            found[width], shared = stored_bytes(layer.weight, levels)
+            self._shared[width] = max(self._shared[width], shared)
         return found | {FLOAT_BITS: layer.weight.numel() * 4}
 
 

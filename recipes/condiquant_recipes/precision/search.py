@@ -141,11 +141,21 @@ class _Search:
 
     def as_large_as(self, width: int) -> tuple[dict[str, LayerBits], float]:
         """Least predicted error for the bytes of weights of one width, and the fidelity in dB."""
-        room = self.costs.bytes(self.costs.study.uniform(width, INPUT_BITS))
-        found = allocate(self.costs.options(with_float=False), "error", room)
-        assert found is not None  # weights of that width fit
-        bits = {name: option.bits for name, option in found.items()}
+        uniform = self.costs.study.uniform(width, INPUT_BITS)
+        bits = self._fitting(self.costs.bytes(uniform)) or uniform
         return bits, self._figure(bits)
+
+    def _fitting(self, room: float) -> dict[str, LayerBits] | None:
+        """Least predicted error of weights that take so many bytes; None if none are so small."""
+        options, left = self.costs.options(with_float=False), room
+        for _ in range(_ROUNDS):
+            if (found := allocate(options, "error", left)) is None:
+                return None
+            bits = {name: option.bits for name, option in found.items()}
+            if (over := self.costs.bytes(bits) - room) <= 0:
+                return bits
+            left -= over  # tables, which do not belong to one layer
+        return None
 
     def precision(
         self, target: str, bits: dict[str, LayerBits], reached: dict[str, float]
@@ -268,14 +278,12 @@ class _Search:
         costs, compared = self.costs, self.costs.best_beside_float
         fixed = compared["bin_bytes"] - costs.bytes(costs.best())
         room = self.target.value * compared["float_bin_bytes"] - fixed
-        found = allocate(costs.options(with_float=False), "error", room)
-        if found is None:
+        if (bits := self._fitting(room)) is None:
             least = costs.bytes(costs.study.uniform(min(costs.study.widths), INPUT_BITS))
             smallest = (fixed + least) / compared["float_bin_bytes"]
             raise InputError(
                 f"--target {self.target}: 2-bit weights everywhere come to size={smallest:.3f}"
             )
-        bits = {name: option.bits for name, option in found.items()}
         size = (fixed + costs.bytes(bits)) / compared["float_bin_bytes"]
         return bits, {"size": size}
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 import reference
 from condiquant_openvino.markers import has_weight, output_channel_axes
 from condiquant_openvino.running.upscaling import compile_ir
+from condiquant_openvino.writing.passes.compaction import compact
 from condiquant_openvino.writing.quantizer_graphs import (
     Quantizer,
     decode,
@@ -76,7 +77,7 @@ def test_bytes_are_signed_where_zero_is_above_the_lowest_level(bits):
 
 @pytest.mark.parametrize("int8", [False, True])
 @pytest.mark.parametrize("rows", ["tensor", "few positions of zero", "many positions of zero"])
-@pytest.mark.parametrize("bits", [2, 4, 5, 6, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
 def test_stored_weights_are_the_values_of_the_grid(bits, rows, int8):
     values = np.random.default_rng(0).normal(size=(24, 6)).astype(np.float32)
     lower = {
@@ -104,9 +105,28 @@ def test_stored_bytes_are_those_of_the_file(bits, blocks, int8, tmp_path):
     model = ov.Model([weight(values.numpy(), quantizer, int8=int8)], [])
     ov.save_model(model, tmp_path / "model.xml", compress_to_fp16=False)
     written = (tmp_path / "model.bin").stat().st_size
-    table = 256 if bits == 8 and not int8 else 0  # all weights of a network share it
-    expected = stored_bytes(values, snapped) + table
+    expected = sum(stored_bytes(values, snapped))
+    if bits == 8 and not int8:
+        expected += 256  # its integers, shared by all
     assert written == pytest.approx(expected, abs=64)  # constants are aligned
+
+
+@pytest.mark.parametrize("bits", [3, 4, 6])
+def test_weights_of_a_width_share_their_table(bits, tmp_path):
+    weights, sizes = [], []
+    for seed, highest in enumerate((-0.1, -0.4, -0.6)):
+        values = torch.randn(24, 40, generator=torch.Generator().manual_seed(seed))
+        lower = torch.linspace(-1.9, highest, 24).view(-1, 1)
+        quantizer = quantizer_of(bits, "weight", lower, lower + 2)
+        weights.append(weight(values.numpy(), quantizer, int8=True))
+        sizes.append(stored_bytes(values, grid.snap(lower, lower + 2, bits, "weight")))
+    model = ov.Model(weights, [])
+    compact(model)
+    ov.save_model(model, tmp_path / "model.xml", compress_to_fp16=False)
+    written = (tmp_path / "model.bin").stat().st_size
+    alone, shared = map(sum, zip(*sizes, strict=True))
+    assert shared == 3 * {3: 64 * 8, 4: 61 * 16, 6: 127}[bits]
+    assert written == pytest.approx(alone + shared / 3, abs=64 * len(model.get_ops()) / 4)
 
 
 @pytest.mark.parametrize("transposed", [False, True])

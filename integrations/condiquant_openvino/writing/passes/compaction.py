@@ -73,9 +73,6 @@ def _must_be_exact(port: ov.Input) -> bool:
         return True
     if node.get_type_name() == "FakeQuantize":
         return bool(port.get_index() > 0)
-    if node.get_type_name() == "Gather":  # of a weight's codes
-        users = [target.get_node() for target in node.output(0).get_target_inputs()]
-        return any(role_of(user) is not None for user in users)
     rank = node.get_output_partial_shape(0).rank
     return node.get_type_name() == "Interpolate" or (rank.is_static and rank.get_length() < 2)
 
