@@ -119,6 +119,10 @@ class PrecisionStudy:
     def _searched(self, images: Sequence[Any]) -> dict[int, _Bounds]:
         """Bounds at every width, on what the float network gives."""
         given = float_inputs(self.model, images)
+        if missed := self._quantizers.keys() - {quantizer.name for quantizer in given}:
+            raise InputError(
+                f"no image passes {min(missed)}: leave its layer out, or give images that do"
+            )
         found = {}
         for bits in self.widths:
             for quantizer, entries in given.items():
@@ -187,7 +191,8 @@ class PrecisionStudy:
         """Mean squared error of the output with these bits, of each image.
 
         Args:
-            targets: the float network's outputs, where they are known.
+            images: batches of any size.
+            targets: the float network's outputs for each batch, where they are known.
         """
         if targets is None:
             self._restore()
@@ -196,10 +201,9 @@ class PrecisionStudy:
         self.assemble(bits)
         with snapped_together(self.model):
             outputs = [run(self.model, image) for image in images]
-        return [
-            float((output.double() - target.double()).square().mean())
-            for output, target in zip(outputs, targets, strict=True)
-        ]
+        pairs = zip(outputs, targets, strict=True)
+        squares = (((o.double() - t.double()) ** 2).flatten(1).mean(1) for o, t in pairs)
+        return torch.cat(list(squares)).tolist()
 
     def sensitivity(self, images: Sequence[Any], *, seed: int = 0) -> Sensitivity:
         """What every tensor costs at every width.
@@ -270,19 +274,20 @@ class PrecisionStudy:
                 own.register_hook(partial(add, key, quantizer.name, output.detach()))
             return own
 
-        hooks = [self._quantizers[name].register_forward_hook(watch) for name in grids]
-        trained = {p: p.requires_grad for p in self.model.parameters()}
-        for layer in self.layers.values():
-            for tensor in _tensors(layer):
-                tensor.requires_grad_(True)
+        tensors = [tensor for layer in self.layers.values() for tensor in _tensors(layer)]
+        needed = [(t, t.requires_grad) for t in (*self.model.parameters(), *tensors)]
+        hooks = []
         try:
+            hooks += [self._quantizers[name].register_forward_hook(watch) for name in grids]
+            for tensor in tensors:
+                tensor.requires_grad_(True)
             with computing_floats(self.model):
                 yield
         finally:
             for hook in hooks:
                 hook.remove()
-            for parameter, needed in trained.items():
-                parameter.requires_grad_(needed)
+            for tensor, before in needed:
+                tensor.requires_grad_(before)
 
     def _grid_at(self, quantizer: FakeQuantizer, bits: int) -> grid.SnappedGrid:
         self._put(quantizer, bits, bits)

@@ -57,9 +57,10 @@ def search_bounds(
 def float_inputs(model: nn.Module, batches: Sequence[Any]) -> dict[FakeQuantizer, Tensor]:
     """What fake quantizers get where all are off: a weight, of activations a sample of all batches.
 
-    Those that nothing passes are left out.
+    Those that nothing passes are left out; all are on afterwards.
     """
     quantizers = list(fake_quantizers(model).values())
+    given = {}
     try:
         for quantizer in quantizers:
             quantizer.enabled = False
@@ -67,7 +68,11 @@ def float_inputs(model: nn.Module, batches: Sequence[Any]) -> dict[FakeQuantizer
             quantizer.sample = Sample() if one_range else First()
         for batch in batches:
             run(model, batch)
-        return {q: q.sample.entries() for q in quantizers if q.sample}
+        for quantizer in quantizers:
+            if quantizer.sample:
+                given[quantizer] = quantizer.sample.entries()
+            quantizer.sample = None  # else every sample would be there twice
+        return given
     finally:
         for quantizer in quantizers:
             quantizer.enabled, quantizer.sample = True, None

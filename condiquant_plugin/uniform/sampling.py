@@ -62,9 +62,9 @@ class First:
         return int(self._first is not None)
 
     def add(self, x: Tensor) -> None:
-        """Take ``x`` if it is the first."""
+        """Take a copy of ``x`` if it is the first."""
         if self._first is None:
-            self._first = x.detach()
+            self._first = x.detach().clone()
 
     def entries(self) -> Tensor:
         """The tensor itself."""

@@ -152,6 +152,7 @@ def calibrate_wrapped(
     """:func:`condiquant_plugin.calibration.calibrate` of the network inside ``wrapped``, in place."""
     with distributed.failing_together("reading the network"):
         backend = get_algo_backend(wrapped)
+        backend.check_is_float()
         layers = config.find_layers(backend)
         check_weights(backend, layers)
     model: nn.Module = backend.insert_quantizers(

@@ -29,7 +29,7 @@ from condiquant_nncf.backends.choose import check_backend
 from condiquant_nncf.backends.torch import as_float32
 from condiquant_nncf.backends.torch import prepare as wrap_checked
 from condiquant_nncf.configuration import QuantizationConfig
-from condiquant_nncf.network import calibrate_wrapped
+from condiquant_nncf.network import QuantizedNetwork, calibrate_wrapped
 from condiquant_plugin.calibration import Calibration, candidates
 from condiquant_plugin.configuration import Equalize, Granularity, Rounding
 from condiquant_plugin.errors import InputError, check_count
@@ -45,6 +45,7 @@ from condiquant_plugin.uniform.sampling import BOUNDS_CROPS
 Then = Literal["bounds", "minmax"]
 _BEFORE_INT8 = ReconditioningConfig(objective="condition", strength=3e-5, steps=30)
 """Stronger settings and least squares cost fidelity at 8 bits (docs/nncf.md)."""
+_EMPTY = "calibration_dataset yields nothing: give at least one item"
 
 
 @dataclass(frozen=True)
@@ -86,10 +87,10 @@ def create_condiquant_pipeline(
     """Steps: :class:`InputBounds`, :class:`InputMoments`, :class:`CondiQuant`, and what follows.
 
     Batches of images in the dataset pass the network one image at a time in our steps, as in
-    :func:`quantize_network`, which is what ``then="bounds"`` makes of a torch model. Of an ``ov.Model``
-    ``recondition="auto"`` tries the weights as trained and least squares, and keeps what is closer to the
-    float model on every eighth image, held out from the rest; least squares in sequence and equalized
-    channels need a torch model.
+    :func:`quantize_network`, which is what ``then="bounds"`` makes of a copy of a torch model. Of an
+    ``ov.Model`` ``recondition="auto"`` tries the weights as trained and least squares, and keeps what is
+    closer to the float model on every eighth image, held out from the rest; least squares in sequence and
+    equalized channels need a torch model.
 
     Args:
         config: for all steps; ``recondition=None`` leaves out :class:`CondiQuant`.
@@ -100,7 +101,8 @@ def create_condiquant_pipeline(
         ptq_arguments: for ``create_ptq_pipeline``.
 
     Raises:
-        InputError: ``subset_size`` or ``bounds_crops`` below 1.
+        InputError: ``subset_size`` or ``bounds_crops`` below 1; what steps cannot do, for torch models
+            either: ``rotate``, ``bounds_inputs="quantized"``, moments of ``inputs="compressed"``.
     """
     check_count("subset_size", subset_size)
     check_count("bounds_crops", bounds_crops)
@@ -138,8 +140,8 @@ def create_condiquant_pipeline(
             collecting = []
         ways = {"": reconditioning(settings)}
 
-    def in_one(wrapped: GraphModelWrapper, images: list[Any]) -> tuple[nn.Module, Calibration]:
-        done = calibrate_wrapped(wrapped, images, config, bounds_images=bounds_crops)
+    def of_torch(model: GraphModelWrapper, images: nncf.Dataset) -> tuple[nn.Module, Calibration]:
+        done = _of_torch(model, images, config, subset_size, bounds_crops)
         return done.model, done.calibration
 
     return CalibrationPipeline(
@@ -147,7 +149,7 @@ def create_condiquant_pipeline(
         ways,
         following,
         subset_size=subset_size,
-        of_torch=in_one if then == "bounds" else None,
+        of_torch=of_torch if then == "bounds" else None,
     )
 
 
@@ -290,9 +292,8 @@ def _run(
     example = _first_item(dataset)
     if kind is BackendType.TORCH and then == "bounds":
         wrapped = wrap_checked(model, example)
-        images = list(islice(SingleImages(_in_float32(dataset)).get_inference_data(), subset_size))
         with _readable_errors():
-            done = calibrate_wrapped(wrapped, images, config, bounds_images=bounds_crops)
+            done = _of_torch(wrapped, dataset, config, subset_size, bounds_crops)
         return done.model, done.reports
     pipeline = create_condiquant_pipeline(
         config,
@@ -309,6 +310,22 @@ def _run(
         else:
             result = pipeline.run(wrap_checked(model, example), _in_float32(dataset)).model
     return result, pipeline.reports
+
+
+@torch.inference_mode(False)
+def _of_torch(
+    wrapped: GraphModelWrapper,
+    dataset: nncf.Dataset,
+    config: QuantizationConfig,
+    subset_size: int,
+    bounds_crops: int,
+) -> QuantizedNetwork:
+    """A torch model quantized in place, on single images as it takes them."""
+    images = SingleImages(_in_float32(dataset)).get_inference_data()
+    few = list(islice(images, subset_size))
+    if not few:
+        raise InputError(_EMPTY)
+    return calibrate_wrapped(wrapped, few, config, bounds_images=bounds_crops)
 
 
 def _in_float32(dataset: nncf.Dataset) -> nncf.Dataset:
@@ -333,7 +350,7 @@ def _first_item(dataset: nncf.Dataset) -> Any:
     nothing = object()
     item = next(iter(dataset.get_inference_data()), nothing)
     if item is nothing:
-        raise InputError("calibration_dataset yields nothing: give at least one item")
+        raise InputError(_EMPTY)
     return item
 
 

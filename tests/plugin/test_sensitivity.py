@@ -139,9 +139,13 @@ def test_studies_are_repeatable_and_leave_the_network_alone():
     found = []
     for _ in range(2):
         made, _, crops = study("edsr", network)
-        found.append(made.sensitivity(crops.split(1)))
+        frozen = made.layers["body.0.conv1"]
+        frozen.weight.requires_grad_(False)
+        frozen.bias.requires_grad_(False)
         needing = [n for n, p in made.model.named_parameters() if p.requires_grad]
+        found.append(made.sensitivity(crops.split(1)))
         assert needing == [n for n, p in made.model.named_parameters() if p.requires_grad]
+        assert found[-1].weights["body.0.conv1"][2] > 0
     assert found[0] == found[1]
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
 
@@ -164,6 +168,30 @@ def test_bounds_at_every_width_are_those_of_a_search_at_it():
         )
         alone = host.quantize_network(network, crops, config, bounds_crops=4)
         assert bounds(made.model) == bounds(alone.model)
+
+
+def test_a_weight_that_is_a_buffer_is_judged_and_needs_no_gradient_afterwards():
+    class Fixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)
+            self.register_buffer("weight", torch.randn(3, 3, 1, 1))
+
+        def forward(self, x):
+            return self.last(nn.functional.conv2d(self.first(x), self.weight))
+
+    made, _, crops = study("fixed", Fixed())
+    found = made.sensitivity(crops.split(1))
+    ((name, layer),) = made.layers.items()
+    assert found.weights[name][2] > found.weights[name][8]
+    assert not layer.weight.requires_grad
+
+
+def test_errors_are_those_of_each_image_however_they_are_batched():
+    made, _, crops = study("edsr")
+    bits = made.uniform(3, 8)
+    alone = made.errors(bits, crops.split(1))
+    assert made.errors(bits, crops.split([5, 3])) == pytest.approx(alone, rel=1e-4)
 
 
 def test_rotations_are_refused():

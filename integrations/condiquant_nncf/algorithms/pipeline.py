@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from copy import deepcopy
 from itertools import islice
 from statistics import mean
 from typing import Any
@@ -12,6 +13,7 @@ import numpy as np
 from nncf.common.logging import nncf_logger
 from nncf.common.utils.backend import BackendType, get_backend
 from nncf.quantization.algorithms.pipeline import Pipeline, PipelineStep
+from nncf.torch.function_hook.nncf_graph.nncf_graph_builder import GraphModelWrapper
 from torch import Tensor, nn
 
 from condiquant_nncf.algorithms.condiquant import CondiQuant
@@ -19,7 +21,7 @@ from condiquant_nncf.backends.choose import get_algo_backend
 from condiquant_plugin.calibration import Calibration, fidelity_in_db, held_out
 from condiquant_plugin.layerwise.problem import LayerReport
 
-OfTorch = Callable[[Any, list[Any]], tuple[nn.Module, Calibration]]
+OfTorch = Callable[[GraphModelWrapper, nncf.Dataset], tuple[nn.Module, Calibration]]
 _IMAGE_BATCH_DIMENSIONS = 4
 
 
@@ -71,8 +73,12 @@ class CalibrationPipeline(Pipeline):
             every eighth of the images, which the steps do not see.
         following: on the whole dataset.
         subset_size: images of the dataset that count.
-        of_torch: what replaces steps and candidates for a torch model: changes the one it is given, and
-            may hold all images.
+        of_torch: what replaces steps and candidates for a torch model; changes the one it is given.
+
+    Attributes:
+        chosen: name of the candidate whose result stayed in the last run.
+        fidelity: of every candidate of that run, if there were several; see
+            :class:`condiquant_plugin.calibration.Calibration`.
     """
 
     def __init__(
@@ -93,7 +99,9 @@ class CalibrationPipeline(Pipeline):
         self._reports: list[LayerReport] | None = None
 
     def steps_taken(self) -> list[PipelineStep]:
-        """Those whose result stayed."""
+        """Those whose result stayed; of a torch model that was calibrated without steps what follows."""
+        if self._reports is not None:
+            return list(self._following.pipeline_steps)
         own = self._candidates[self.chosen].pipeline_steps if self._candidates else []
         return [*self._common.pipeline_steps, *own, *self._following.pipeline_steps]
 
@@ -106,19 +114,20 @@ class CalibrationPipeline(Pipeline):
         return [r for a in algorithms if isinstance(a, CondiQuant) for r in a.reports]
 
     def run(self, model: Any, dataset: nncf.Dataset) -> Any:
-        """The model after all steps."""
-        self._reports = None
+        """The model after all steps; a torch model is left untouched if it is calibrated without steps.
+
+        Raises:
+            InputError: what the steps do, or :func:`condiquant_nncf.quantize_network`.
+        """
+        self._reports, self.chosen, self.fidelity = None, next(iter(self._candidates), ""), {}
         if self._of_torch is not None and get_backend(model) is BackendType.TORCH:
-            images = SingleImages(dataset).get_inference_data()
-            wrapped = get_algo_backend(model).copy_of_model()
-            network, found = self._of_torch(wrapped, list(islice(images, self._subset_size)))
+            wrapped = deepcopy(model)
+            wrapped.model, found = self._of_torch(wrapped, dataset)
             self._reports, self.chosen, self.fidelity = found.reports, found.chosen, found.fidelity
-            wrapped.model = network
             return self._following.run(wrapped, dataset)
         splits = _takes_single_images(model)
         images = SingleImages(dataset, splits=splits)
         if len(self._candidates) < 2:
-            self.fidelity = {}
             result = self._common.run(model, images)
             for pipeline in self._candidates.values():
                 result = pipeline.run(result, images)
@@ -132,7 +141,7 @@ class CalibrationPipeline(Pipeline):
     def _chosen(self, model: Any, seen: nncf.Dataset, unseen: nncf.Dataset) -> Any:
         before = get_algo_backend(model)
         targets = before.outputs(unseen.get_inference_data())
-        best, self.fidelity = None, {}
+        best = None
         for name, pipeline in self._candidates.items():
             result = pipeline.run(before.copy_of_model(), seen)
             outputs = get_algo_backend(result).outputs(unseen.get_inference_data())

@@ -1,9 +1,10 @@
-"""The pipeline that chooses, composed by hand, on both backends."""
+"""Pipelines that choose, and steps composed by hand, on both backends."""
 
 import nncf
 import pytest
 import torch
 from nncf.common.factory import build_graph
+from nncf.quantization.algorithms.pipeline import Pipeline
 
 import condiquant_nncf as host
 from algorithm_networks import converted, infer, network
@@ -78,6 +79,53 @@ def test_of_a_torch_model_the_pipeline_makes_what_quantize_network_does():
     after = given.model.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_pipeline_forgets_its_last_run():
+    pipeline = host.create_condiquant_pipeline(host.QuantizationConfig(scope="all"))
+    pipeline.run(subject("torch"), dataset("torch", IMAGES))
+    assert pipeline.steps_taken() == []
+    of_torch = {report.name for report in pipeline.reports}
+    pipeline.run(subject("openvino"), dataset("openvino", IMAGES))
+    assert list(pipeline.fidelity) == list(NAMES)
+    assert pipeline.chosen in NAMES
+    assert len(pipeline.steps_taken()) == (4 if NAMES[pipeline.chosen] else 3)
+    assert {report.name for report in pipeline.reports} in (of_torch, set())
+
+
+def test_what_a_pipeline_cannot_quantize():
+    pipeline = host.create_condiquant_pipeline(host.QuantizationConfig(scope="all"))
+    quantized = pipeline.run(subject("torch"), dataset("torch", IMAGES[:2]))
+    with pytest.raises(InputError, match="is quantized already"):
+        pipeline.run(quantized, dataset("torch", IMAGES[:2]))
+    with pytest.raises(InputError, match="calibration_dataset yields nothing"):
+        pipeline.run(subject("torch"), nncf.Dataset([]))
+    with pytest.raises(InputError, match="rotate=True is for torch networks"):
+        host.create_condiquant_pipeline(host.QuantizationConfig(rotate=True))
+
+
+def test_images_in_double_precision_are_taken_as_float():
+    config = host.QuantizationConfig(scope="all", recondition=None)
+    found = [
+        host.create_condiquant_pipeline(config).run(subject("torch"), nncf.Dataset(images)).model
+        for images in (IMAGES[:2].split(1), IMAGES[:2].double().split(1))
+    ]
+    assert torch.equal(*(model(IMAGES[:1]) for model in found))
+
+
+def test_steps_composed_by_hand_quantize_a_torch_model():
+    settings = ReconditioningConfig()
+    config = host.QuantizationConfig(scope="all", recondition=settings)
+    bounds = host.InputBounds(config, subset_size=9)
+    moments = host.InputMoments(config, subset_size=9, input_bounds=bounds)
+    solved = host.CondiQuant(config, subset_size=9, input_bounds=bounds, moments=moments)
+    placed = host.LearnedBoundsQuantization(config, input_bounds=bounds, moments=moments)
+    images = nncf.Dataset(IMAGES.split(1))
+    found = Pipeline([[bounds], [moments], [solved], [placed]]).run(subject("torch"), images).model
+    expected = host.quantize_network(network(), IMAGES, config).model
+    target = network()(IMAGES).detach()
+    error = (found(IMAGES) - expected(IMAGES)).norm() / (expected(IMAGES) - target).norm()
+    assert error < 1e-5
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -44,7 +44,7 @@ def test_targets_that_cannot_be_read(text):
     ],
 )  # fmt: skip
 def test_an_ir_that_breaks_its_promise_is_named(text, words):
-    figures = {"bin_bytes": 250, "float_bin_bytes": 1000, "latency_ratio": 0.5}
+    figures = {"bin_bytes": 250_000, "float_bin_bytes": 1_000_000, "latency_ratio": 0.5}
     assert Target.parse(text).missed(figures) == words
 
 
@@ -74,7 +74,9 @@ def test_a_drop_is_judged_on_photographs(make_job):
 def test_a_run_keeps_its_target_and_goes_on_from_it(make_job, capsys, monkeypatch):
     job = small(make_job)
     recipe, target = load_recipe(job.write()), Target.parse("fidelity=30")
+    monkeypatch.setattr(Target, "missed", lambda self, ir: f"{self} of {sorted(ir)[0]}")
     metrics = run(recipe, job.data, job.out, target=target)
+    assert metrics["warnings"] == ["fidelity=30 of accuracy"]
     assert metrics["precision"]["held_out"]["fidelity"] >= 30
     assert metrics["quantized"]["Tiny"]["psnr"] > 28
     bits = {row["name"]: (row["bits"], row["activation_bits"]) for row in metrics["layers"]}
@@ -119,10 +121,13 @@ def test_rules_and_a_target_exclude_one_another(make_job):
         run(load_recipe(job.write()), job.data, job.out, target=Target.parse("size=0.22"))
 
 
-def test_a_front_is_an_ir_for_each_size(make_job):
+def test_a_front_is_an_ir_for_each_size(make_job, monkeypatch):
     job = small(make_job, other_bits=8)
-    recipe = load_recipe(job.write())
+    recipe, said = load_recipe(job.write()), []
+    monkeypatch.setattr(Target, "missed", lambda self, _: f"beyond {self}")
+    monkeypatch.setattr(Progress, "note", lambda _, text: said.append(text))
     points = run_front(recipe, job.data, job.out, 3)
+    assert f"beyond size={points[1].name.removeprefix('size')}" in said
     sizes = [point.bin_bytes for point in points]
     assert sizes == sorted(set(sizes))
     assert points[0].fidelity < points[1].fidelity
