@@ -30,7 +30,7 @@ from condiquant_plugin.layerwise.problem import (
 )
 
 _COLUMNS = 128
-_GRAMS = 2**24
+_ENTRIES = 2**24
 """Entries of Gram matrices, or of weights, in one batch."""
 _NOISE = 1e-9
 """Of sums in float64, which the mean is taken out of, with room to spare."""
@@ -83,11 +83,11 @@ class GPTQ(OnGramMatrices):
             shape = weight_matrix(problem.weight, problem.geometry).shape
             layers[id(problem.moments), problem.bias is None, shape].append(place)
         alike: dict[Any, list[list[int]]] = defaultdict(list)
-        for (_, _, (_, rows, features)), places in layers.items():
-            alike[len(places) * rows, features].append(places)
+        for (_, _, (_, height, features)), places in layers.items():
+            alike[len(places) * height, features].append(places)
         solutions: dict[int, Solution] = {}
-        for (rows, features), stacked in alike.items():
-            at_once = max(_GRAMS // (features * max(features, rows)), 1)
+        for (height, features), stacked in alike.items():
+            at_once = max(_ENTRIES // (features * max(features, height)), 1)
             for start in range(0, len(stacked), at_once):
                 together = [
                     _Layer([problems[place] for place in places], self.damping)
@@ -100,7 +100,7 @@ class GPTQ(OnGramMatrices):
 
 
 class _Rows:
-    """A layer as a batch of matrices ``(groups, rows, features)``, float64."""
+    """A layer on one grid as a batch of matrices ``(groups, rows, features)``, float64."""
 
     def __init__(self, problem: LayerProblem) -> None:
         check_weight(problem.name, problem.weight)
@@ -219,6 +219,5 @@ def compensated(
 
 
 def _nearest(x: Tensor, lower: Tensor, step: Tensor, last_code: Tensor) -> Tensor:
-    return (
-        lower + ((x - lower) / step).round_().clamp_(torch.zeros_like(last_code), last_code) * step
-    )
+    codes = ((x - lower) / step).round_().clamp_min_(0).minimum(last_code)
+    return lower + codes * step

@@ -10,8 +10,8 @@ from typing import Any, Literal, get_args
 from condiquant_plugin.errors import InputError
 
 Aim = Literal["fidelity", "drop", "size", "latency"]
-_ALIGNMENT_BYTES = 4096
-"""Constants of an IR begin at multiples of 64 bytes."""
+_PADDING = 4096
+"""Bytes of an IR between its constants, which begin at multiples of 64."""
 _MEANINGS = {
     "fidelity": "PSNR to the float network's output in dB, at least",
     "drop": "dB of PSNR against HR below the float network, at most",
@@ -55,15 +55,18 @@ class Target:
         Args:
             ir: its ``bin_bytes``, ``float_bin_bytes`` and ``latency_ratio``.
         """
-        sizes = ir["bin_bytes"], ir["float_bin_bytes"]
-        beyond = {
-            "size": sizes[0] > self.value * sizes[1] + _ALIGNMENT_BYTES,
-            "latency": ir["latency_ratio"] > self.value,
-        }
-        reached = {"size": sizes[0] / sizes[1], "latency": ir["latency_ratio"]}
-        if not beyond.get(self.aim, False):
+        if self.aim == "size":
+            reached, spare = (
+                ir["bin_bytes"] / ir["float_bin_bytes"],
+                _PADDING / ir["float_bin_bytes"],
+            )
+        elif self.aim == "latency":
+            reached, spare = ir["latency_ratio"], 0.0
+        else:
             return None
-        return f"--target {self}: the IR has {self.aim}={reached[self.aim]:.5g}"
+        if reached <= self.value + spare:
+            return None
+        return f"--target {self}: the IR has {self.aim}={reached:.5g}"
 
     @property
     def label(self) -> str:
