@@ -12,7 +12,6 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
 from torch import Tensor
@@ -43,8 +42,6 @@ _CLOSE = 0.05
 _CAUTION = 0.7
 """Of what there is to spare, the part that the next allocation uses up."""
 _LEAST_DROP = 1e-4
-_WORST = 1 / 8
-"""Of the held-out crops: the mean of the worst is what is promised, so that other images keep it."""
 
 
 @dataclass
@@ -115,7 +112,7 @@ def as_large_as(
 ) -> dict[int, Precision]:
     """The most faithful bits for the bytes that weights of one width take; by that width.
 
-    ``held_out`` is the ``fidelity`` as first rounded.
+    ``held_out`` is the ``fidelity`` as first rounded, of all crops.
 
     Raises:
         InputError: rules for single layers.
@@ -253,7 +250,7 @@ class _Search:
         return 10 * math.log10(self.target.value / max(figure, _LEAST_DROP))
 
     def _figure(self, bits: Mapping[str, LayerBits]) -> float:
-        """What the target speaks of, as first rounded; scored as test sets are, of the worst crops."""
+        """What the target speaks of, as first rounded; scored as test sets are."""
         key = frozenset(bits.items())
         if key not in self._figures:
             self._figures[key] = self._of_outputs(self.costs.outputs(bits))
@@ -261,13 +258,14 @@ class _Search:
 
     def _of_outputs(self, outputs: Sequence[Tensor]) -> float:
         if self.target.aim != "drop":
-            return _worst(map(self._psnr, outputs, self.costs.float_outputs), least=True)
+            return self.target.promised(map(self._psnr, outputs, self.costs.float_outputs))
         assert self.hr is not None
         in_float, ours = (
             list(map(self._psnr, x, self.hr)) for x in (self.costs.float_outputs, outputs)
         )
-        drops = (before - after for before, after in zip(in_float, ours, strict=True))
-        return _worst(drops, least=False)
+        return self.target.promised(
+            before - after for before, after in zip(in_float, ours, strict=True)
+        )
 
     def _psnr(self, output: Tensor, target: Tensor) -> float:
         return basicsr_host.psnr(output, target, self.costs.recipe.scale)
@@ -298,8 +296,3 @@ class _Search:
                 "one's with any bits"
             )
         return self.costs.best(), {"latency": ratio}
-
-
-def _worst(figures: Iterable[float], *, least: bool) -> float:
-    ordered = sorted(figures, reverse=not least)
-    return mean(ordered[: max(int(len(ordered) * _WORST), 1)])

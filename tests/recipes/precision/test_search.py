@@ -48,6 +48,14 @@ def test_an_ir_that_breaks_its_promise_is_named(text, words):
     assert Target.parse(text).missed(figures) == words
 
 
+@pytest.mark.parametrize(
+    ("text", "promised"), [("fidelity=40", 1.5), ("drop=0.1", 12.5), ("size=0.2", 8.5)]
+)
+def test_a_promise_is_about_the_worst_crops(text, promised):
+    assert Target.parse(text).promised(reversed(range(1, 17))) == promised
+    assert Target.parse(text).promised([3.0]) == 3.0
+
+
 def found_for(job, text):
     """Recipe and record of a search alone."""
     recipe = load_recipe(job.write())
