@@ -49,9 +49,9 @@ def test_an_ir_that_breaks_its_promise_is_named(text, words):
 
 
 @pytest.mark.parametrize(
-    ("text", "promised"), [("fidelity=40", 1.5), ("drop=0.1", 12.5), ("size=0.2", 8.5)]
+    ("text", "promised"), [("fidelity=40", 1.5), ("drop=0.1", 8.5), ("size=0.2", 8.5)]
 )
-def test_a_promise_is_about_the_worst_crops(text, promised):
+def test_a_promise_of_fidelity_is_about_the_worst_crops(text, promised):
     assert Target.parse(text).promised(reversed(range(1, 17))) == promised
     assert Target.parse(text).promised([3.0]) == 3.0
 
