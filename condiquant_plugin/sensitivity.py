@@ -145,9 +145,8 @@ class PrecisionStudy:
         asked = []
         for bits in self.widths:
             for name, layer in self.layers.items():
-                quantizer = layer.weight_quantizer
-                _put(quantizer, bits, bounds[bits])
-                if name in seen and not quantizer.depends_on_weight:
+                _put(layer.weight_quantizer, bits, bounds[bits])
+                if name in seen:
                     asked.append((bits, layer, layer.problem(seen[name])))
         solutions = GPTQ().solve([problem for _, _, problem in asked])
         for (bits, layer, _), solution in zip(asked, solutions, strict=True):

@@ -321,14 +321,9 @@ class _Job:
     ) -> dict[str, LayerReport]:
         if self.rounds is None:
             return {}
-        # A grid that widens with its weight would move under the entries already rounded.
-        movable = [
-            (layer, seen)
-            for layer, seen in zip(layers, moments, strict=True)
-            if seen is not None and not layer.weight_quantizer.depends_on_weight
-        ]
-        solutions = self._solutions([layer.problem(m) for layer, m in movable], self.rounds)
-        for (layer, _), solution in zip(movable, solutions, strict=True):
+        given = [(x, seen) for x, seen in zip(layers, moments, strict=True) if seen is not None]
+        solutions = self._solutions([layer.problem(m) for layer, m in given], self.rounds)
+        for (layer, _), solution in zip(given, solutions, strict=True):
             layer.write(solution)
         return {solution.report.name: solution.report for solution in solutions}
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from condiquant_plugin.errors import InputError
 from condiquant_plugin.layerwise.moments import LayerGeometry, Moments, weight_matrix
-from condiquant_plugin.uniform.grid import Grid
+from condiquant_plugin.uniform.grid import SnappedGrid
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class LayerProblem:
     geometry: LayerGeometry = LayerGeometry()
     row_blocks: int = 1
     """Blocks of rows that are matrices of their own: 3 for a fused qkv."""
-    grid: Grid | None = None
+    grid: SnappedGrid | None = None
     """Levels that the weight will be rounded to, of a shape that broadcasts against it."""
 
 

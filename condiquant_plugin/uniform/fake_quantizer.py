@@ -231,7 +231,16 @@ class FakeQuantizer(nn.Module):
 
     def levels_of(self, x: Tensor) -> grid.SnappedGrid:
         """The grid of every entry of ``x``: tensors broadcast against it."""
-        return self.snapped(x).map(lambda t: self.spread(t, x))
+        levels = self.snapped(x).map(lambda t: self.spread(t, x))
+        if not self.depends_on_weight:
+            return levels
+        moved = x.detach().movedim(self.axis, 0)
+        rows, step = moved.flatten(1), levels.step.expand_as(x).movedim(self.axis, 0).flatten(1)
+        below, above = (
+            grid.pair_limits(side.clamp_min(0), step[:, :1]).view_as(moved).movedim(0, self.axis)
+            for side in (-rows, rows)
+        )
+        return replace(levels, limits=(-below, above))
 
     def rotated(self, x: Tensor) -> Tensor:
         """What is quantized of an input, or of the rows of a weight behind this."""

@@ -39,6 +39,8 @@ sum in 32 bits (AVX-VNNI, AVX-512 VNNI, AMX)."""
 DEFAULT_OVERFLOW: Overflow = "safe"
 _LARGEST_PAIR = 128
 """Of two codes of one sign that are multiplied with bytes up to 255 and added in int16."""
+_SPARE = 1e-6
+"""Of a range: what rounding in float32 may add."""
 
 
 def check_bits(bits: int, name: str = "bits") -> int:
@@ -89,6 +91,29 @@ def smallest_step(rows: Tensor) -> Tensor:
     largest = [side.clamp_min(0).topk(two, 1).values.sum(1) for side in (rows, -rows)]
     # Rounding adds up to a half to each of the two.
     return torch.maximum(*largest) / (_LARGEST_PAIR - 1)
+
+
+def pair_limits(rows: Tensor, step: Tensor) -> Tensor:
+    """How large each entry may become at a step, so that no two of a row come to more than 128 codes.
+
+    The largest entry of a row keeps what it has, at least half of what there is for both; the rest is for
+    each of the others.
+
+    Args:
+        rows: entries of one sign by output channel, shape ``(rows, entries)``; 0 for those of the other.
+        step: at least :func:`smallest_step`, shape ``(rows, 1)``.
+
+    Returns:
+        Values, in the shape of ``rows``.
+
+    >>> pair_limits(torch.tensor([[100.0, 0, 27], [60, 50, 0]]), torch.ones(2, 1)).round()
+    tensor([[100.,  27.,  27.],
+            [ 64.,  64.,  64.]])
+    """
+    room = step * ((_LARGEST_PAIR - 1) * (1 - _SPARE))
+    largest, place = rows.max(1, keepdim=True)
+    largest = torch.maximum(largest, room / 2)
+    return (room - largest).expand_as(rows).scatter(1, place, largest)
 
 
 @dataclass(frozen=True)
@@ -195,6 +220,8 @@ class SnappedGrid(Grid):
     """Position of zero in lattice steps, integer-valued, of any dtype."""
     refinement: int
     """Lattice steps in one grid step."""
+    limits: tuple[Tensor, Tensor] | None = None
+    """Lowest and highest value that each entry may be rounded at, where others of its row decide."""
 
     @property
     def lattice_step(self) -> Tensor:
@@ -204,7 +231,10 @@ class SnappedGrid(Grid):
     def map(self, function: Callable[[Tensor], Tensor]) -> SnappedGrid:
         """The grid with ``function`` of each of its tensors."""
         lower, step, zero = map(function, (self.lower, self.step, self.zero))
-        return SnappedGrid(lower, step, self.bits, zero, self.refinement)
+        limits = None
+        if self.limits is not None:
+            limits = function(self.limits[0]), function(self.limits[1])
+        return SnappedGrid(lower, step, self.bits, zero, self.refinement, limits)
 
     def integers(self, codes: Tensor) -> Tensor:
         """The lattice integers that codes stand for, in their place; 0 is the value 0."""

@@ -110,15 +110,17 @@ def test_bounds_belong_to_the_weights_before_rounding():
         assert torch.equal(rounded[name].upper, quantizer.upper)
 
 
-def test_weights_whose_grid_goes_by_them_are_not_moved():
+@pytest.mark.parametrize("granularity", ["channel", "tensor"])
+def test_weights_whose_grid_goes_by_them_are_rounded_on_it(granularity):
     network, images = build("edsr"), crops(4)
-    config = QuantizationConfig(8, 8, scope="all", recondition=None)
+    config = QuantizationConfig(8, 8, scope="all", recondition=None, weight_granularity=granularity)
     result = quantize_network(network, images, config)
-    kept = dict(result.model.named_parameters())
-    assert all(torch.equal(kept[name], value) for name, value in network.named_parameters())
-    assert not result.calibration.rounding
-    moved = quantize_network(network, images, config.changed({"overflow": "vnni"}))
-    assert moved.calibration.rounding
+    for report in result.calibration.rounding:
+        assert report.rounding_error < report.nearest_error
+    assert len(result.calibration.rounding) == len(result.layers)
+    for layer in quantized_layers(result.model, result.layers):
+        quantizer = layer.weight_quantizer
+        assert torch.equal(quantizer.snapped(layer.weight).step, quantizer.snapped().step)
 
 
 @given(st.integers(1, 70))
@@ -245,7 +247,9 @@ def test_layers_that_equalizing_leaves_alone_are_collected_and_solved_once(monke
     assert len(collected[0]) > 2
     assert collected[1:] == [["body.0.conv2"]]
     several = [names for names in solved if len(names) > 1]
-    assert several == [collected[0], ["body.0.conv1", "body.0.conv2"]]
+    every, scaled = collected[0], ["body.0.conv1", "body.0.conv2"]
+    # Reconditioned and rounded, as they are and with equal channels, and rounded as trained.
+    assert several == [every, every, scaled, scaled, every]
     monkeypatch.setattr(job._Start, "shares", lambda *_: False)
     apart = quantize_network(network, images, config).calibration
     assert len(collected) == 4

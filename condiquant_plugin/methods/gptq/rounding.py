@@ -112,6 +112,11 @@ class _Rows:
         self.weight = weight_matrix(problem.weight.detach(), problem.geometry).double()
         self.lower, self.step = self._spread(grid.lower), self._spread(grid.step)
         self.last_code = torch.full(self.weight.shape[:2], float(grid.last_code)).to(self.weight)
+        self.lowest, self.highest = self.lower, self.lower + grid.last_code * self.step
+        if grid.limits is not None:
+            below, above = map(self._spread, grid.limits)
+            self.lowest = torch.maximum(self.lowest, below)
+            self.highest = torch.minimum(self.highest, above)
         self.mean = moments.quantized_total.double() / max(moments.samples, 1)
         self.second = moments.quantized_gram.double()
         self.solved = self.weight
@@ -170,12 +175,12 @@ def _mean_diagonal(matrices: Tensor) -> Tensor:
 
 
 def _solve_together(layers: Sequence[_Layer]) -> None:
-    weight, lower, step, last_code = (
+    weight, lower, step, last_code, lowest, highest = (
         torch.cat([layer.stacked(name) for layer in layers])
-        for name in ("weight", "lower", "step", "last_code")
+        for name in ("weight", "lower", "step", "last_code", "lowest", "highest")
     )
     gram = torch.cat([layer.gram for layer in layers])
-    solved = compensated(weight, gram, lower, step, last_code)
+    solved = compensated(weight, gram, lower, step, last_code, (lowest, highest))
     for layer, part in zip(layers, solved.split([len(x.gram) for x in layers]), strict=True):
         by_grid = part.split([rows.weight.shape[1] for rows in layer.grids], 1)
         for rows, own in zip(layer.grids, by_grid, strict=True):
@@ -183,19 +188,29 @@ def _solve_together(layers: Sequence[_Layer]) -> None:
 
 
 def compensated(
-    weight: Tensor, gram: Tensor, lower: Tensor, step: Tensor, last_code: Tensor
+    weight: Tensor,
+    gram: Tensor,
+    lower: Tensor,
+    step: Tensor,
+    last_code: Tensor,
+    limits: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """Each entry at the moment of its rounding, inside the grid's range.
+    """Each entry at the moment of its rounding, inside its limits.
 
     Args:
         weight: shape ``(batch, rows, features)``, float64.
         gram: positive definite, shape ``(batch, features, features)``.
         lower, step: of every entry's levels ``lower + code * step``, in the shape of ``weight``.
         last_code: codes go from 0 to this, shape ``(batch, rows)`` or ``()``.
+        limits: lowest and highest value of every entry, in the shape of ``weight``; by default the ends of
+            the grid.
     """
+    if limits is None:
+        limits = lower, lower + last_code[..., None] * step
     order = gram.diagonal(dim1=-2, dim2=-1).argsort(dim=-1, descending=True, stable=True)
     by_column = order[:, None].expand_as(weight)
-    rest, lower, step = (t.gather(-1, by_column) for t in (weight, lower, step))
+    given = (weight, lower, step, *limits)
+    rest, lower, step, lowest, highest = (t.gather(-1, by_column) for t in given)
     square = order[:, :, None].expand_as(gram)
     gram = gram.gather(1, square).gather(2, square.mT)
     # Row j of the inverse's Cholesky factor: how column j's error is made up for by those after it.
@@ -206,7 +221,7 @@ def compensated(
         errors = torch.empty_like(rest[..., start:end])
         for column in range(start, end):
             entry, low, size = (t[..., column] for t in (rest, lower, step))
-            entry = torch.minimum(torch.maximum(entry, low), low + last_code * size)
+            entry = torch.minimum(torch.maximum(entry, lowest[..., column]), highest[..., column])
             result[..., column] = entry
             rounded = _nearest(entry, low, size, last_code)
             error = (rest[..., column] - rounded) / factor[:, None, column, column]

@@ -29,7 +29,7 @@ from condiquant_plugin.layerwise.problem import (
     Solution,
     block_shape,
 )
-from condiquant_plugin.uniform.grid import Grid
+from condiquant_plugin.uniform.grid import SnappedGrid
 
 
 class CondiQuant(OnBothBackends):
@@ -116,7 +116,7 @@ def recondition(
     layers: Sequence[Layer],
     moments: Mapping[str, Moments],
     method: Method,
-    grids: Mapping[str, Grid] | None = None,
+    grids: Mapping[str, SnappedGrid] | None = None,
 ) -> tuple[Any, list[LayerReport]]:
     """Solve all layers with a weight, equal shapes in one batch, and put the weights into the model.
 
@@ -141,7 +141,7 @@ def _problem(
     backend: CondiQuantAlgoBackend,
     uses: Sequence[Layer],
     moments: Mapping[str, Moments],
-    grids: Mapping[str, Grid],
+    grids: Mapping[str, SnappedGrid],
 ) -> LayerProblem:
     """One layer, or several that share their weight: their inputs count together."""
     first = uses[0]

@@ -23,7 +23,7 @@ from condiquant_nncf.configuration import QuantizationConfig
 from condiquant_plugin.errors import InputError
 from condiquant_plugin.layerwise.problem import LayerReport
 from condiquant_plugin.methods.gptq.rounding import GPTQ
-from condiquant_plugin.uniform.grid import Grid
+from condiquant_plugin.uniform.grid import SnappedGrid
 from condiquant_plugin.uniform.sampling import BOUNDS_CROPS
 
 
@@ -105,10 +105,9 @@ class LearnedBoundsQuantization(BoundsAlgorithm):
     ) -> CondiQuantAlgoBackend:
         """The model with weights that the quantizers round to GPTQ's levels."""
         assert self._moments is not None
-        moments, grids = self._moments.moments, dict[str, Grid]()
+        moments, grids = self._moments.moments, dict[str, SnappedGrid]()
         for layer, port, quantizer in placed:
-            # A grid that widens with its weight would move under the entries already rounded.
-            if port is None and layer.name in moments and not quantizer.depends_on_weight:
+            if port is None and layer.name in moments:
                 grids[layer.name] = quantizer.levels_of(backend.weight(layer)).map(layer.rows_first)
         layers = [layer for layer in self._layers(backend) if layer.name in moments]
         model, self.rounding = recondition(backend, layers, moments, GPTQ(), grids)

@@ -14,8 +14,8 @@ Aim = Literal["fidelity", "drop", "size", "latency"]
 _PADDING = 4096
 """Bytes of an IR between its constants, which begin at multiples of 64."""
 _WORST = {"fidelity": 1 / 8}
-"""Of held-out crops, whose mean is promised so that other images keep it; else that of all. In a mean of drops
-small smooth crops weigh more than in any image, so it errs to the safe side by itself."""
+"""Of held-out crops, whose mean is promised so that other images keep it; else the mean of all: in one of
+drops, small smooth crops weigh more than in any image, which errs to the safe side by itself."""
 _MEANINGS = {
     "fidelity": "PSNR to the float network's output in dB, at least",
     "drop": "dB of PSNR against HR below the float network, at most",
@@ -54,7 +54,7 @@ class Target:
         return f"{self.aim}={self.value:g}"
 
     def promised(self, crops: Iterable[float]) -> float:
-        """What is said of a network with these figures of single crops: the mean of the worst, or of all."""
+        """What is said of a network with these figures of crops: the mean of the worst, or of all."""
         ordered = sorted(crops)
         return mean(ordered[: max(int(len(ordered) * _WORST.get(self.aim, 1)), 1)])
 

@@ -11,6 +11,7 @@ from condiquant_plugin import FakeQuantizer, InputError
 from condiquant_plugin.layerwise.moments import LayerGeometry, moments_of, unfold, weight_matrix
 from condiquant_plugin.layerwise.problem import LayerProblem
 from condiquant_plugin.methods.gptq.rounding import GPTQ
+from condiquant_plugin.uniform.grid import smallest_step
 
 GEOMETRIES = {
     "linear": (LayerGeometry(), (6, 8), (50, 8)),
@@ -20,12 +21,12 @@ GEOMETRIES = {
 }
 
 
-def problem(kind="linear", bits=3, *, seed=0, bias=True, row_blocks=1, name="layer"):
+def problem(kind="linear", bits=3, *, seed=0, bias=True, row_blocks=1, name="layer", tails=1):
     """A layer whose inputs are correlated, as those of trained networks, and its quantized inputs."""
     geometry, weight_shape, input_shape = GEOMETRIES[kind]
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(input_shape, generator=generator).cumsum(1) + 0.5
-    weight = torch.randn(weight_shape, generator=generator)
+    weight = torch.randn(weight_shape, generator=generator) ** tails
     inputs = FakeQuantizer(4, "activation")
     inputs.search_bounds(x)
     codes = inputs(x).detach()
@@ -102,6 +103,22 @@ def test_the_output_on_quantized_inputs_is_kept_better_than_by_nearest_rounding(
     assert (rounded - target).mean(1).abs().max() < 1e-4
     assert solution.report.nearest_error == pytest.approx(float(errors[0]), rel=1e-4)
     assert solution.report.rounding_error == pytest.approx(float(errors[1]), rel=1e-3)
+
+
+@pytest.mark.parametrize("kind", GEOMETRIES)
+@pytest.mark.parametrize("row_blocks", [1, 6])
+@given(seed=st.integers(0, 2**16))
+@settings(max_examples=8, deadline=None)
+def test_8_bit_weights_are_rounded_on_a_grid_that_no_pair_widens(kind, row_blocks, seed):
+    asked, _ = problem(kind, 8, seed=seed, row_blocks=row_blocks, tails=3)
+    (solution,) = GPTQ().solve([asked])
+    axis = int(kind == "transposed")
+    rows = asked.grid.integers(asked.grid.codes(solution.weight)).movedim(axis, 0).flatten(1)
+    pairs = torch.stack([s.clamp_min(0).topk(2, 1).values.sum(1) for s in (rows, -rows)])
+    assert pairs.max() <= 128
+    step = asked.grid.step.expand_as(asked.weight).movedim(axis, 0).flatten(1)[:, 0]
+    assert (smallest_step(solution.weight.movedim(axis, 0).flatten(1)) <= step).all()
+    assert solution.report.rounding_error < solution.report.nearest_error
 
 
 def test_layers_of_one_shape_are_solved_as_if_alone():
