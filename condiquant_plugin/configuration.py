@@ -112,9 +112,8 @@ class QuantizationConfig:
     the weights likewise: finer levels, for a float product more at run time (docs/method.md). Not for an
     ``ov.Model``."""
     rounding: Rounding = "gptq"
-    """``"gptq"``: weights in scope are rounded so that their layer's output stays; 8-bit weights with
-    ``overflow="safe"`` are not, as their grid goes by the weight. ``"nearest"``: every entry to its
-    nearest level."""
+    """``"gptq"``: weights in scope are rounded so that their layer's output stays. ``"nearest"``: every
+    entry to its nearest level."""
 
     def __post_init__(self) -> None:
         check_bits(self.weight_bits, "weight_bits")
