@@ -35,6 +35,8 @@ _ROUNDS = 10
 _CALIBRATIONS = 3
 _SPENT = 0.9
 """Of what a calibration leaves to spare, the part that the next one does without."""
+_SAFE = 0.25
+"""dB of the error by which the next calibration keeps away from one that missed the target."""
 _ENOUGH = 0.5
 """Of the error, in dB: bits that calibration leaves less to spare are kept."""
 _CLOSE = 0.05
@@ -177,7 +179,7 @@ class _Search:
         by an amount that changes little from one choice to the next.
         """
         kept: tuple[float, dict[str, LayerBits], float] | None = None
-        gained = 0.0
+        gained, too_much = 0.0, math.inf
         for _ in range(_CALIBRATIONS):
             bits = self._cheapest(gained) or self.costs.best()
             figure = self._calibrated(bits)
@@ -186,7 +188,9 @@ class _Search:
                 kept = cost, bits, figure
             if 0 <= spare < _ENOUGH:
                 break
-            gained += spare * (_SPENT if spare > 0 else 1 / _SPENT)
+            if spare < 0:
+                too_much = min(too_much, gained) - _SAFE
+            gained = min(gained + spare * (_SPENT if spare > 0 else 1 / _SPENT), too_much)
         if kept is None:
             closest = max(self._reached, key=self._spare)
             raise InputError(

@@ -11,7 +11,7 @@ from condiquant_recipes import cli
 from condiquant_recipes.front import run_front
 from condiquant_recipes.inspection import sensitivity_table
 from condiquant_recipes.precision.rules import with_bits
-from condiquant_recipes.precision.search import targeted
+from condiquant_recipes.precision.search import _Search, targeted
 from condiquant_recipes.precision.target import Target
 from condiquant_recipes.progress import Progress
 from condiquant_recipes.recipe import load_recipe
@@ -72,6 +72,22 @@ def test_a_higher_target_takes_more_bits(make_job):
         assert recipe.bits.activation == 8
         bits[aim] = sum(weight for weight, _ in record["bits"].values())
     assert bits["fidelity=30"] < bits["fidelity=38"]
+
+
+def test_calibrations_keep_away_from_one_that_missed(monkeypatch):
+    """What calibration gains varies by a little; of bits that miss by nothing the next ones have more."""
+    gains, asked = iter([4.4, 3.95, 3.9]), []
+
+    def cheapest(self, gained):
+        asked.append(gained)
+        return {"layer": gained}
+
+    monkeypatch.setattr(_Search, "_cheapest", cheapest)
+    monkeypatch.setattr(_Search, "_calibrated", lambda _, bits: 40 - bits["layer"] + next(gains))
+    monkeypatch.setattr(_Search, "_cost", lambda _, bits: -bits["layer"])
+    _, reached = _Search(None, None, Target.parse("fidelity=40")).choose()
+    assert asked == pytest.approx([0, 3.96, 3.71])
+    assert reached["fidelity"] == pytest.approx(40.19)
 
 
 def test_a_drop_is_judged_on_photographs(make_job):
