@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -180,8 +181,17 @@ class _Search:
         """
         kept: tuple[float, dict[str, LayerBits], float] | None = None
         gained, too_much = 0.0, math.inf
+        tried: list[dict[str, LayerBits]] = []
         for _ in range(_CALIBRATIONS):
-            bits = self._cheapest(gained) or self.costs.best()
+            ways: list[Callable[[], dict[str, LayerBits] | None]] = [
+                partial(self._cheapest, gained)
+            ]
+            if kept is None:
+                ways += [self.costs.best, self._half_float]
+            untried = (found for way in ways if (found := way()) and found not in tried)
+            if (bits := next(untried, None)) is None:
+                break
+            tried.append(bits)
             figure = self._calibrated(bits)
             spare, cost = self._spare(figure), self._cost(bits)
             if spare >= 0 and (kept is None or cost < kept[0]):
@@ -228,6 +238,15 @@ class _Search:
             if not math.isfinite(asked) or enough - too_low < _CLOSE:
                 break
         return kept
+
+    def _half_float(self) -> dict[str, LayerBits] | None:
+        """Least predicted error of networks of which half the layers are quantized."""
+        options = self.costs.options(with_float=True)
+        one = self.costs.penalty({"": LayerBits(FLOAT_BITS, FLOAT_BITS)})
+        room = len(self.costs.study.layers) // 2 * one + self.costs.bytes(self.costs.best())
+        if (found := allocate(options, "error", room)) is None:
+            return None
+        return {name: option.bits for name, option in found.items()}
 
     def _calibrated(self, bits: Mapping[str, LayerBits]) -> float:
         """What the target speaks of, of a network calibrated with these bits."""

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -85,7 +86,8 @@ def test_calibrations_keep_away_from_one_that_missed(monkeypatch):
     monkeypatch.setattr(_Search, "_cheapest", cheapest)
     monkeypatch.setattr(_Search, "_calibrated", lambda _, bits: 40 - bits["layer"] + next(gains))
     monkeypatch.setattr(_Search, "_cost", lambda _, bits: -bits["layer"])
-    _, reached = _Search(None, None, Target.parse("fidelity=40")).choose()
+    unasked = SimpleNamespace(best=None)
+    _, reached = _Search(unasked, None, Target.parse("fidelity=40")).choose()
     assert asked == pytest.approx([0, 3.96, 3.71])
     assert reached["fidelity"] == pytest.approx(40.19)
 
@@ -137,6 +139,19 @@ def test_targets_out_of_reach_name_the_closest(make_job, text, message):
     with pytest.raises(InputError, match=message):
         run(load_recipe(job.write()), job.data, job.out, target=Target.parse(text))
     assert not job.out.exists()
+
+
+def test_what_is_named_as_the_closest_can_be_had(make_job):
+    """With layers in float, of which calibration makes more than was to be seen before it."""
+    job = small(make_job)
+    with pytest.raises(InputError, match="no bits reach it") as missed:
+        found_for(job, "fidelity=99")
+    closest = float(str(missed.value).rpartition("=")[2])
+    recipe, record = found_for(job, f"fidelity={closest - 0.1:.1f}")
+    assert record["held_out"]["fidelity"] == pytest.approx(closest, abs=0.2)
+    widths = [record["bits"][name][0] for name in record["sensitivity"]["weights"]]
+    assert 0 < 2 * widths.count(32) <= len(widths)
+    assert recipe.condiquant.layers
 
 
 def test_rules_and_a_target_exclude_one_another(make_job):
