@@ -106,14 +106,14 @@ def pair_limits(rows: Tensor, step: Tensor) -> Tensor:
     Returns:
         Values, in the shape of ``rows``.
 
-    >>> pair_limits(torch.tensor([[100.0, 0, 27], [60, 50, 0]]), torch.ones(2, 1)).round()
-    tensor([[100.,  27.,  27.],
-            [ 64.,  64.,  64.]])
+    >>> pair_limits(torch.tensor([[100.0, 0, 27], [60, 50, 0]]), torch.ones(2, 1)).round(decimals=1)
+    tensor([[100.0000,  27.0000,  27.0000],
+            [ 63.5000,  63.5000,  63.5000]])
     """
     room = step * ((_LARGEST_PAIR - 1) * (1 - _SPARE))
     largest, place = rows.max(1, keepdim=True)
     largest = torch.maximum(largest, room / 2)
-    return (room - largest).expand_as(rows).scatter(1, place, largest)
+    return (room - largest).clamp_min(0).expand_as(rows).scatter(1, place, largest)
 
 
 @dataclass(frozen=True)

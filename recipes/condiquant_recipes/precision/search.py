@@ -182,12 +182,14 @@ class _Search:
         kept: tuple[float, dict[str, LayerBits], float] | None = None
         gained, too_much = 0.0, math.inf
         tried: list[dict[str, LayerBits]] = []
-        for _ in range(_CALIBRATIONS):
+        for left in reversed(range(_CALIBRATIONS)):
             ways: list[Callable[[], dict[str, LayerBits] | None]] = [
                 partial(self._cheapest, gained)
             ]
             if kept is None:
                 ways += [self.costs.best, self._half_float]
+                if not left:
+                    ways.reverse()  # before it is said that nothing reaches the target
             untried = (found for way in ways if (found := way()) and found not in tried)
             if (bits := next(untried, None)) is None:
                 break

@@ -94,6 +94,15 @@ def test_8_bit_codes_of_a_safe_weight_have_no_pair_above_128(
     assert pairs.max() >= 126 or stretch < 1 or (safe.upper == vnni.upper).any()
 
 
+def test_entries_beside_the_only_two_that_are_not_zero_keep_zero():
+    weight = torch.tensor([[0.7, -0.7, 0, 0, 0, 0]])
+    quantizer = FakeQuantizer(8, "weight")
+    quantizer.search_bounds(weight)
+    below, above = quantizer.levels_of(weight).limits
+    assert (below[:, 2:] == 0).all()
+    assert (above[:, 2:] == 0).all()
+
+
 @given(bit_widths, kinds, overflows, lowers, widths)
 def test_snapping_keeps_the_step_and_lays_levels_on_the_lattice(bits, kind, overflow, lower, width):
     bits = grid.fitting_bits(bits, kind, overflow)

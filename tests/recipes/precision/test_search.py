@@ -92,6 +92,17 @@ def test_calibrations_keep_away_from_one_that_missed(monkeypatch):
     assert reached["fidelity"] == pytest.approx(40.19)
 
 
+def test_half_of_the_layers_in_float_are_tried_before_a_target_is_given_up(monkeypatch):
+    figures = iter([39.5, 38.7, 40.2])
+    monkeypatch.setattr(_Search, "_cheapest", lambda _, gained: {"layer": gained})
+    monkeypatch.setattr(_Search, "_half_float", lambda _: {"layer": "half"})
+    monkeypatch.setattr(_Search, "_calibrated", lambda *_: next(figures))
+    monkeypatch.setattr(_Search, "_cost", lambda *_: 0)
+    unasked = SimpleNamespace(best=None)
+    bits, reached = _Search(unasked, None, Target.parse("fidelity=40")).choose()
+    assert (bits, reached) == ({"layer": "half"}, {"fidelity": 40.2})
+
+
 def test_a_drop_is_judged_on_photographs(make_job):
     _, record = found_for(small(make_job), "drop=0.5")
     assert record["held_out"]["drop"] <= 0.5
