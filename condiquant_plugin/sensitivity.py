@@ -88,7 +88,7 @@ class PrecisionStudy:
         fixed: bits of further layers that have quantizers, by name.
 
     Raises:
-        InputError: NaN or Inf anywhere; ``rotate``.
+        InputError: NaN or Inf anywhere; ``transform``.
     """
 
     def __init__(
@@ -102,8 +102,10 @@ class PrecisionStudy:
         widths: Sequence[int] = WIDTHS,
         fixed: Mapping[str, LayerBits] | None = None,
     ) -> None:
-        if config.rotate:
-            raise InputError("rotate=True and a search for bits: leave one of them out")
+        if config.transform != "none":
+            raise InputError(
+                f"transform={config.transform!r} and a search for bits: leave one of them out"
+            )
         self.model, self.layers = model, {layer.name: layer for layer in layers}
         self.images = list(images)
         self.widths = tuple(widths)

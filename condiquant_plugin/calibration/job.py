@@ -35,6 +35,7 @@ from condiquant_plugin.layerwise.quantized import (
     computing_floats,
 )
 from condiquant_plugin.layerwise.sequential import solve_in_sequence
+from condiquant_plugin.methods.alignment.transform import transform_inputs
 from condiquant_plugin.methods.condiquant.reconditioning import ReconditioningConfig, unchanged
 from condiquant_plugin.methods.equalization.scaling import Scaling, equalize, find_scalings
 from condiquant_plugin.methods.gptq.rounding import GPTQ
@@ -79,8 +80,8 @@ def calibrate(
         InputError: NaN or Inf anywhere; ``bounds_inputs="quantized"`` with images of several sizes.
         DistributedError: another process ended or failed.
     """
-    for layer in layers:
-        layer.rotate()
+    few = few_at_once(images[:bounds_images], batch_size)
+    transform_inputs(model, layers, few, config.transform)
     chains = any(layer.geometry.kind != "linear" for layer in layers)
     tried = candidates(config, sequences=chains) if layers else [Candidate(None)]
     kept, chosen = held_out(len(images))

@@ -75,12 +75,6 @@ class QuantizedLayer:
         )
 
     @torch.no_grad()
-    def rotate(self) -> None:
-        """Multiply the weight's rows with what its input is multiplied with."""
-        rows = self.rows_first(self.weight)
-        rows.copy_(self.input_quantizers[0].rotated(rows))
-
-    @torch.no_grad()
     def write(self, solution: Solution) -> None:
         """Put in a solution's weight and, if it has one, bias."""
         self.rows_first(self.weight).copy_(solution.weight)
@@ -138,7 +132,7 @@ def collect_moments(
     uses: Counter[str] = Counter()
 
     def add(layer: QuantizedLayer, rounded: _Rounding, quantizer: FakeQuantizer, args: Any) -> None:
-        x = quantizer.rotated(*args)
+        x = quantizer.transformed(*args)
         codes = rounded(x) if quantized else None
         if layer.name not in sums:
             sums[layer.name] = layer.moment_sums(dtype)
@@ -176,7 +170,7 @@ def collect_moments(
 
 
 def quantized_input(quantizer: FakeQuantizer, x: Tensor) -> Tensor:
-    """What an input quantizer makes of ``x``, as it is behind its rotation, whether it is on or off."""
+    """What an input quantizer makes of ``x``, transformed already, whether it is on or off."""
     return _rounding(quantizer)(x)
 
 

@@ -109,7 +109,9 @@ def _moments(
         return no_moments(weight, layer.geometry, quantized=True)
     sums = layer.moment_sums(torch.float64, known)
     while floats:
-        x, codes = (layer.input_quantizers[0].rotated(each.pop(0)) for each in (floats, reached))
+        x, codes = (
+            layer.input_quantizers[0].transformed(each.pop(0)) for each in (floats, reached)
+        )
         codes = quantized_input(layer.input_quantizers[0], codes)
         layer.add_to(sums, x, codes)
     return sums.moments()

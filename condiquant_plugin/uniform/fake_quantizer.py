@@ -12,12 +12,12 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from condiquant_plugin.errors import check_finite
 from condiquant_plugin.uniform import bounds, grid
 from condiquant_plugin.uniform.bits import FLOAT_BITS
-from condiquant_plugin.uniform.rotation import orthogonal
 from condiquant_plugin.uniform.sampling import First, Sample
 
 
@@ -129,8 +129,9 @@ class FakeQuantizer(nn.Module):
         name: label in error messages and exported graphs.
         zero_on_grid: zero is one of the levels, and weights are symmetric, as NPUs need it.
         overflow: see :data:`condiquant_plugin.uniform.grid.Overflow`.
-        rotates: number of features of an input that is rotated first, quantized or not, by
-            :func:`condiquant_plugin.uniform.rotation.orthogonal`; the weight behind it has to be, too.
+        transforms: number of features of an input that first, quantized or not, becomes
+            ``matrix x + shift``, as :mod:`condiquant_plugin.methods.alignment` sets them along with the
+            weight behind; 0 leaves inputs as they are.
     """
 
     def __init__(
@@ -144,16 +145,18 @@ class FakeQuantizer(nn.Module):
         name: str = "",
         zero_on_grid: bool = False,
         overflow: grid.Overflow = grid.DEFAULT_OVERFLOW,
-        rotates: int = 0,
+        transforms: int = 0,
     ) -> None:
         super().__init__()
         self.kind = kind
         self.row_blocks, self.axis, self.side, self.name = row_blocks, axis, side, name
         self.zero_on_grid, self.overflow = zero_on_grid, overflow
-        self.rotates = rotates
+        self.transforms = transforms
         self.set_bits(bits)
-        self.rotation: Tensor | None
-        self.register_buffer("rotation", orthogonal(rotates) if rotates else None, persistent=False)
+        self.matrix: Tensor | None
+        self.register_buffer("matrix", torch.eye(transforms) if transforms else None)
+        self.shift: Tensor | None
+        self.register_buffer("shift", torch.zeros(transforms) if transforms else None)
         shape = () if row_blocks == 1 else (row_blocks,)
         self.lower = nn.Parameter(torch.zeros(shape))
         self.upper = nn.Parameter(torch.ones(shape))
@@ -172,6 +175,12 @@ class FakeQuantizer(nn.Module):
         """Set both bounds (shape ``()`` or ``(row_blocks,)``)."""
         self.lower.copy_(torch.as_tensor(lower, dtype=self.lower.dtype))
         self.upper.copy_(torch.as_tensor(upper, dtype=self.upper.dtype))
+
+    @torch.no_grad()
+    def set_transform(self, matrix: Tensor, shift: Tensor) -> None:
+        """Set what becomes of an input: shapes ``(transforms, transforms)`` and ``(transforms,)``."""
+        self.get_buffer("matrix").copy_(matrix)
+        self.get_buffer("shift").copy_(shift)
 
     def search_bounds(self, x: Tensor) -> None:
         """DOBI on ``x`` (2DQuant, algorithm 1).
@@ -242,14 +251,16 @@ class FakeQuantizer(nn.Module):
         )
         return replace(levels, limits=(-below, above))
 
-    def rotated(self, x: Tensor) -> Tensor:
-        """What is quantized of an input, or of the rows of a weight behind this."""
-        return x if self.rotation is None else x @ self.rotation.to(x.dtype)
+    def transformed(self, x: Tensor) -> Tensor:
+        """What is quantized of an input, features last."""
+        if self.matrix is None or self.shift is None:
+            return x
+        return F.linear(x, self.matrix.to(x.dtype), self.shift.to(x.dtype))
 
     def forward(self, x: Tensor) -> Tensor:
         # NNCF looks at every function of torch's that a network calls, and at ours for nothing.
         with torch._C.DisableTorchFunction():
-            return self._quantized(self.rotated(x))
+            return self._quantized(self.transformed(x))
 
     def _quantized(self, x: Tensor) -> Tensor:
         if self.sample is not None:
@@ -296,7 +307,7 @@ class FakeQuantizer(nn.Module):
     def extra_repr(self) -> str:
         return (
             f"{self.kind}, bits={self.bits}, row_blocks={self.row_blocks}, side={self.side!r}, "
-            f"zero_on_grid={self.zero_on_grid}, overflow={self.overflow!r}, rotates={self.rotates}"
+            f"zero_on_grid={self.zero_on_grid}, overflow={self.overflow!r}, transforms={self.transforms}"
         )
 
 

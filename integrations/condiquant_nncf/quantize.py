@@ -37,6 +37,7 @@ from condiquant_plugin.forward_pass import run
 from condiquant_plugin.layerwise.precision import LayerRule
 from condiquant_plugin.layerwise.problem import LayerReport
 from condiquant_plugin.layerwise.scope import Scope
+from condiquant_plugin.methods.alignment.transform import TransformKind
 from condiquant_plugin.methods.condiquant.reconditioning import ReconditioningConfig
 from condiquant_plugin.uniform.bounds import Side
 from condiquant_plugin.uniform.grid import Overflow
@@ -66,7 +67,7 @@ class AdvancedCondiQuantParameters:
     overflow: Overflow = QuantizationConfig.overflow
     """Only ``then="bounds"``: NNCF's int8 has ``overflow_fix``."""
     equalize: Equalize = QuantizationConfig.equalize
-    rotate: bool = QuantizationConfig.rotate
+    transform: TransformKind = QuantizationConfig.transform
     """Only ``then="bounds"`` of a torch model."""
     rounding: Rounding = QuantizationConfig.rounding
     """Only ``then="bounds"``."""
@@ -102,7 +103,7 @@ def create_condiquant_pipeline(
 
     Raises:
         InputError: ``subset_size`` or ``bounds_crops`` below 1; what steps cannot do, for torch models
-            either: ``rotate``, ``bounds_inputs="quantized"``, moments of ``inputs="compressed"``.
+            either: ``transform``, ``bounds_inputs="quantized"``, moments of ``inputs="compressed"``.
     """
     check_count("subset_size", subset_size)
     check_count("bounds_crops", bounds_crops)
@@ -235,7 +236,7 @@ def quantize(
         zero_on_grid=npu if ours.zero_on_grid is None else ours.zero_on_grid,
         overflow=ours.overflow,
         equalize=ours.equalize,
-        rotate=ours.rotate,
+        transform=ours.transform,
         rounding=ours.rounding,
         recondition=ours.recondition,
     )

@@ -277,7 +277,7 @@ class Recipe(_Section):
             if values[key] == Recipe.model_fields[key].default:
                 del values[key]
         plain = QuantizationConfig()
-        for key in ("equalize", "rotate", "layers"):
+        for key in ("equalize", "transform", "layers"):
             if values["condiquant"][key] == getattr(plain, key):
                 del values["condiquant"][key]
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

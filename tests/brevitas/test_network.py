@@ -262,7 +262,11 @@ class Twice(nn.Module):
         (("swinir",), {"reconditioning": "paper"}, "reconditioning='paper' is not known"),
         (("swinir",), {"bits": 4}, "bits is no key of the quantization: use weight_bits"),
         (("swinir",), {"bounds_inputs": "quantized"}, 'bounds_inputs="quantized" is for NNCF'),
-        (("swinir",), {"rotate": True}, "rotate=True is for NNCF's quantize_network"),
+        (
+            ("swinir",),
+            {"transform": "alignment"},
+            "transform='alignment' is for NNCF's quantize_network",
+        ),
         ((Twice(),), {}, "first is used more than once"),
         ((Twice(tied=True),), {}, "first is used more than once"),
         (("swinir", torch.rand(16, 16)), {}, r"shape \(16, 16\): give \(count, channels"),

@@ -181,33 +181,50 @@ def test_crops_that_the_network_cannot_run_on():
         )
 
 
-@pytest.mark.parametrize(("name", "rotated"), [("swinir", 16), ("dat", 8), ("edsr", 0)])
-def test_rotated_layers_compute_the_same_in_floats(name, rotated):
+@pytest.mark.parametrize("transform", ["rotation", "alignment"])
+@pytest.mark.parametrize(("name", "transformed"), [("swinir", 16), ("dat", 8), ("edsr", 0)])
+def test_transformed_layers_compute_the_same_in_floats(name, transformed, transform):
     network, images = build(name), crops(name)
-    settings = config(name, recondition=None, rounding="nearest", rotate=True)
+    settings = config(name, recondition=None, rounding="nearest", transform=transform)
     found = host.quantize_network(network, images, settings)
     quantizers = fake_quantizers(found.model)
-    assert sum(q.rotation is not None for q in quantizers.values()) == rotated
-    by_name = {q.name: q for q in quantizers.values()}
-    for layer in found.layers:
-        if rotated and layer.weight_name is not None:
-            turned = by_name[f"{layer.name}.input"].rotation
-            weight = found.model.state_dict()[layer.weight_name]
-            expected = network.state_dict()[layer.weight_name]
-            torch.testing.assert_close(weight, expected @ turned)
+    assert sum(bool(q.transforms) for q in quantizers.values()) == transformed
     for quantizer in quantizers.values():
         quantizer.enabled = False
     torch.testing.assert_close(found.model(images), network(images), atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("inputs", ["original", "compressed"])
-def test_least_squares_of_rotated_layers_see_what_their_quantizers_see(inputs):
+@torch.no_grad()
+def test_least_squares_of_transformed_layers_see_what_their_quantizers_see(inputs):
     network, images = build("swinir"), crops("swinir", 4)
     errors = {}
-    for rotate in (False, True):
+    for transform in ("none", "rotation", "alignment"):
         recondition = ReconditioningConfig("least_squares", inputs=inputs)
-        settings = config("swinir", 3, recondition=recondition, rotate=rotate)
+        settings = config("swinir", 3, recondition=recondition, transform=transform)
         found = host.quantize_network(network, images, settings)
-        with torch.no_grad():
-            errors[rotate] = (found.model(images) - network(images)).norm()
-    assert errors[True] < 1.2 * errors[False]
+        errors[transform] = (found.model(images) - network(images)).norm()
+    assert errors["rotation"] < 1.2 * errors["none"]
+    assert errors["alignment"] < 0.9 * errors["none"]
+
+
+def test_a_layer_without_a_bias_is_aligned_about_zero():
+    class Narrow(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = nn.Linear(3, 24, bias=False)
+            self.second = nn.Linear(24, 3)
+
+        def forward(self, image):
+            x = image.permute(0, 2, 3, 1)
+            return self.second(self.first(x).relu()).permute(0, 3, 1, 2)
+
+    torch.manual_seed(0)
+    network, images = Narrow(), torch.rand(2, 3, 16, 16)
+    settings = host.QuantizationConfig(recondition=None, rounding="nearest", transform="alignment")
+    found = host.quantize_network(network, images, settings)
+    quantizers = [q for q in fake_quantizers(found.model).values() if q.transforms]
+    assert [bool(q.shift.any()) for q in quantizers] == [False, True]
+    for quantizer in fake_quantizers(found.model).values():
+        quantizer.enabled = False
+    torch.testing.assert_close(found.model(images), network(images), atol=1e-5, rtol=1e-4)

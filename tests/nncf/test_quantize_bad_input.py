@@ -79,10 +79,13 @@ def test_bounds_inputs_are_checked():
 
 
 @pytest.mark.parametrize(("backend", "then"), [("openvino", "bounds"), ("torch", "minmax")])
-def test_rotations_need_a_torch_network_with_learned_bounds(backend, then):
-    changes, data = host.AdvancedCondiQuantParameters(rotate=True), dataset(backend, *items())
+def test_transforms_need_a_torch_network_with_learned_bounds(backend, then):
+    changes, data = (
+        host.AdvancedCondiQuantParameters(transform="alignment"),
+        dataset(backend, *items()),
+    )
     message = refused(subject(backend), data, then=then, advanced_parameters=changes)
-    assert message.startswith("rotate=True is for torch networks with learned bounds")
+    assert message.startswith("transform='alignment' is for torch networks with learned bounds")
 
 
 @pytest.mark.parametrize(

@@ -194,6 +194,6 @@ def test_errors_are_those_of_each_image_however_they_are_batched():
     assert made.errors(bits, crops.split([5, 3])) == pytest.approx(alone, rel=1e-4)
 
 
-def test_rotations_are_refused():
-    with pytest.raises(InputError, match="rotate=True and a search for bits"):
-        study("swinir", rotate=True)
+def test_transforms_are_refused():
+    with pytest.raises(InputError, match="transform='rotation' and a search for bits"):
+        study("swinir", transform="rotation")

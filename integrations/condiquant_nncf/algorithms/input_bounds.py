@@ -44,8 +44,11 @@ class BoundsAlgorithm(OnBothBackends):
             raise InputError(
                 'bounds_inputs="quantized" is for quantize_network() only: use "float"'
             )
-        if self._config.rotate:
-            raise InputError("rotate=True is for torch networks with learned bounds: leave it out")
+        if self._config.transform != "none":
+            raise InputError(
+                f"transform={self._config.transform!r} is for torch networks with learned bounds: "
+                "leave it out"
+            )
         self._subset_size = subset_size
         self._algorithm_key = f"{type(self).__name__}_{hash(self)}"
 
@@ -136,7 +139,7 @@ def create_quantizers(
     for layer in layers:
         weight_bits, activation_bits = config.bits(layer.name, layer.in_scope)
         for port in layer.activation_ports:
-            rotates = config.rotate and activation_bits != FLOAT_BITS
+            transforms = config.transform != "none" and activation_bits != FLOAT_BITS
             yield layer, port, backend.quantizer_class(
                 activation_bits,
                 "activation" if layer.weight_node is not None else "operand",
@@ -144,7 +147,7 @@ def create_quantizers(
                 name=layer.input_name(port),
                 zero_on_grid=config.zero_on_grid,
                 overflow=config.overflow,
-                rotates=_features(backend, layer) if rotates else 0,
+                transforms=_features(backend, layer) if transforms else 0,
             )  # fmt: skip
         if weights and layer.weight_node is not None and not layer.reuses_weight:
             rows = backend.weight(layer).shape[layer.output_axis]

@@ -65,7 +65,7 @@ def simulate(
     """Output of a forward pass in evaluation mode.
 
     Args:
-        observe: called with label, input (behind its rotation) and output of every quantizer; what it
+        observe: called with label, input (transformed, where it is) and output of every quantizer; what it
             returns, if anything, goes on in place of the output.
     """
     calls = Counter[str]()
@@ -79,9 +79,9 @@ def simulate(
         label = call_label(quantizer.name, calls[quantizer.name])
         calls[quantizer.name] += 1
         (raw,) = inputs
-        if quantizer.rotation is not None:  # a product of floats like any other
+        if quantizer.transforms:  # a product of floats like any other
             pause(False)
-            raw = quantizer.rotated(raw)
+            raw = quantizer.transformed(raw)
             pause(True)
             output = quantized_input(quantizer, raw)
         replaced = observe(label, raw.numpy(), output.numpy())

@@ -88,9 +88,9 @@ def convert_beside_float(
     input_names: Sequence[str] = ("image",),
     output_names: Sequence[str] = ("upscaled",),
 ) -> tuple[ov.Model, ov.Model]:
-    """As :func:`convert`, and from the same trace the network without quantizers, rotations and signs.
+    """As :func:`convert`, and from the same trace the network without quantizers, transforms and signs.
 
-    Behind a rotation that one has the products of the network as trained, though not its values.
+    Behind a transform that one has the products of the network as trained, though not its values.
     """
     traced = trace(model, example_input, static, input_names, output_names)
     in_float = without_placeholders(traced.graph)

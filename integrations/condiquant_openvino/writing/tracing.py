@@ -116,32 +116,37 @@ def trace(
     for port, name in zip(graph.outputs, output_names, strict=False):
         port.get_tensor().set_names({name})
     graph.set_friendly_name(type(model).__name__)
-    _name_rotations(graph, model)
+    _name_transforms(graph, model)
     allowed = {quantizer.overflow for quantizer in fake_quantizers(model).values()}
     return Traced(graph, quantizers, binarizers, "vnni" if "vnni" in allowed else "safe")
 
 
 def without_placeholders(graph: ov.Model) -> ov.Model:
-    """A copy in which nothing is quantized, rotated or binarized."""
+    """A copy in which nothing is quantized, transformed or binarized."""
     in_float = graph.clone()
     for node in in_float.get_ordered_ops():
         if isinstance(node, Placeholder):
-            source = node.input_value(0)
-            if source.get_node().get_friendly_name() == _rotation_name(node.label):
-                source = source.get_node().input_value(0)
-            node.output(0).replace(source)
+            product = _transform_of(node)
+            is_one = product.get_friendly_name() == _transform_name(node.label)
+            node.output(0).replace((product if is_one else node).input_value(0))
     in_float.validate_nodes_and_infer_types()
     return in_float
 
 
-def _name_rotations(graph: ov.Model, model: nn.Module) -> None:
-    """After the layers whose inputs they rotate."""
+def _name_transforms(graph: ov.Model, model: nn.Module) -> None:
+    """After the layers whose inputs they transform."""
     with labelled(model) as quantizers:
-        rotating = {label for label, quantizer in quantizers.items() if quantizer.rotates}
+        transforming = {label for label, quantizer in quantizers.items() if quantizer.transforms}
     for node in graph.get_ordered_ops():
-        if isinstance(node, Placeholder) and without_call(node.label) in rotating:
-            node.input_value(0).get_node().set_friendly_name(_rotation_name(node.label))
+        if isinstance(node, Placeholder) and without_call(node.label) in transforming:
+            _transform_of(node).set_friendly_name(_transform_name(node.label))
 
 
-def _rotation_name(label: str) -> str:
-    return f"{label.removesuffix('.input')}.rotation"
+def _transform_of(placeholder: Placeholder) -> ov.Node:
+    """The product in front of a quantizer that transforms, whose shift is added to it."""
+    source = placeholder.input_value(0).get_node()
+    return source.input_value(0).get_node() if source.get_type_name() == "Add" else source
+
+
+def _transform_name(label: str) -> str:
+    return f"{label.removesuffix('.input')}.transform"

@@ -100,8 +100,8 @@ def test_what_a_pipeline_cannot_quantize():
         pipeline.run(quantized, dataset("torch", IMAGES[:2]))
     with pytest.raises(InputError, match="calibration_dataset yields nothing"):
         pipeline.run(subject("torch"), nncf.Dataset([]))
-    with pytest.raises(InputError, match="rotate=True is for torch networks"):
-        host.create_condiquant_pipeline(host.QuantizationConfig(rotate=True))
+    with pytest.raises(InputError, match="transform='rotation' is for torch networks"):
+        host.create_condiquant_pipeline(host.QuantizationConfig(transform="rotation"))
 
 
 def test_images_in_double_precision_are_taken_as_float():

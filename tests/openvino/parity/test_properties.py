@@ -29,18 +29,18 @@ def quantized(name, bits, size, **changes):
 
 
 @pytest.mark.parametrize(
-    ("name", "bits", "static", "fp16", "rotate"),
+    ("name", "bits", "static", "fp16", "transform"),
     [
-        ("compact", 2, False, True, False),
-        ("edsr", 8, True, True, False),
-        ("edsr", 3, False, False, False),
-        ("swinir", 4, False, True, False),
-        ("swinir", 3, False, False, True),
-        ("dat", 8, True, False, False),
+        ("compact", 2, False, True, "none"),
+        ("edsr", 8, True, True, "none"),
+        ("edsr", 3, False, False, "none"),
+        ("swinir", 4, False, True, "none"),
+        ("swinir", 3, False, False, "alignment"),
+        ("dat", 8, True, False, "none"),
     ],
 )
 def test_parity_with_every_property_after_saving_twice(
-    name, bits, static, fp16, rotate, tmp_path, monkeypatch
+    name, bits, static, fp16, transform, tmp_path, monkeypatch
 ):
     # Narrower, DAT's position-bias network has width 0, and OpenVINO crashes on empty MVN.
     monkeypatch.setitem(networks.SECTIONS["dat"], "embed_dim", 32)
@@ -48,7 +48,7 @@ def test_parity_with_every_property_after_saving_twice(
     monkeypatch.setitem(networks.SECTIONS["swinir"], "num_heads", [2])
     # Traced at its img_size, a network has its masks as constants.
     size = {"dat": (32, 32) if static else (32, 48), "swinir": (16, 24)}.get(name, (16, 16))
-    model, image = quantized(name, bits, size, rotate=rotate)
+    model, image = quantized(name, bits, size, transform=transform)
     ir = convert(model, image, static=static)
     if fp16:
         halve(ir)

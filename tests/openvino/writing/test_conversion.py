@@ -232,17 +232,19 @@ def test_what_cannot_be_traced_is_an_input_error():
         convert(Untraceable(), torch.rand(1, 3, 8, 8))
 
 
-def test_rotations_are_float_products_named_after_their_layers(monkeypatch):
+def test_transforms_are_float_products_named_after_their_layers(monkeypatch):
     monkeypatch.setitem(networks.SECTIONS["swinir"], "depths", [1])
     monkeypatch.setitem(networks.SECTIONS["swinir"], "num_heads", [2])
     images = torch.rand(2, 3, 16, 16)
-    config = condiquant_nncf.QuantizationConfig(recondition=None, rounding="nearest", rotate=True)
+    config = condiquant_nncf.QuantizationConfig(
+        recondition=None, rounding="nearest", transform="alignment"
+    )
     model = condiquant_nncf.quantize_network(build("swinir"), images, config).model
     ir = convert(model, images[:1])
     runs_as = {layer.name: layer.runs_as for layer in layer_executions(ir, compile_ir(ir))}
-    layers = [n.removesuffix(".rotation") for n in runs_as if n.endswith(".rotation")]
+    layers = [n.removesuffix(".transform") for n in runs_as if n.endswith(".transform")]
     assert [name.rpartition(".")[2] for name in layers] == ["qkv", "proj", "fc1", "fc2"]
-    assert {runs_as[f"{name}.rotation"] for name in layers} == {"f32"}
+    assert {runs_as[f"{name}.transform"] for name in layers} == {"f32"}
     # The plugin does not tell what the smallest of them runs as.
     assert {"int8"} <= {runs_as[name] for name in layers} <= {"int8", "unknown"}
 
@@ -275,13 +277,15 @@ def test_from_one_trace_come_the_same_ir_and_the_network_without_quantizers(conv
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
 
 
-def test_the_float_network_beside_an_ir_has_no_rotations():
-    config = condiquant_nncf.QuantizationConfig(recondition=None, rounding="nearest", rotate=True)
+def test_the_float_network_beside_an_ir_has_no_transforms():
+    config = condiquant_nncf.QuantizationConfig(
+        recondition=None, rounding="nearest", transform="alignment"
+    )
     x = torch.rand(1, 3, 16, 16)
     model = condiquant_nncf.quantize_network(build("swinir"), x, config).model
-    rotated, plain = (
-        [n for n in each.get_ordered_ops() if n.get_friendly_name().endswith(".rotation")]
+    transformed, plain = (
+        [n for n in each.get_ordered_ops() if n.get_friendly_name().endswith(".transform")]
         for each in convert_beside_float(model, x, static=True)
     )
-    assert rotated
+    assert transformed
     assert not plain

@@ -29,14 +29,16 @@ def test_a_wide_channel_is_spread_over_all(features):
     assert (x @ orthogonal(features)).abs().max() < 2 * features**-0.5
 
 
-def test_a_quantizer_that_rotates_does_so_before_its_grid_and_when_it_is_off():
-    quantizer = FakeQuantizer(3, "activation", rotates=12)
+def test_a_quantizer_transforms_before_its_grid_and_when_it_is_off():
+    quantizer = FakeQuantizer(3, "activation", transforms=12)
     plain = FakeQuantizer(3, "activation")
     x = torch.randn(5, 12, generator=torch.Generator().manual_seed(0))
-    turned = x @ orthogonal(12)
+    assert torch.equal(quantizer.transformed(x), x)
+    quantizer.set_transform(orthogonal(12), torch.full((12,), 0.5))
+    turned = x @ orthogonal(12).mT + 0.5
     quantizer.search_bounds(turned)
     plain.search_bounds(turned)
-    assert torch.equal(quantizer(x), plain(turned))
+    torch.testing.assert_close(quantizer(x), plain(turned))
     quantizer.enabled = False
-    assert torch.equal(quantizer(x), turned)
-    assert set(quantizer.state_dict()) == {"lower", "upper"}
+    torch.testing.assert_close(quantizer(x), turned)
+    assert set(quantizer.state_dict()) == {"lower", "upper", "matrix", "shift"}

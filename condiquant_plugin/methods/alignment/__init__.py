@@ -1,0 +1,1 @@
+"""Inputs of linear layers transformed so that a grid costs their outputs least."""

@@ -1,0 +1,129 @@
+"""Matrices in front of quantized linear layers, exact in floats: ``W x = (W M^-1)(M x)``.
+
+Rounding ``M x`` to a grid for all its entries makes an error of ``step^2 / 12`` in each of them, of which
+``W M^-1`` passes on its Frobenius norm; the step goes by the variance of ``M x``. So what counts is the
+product of both, which no orthogonal matrix changes: a rotation only shares it out among the entries. It
+is least where both factors have the same singular values along the same directions, and a rotation behind
+then gives all entries equal variances (concentration and alignment; Federici et al., arXiv 2603.04359).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Self
+
+import torch
+from torch import Tensor, nn
+
+from condiquant_plugin.layerwise import distributed
+from condiquant_plugin.layerwise.moments import Moments
+from condiquant_plugin.layerwise.quantized import QuantizedLayer, collect_moments
+from condiquant_plugin.uniform.rotation import orthogonal
+
+TransformKind = Literal["none", "rotation", "alignment"]
+_DAMPING = 1e-4
+"""Of the mean variance, added to all: what no calibration image has others may have."""
+_LEAST = 1e-2
+"""Of the mean singular value: directions that the layer hardly reads are as wide as if it did."""
+
+
+@dataclass(frozen=True)
+class Transform:
+    """What becomes of an input ``x``: ``matrix x + shift``."""
+
+    matrix: Tensor
+    """``(features, features)``, float32 of values that half precision holds."""
+    shift: Tensor
+    """``(features,)``"""
+
+    @classmethod
+    def of(cls, matrix: Tensor, mean: Tensor) -> Self:
+        """The one that takes ``mean`` to 0, of a matrix of any scale."""
+        halved = (matrix / matrix.abs().max()).half().double()
+        return cls(halved.float(), -(halved @ mean.double()).float())
+
+    def rows_behind(self, rows: Tensor) -> Tensor:
+        """The weight that gives the same behind it, but for the shift; ``(..., features)``."""
+        solved: Tensor = torch.linalg.solve(self.matrix.double(), rows.double(), left=False)
+        return solved
+
+
+def rotation(mean: Tensor) -> Transform:
+    """The rotation of :mod:`condiquant_plugin.uniform.rotation`, about ``mean``, ``(features,)``."""
+    return Transform.of(orthogonal(len(mean)).to(mean.device).mT, mean)
+
+
+def alignment(rows: Tensor, covariance: Tensor, mean: Tensor) -> Transform:
+    """The matrix behind which rounding to one grid costs the output least, in all directions alike.
+
+    With ``W C^1/2 = U S V^T`` it is ``R^T S^1/2 V^T C^-1/2`` for a rotation ``R`` (arXiv 2603.04359).
+
+    Args:
+        rows: the weight ``W``, shape ``(outputs, features)``.
+        covariance: of the inputs about ``mean``, shape ``(features, features)``.
+        mean: shape ``(features,)``.
+    """
+    variances, axes = torch.linalg.eigh(covariance.double())
+    largest = float(variances.max())
+    if not largest > 0:  # an input that never changes
+        return rotation(mean)
+    variances = variances.clamp_min(0)
+    variances = variances + _DAMPING * variances.mean()
+    root, inverse_root = (axes * scale @ axes.mT for scale in (variances.sqrt(), variances.rsqrt()))
+    _, values, directions = torch.linalg.svd(rows.double() @ root, full_matrices=True)
+    if not float(values.max()) > 0:  # a weight of zeros
+        return rotation(mean)
+    reach = values.new_zeros(len(mean))
+    reach[: len(values)] = values
+    reach = reach.clamp_min(_LEAST * float(reach.mean()))
+    turned = orthogonal(len(mean)).to(reach).mT
+    return Transform.of(turned @ (reach.sqrt()[:, None] * directions) @ inverse_root, mean)
+
+
+@torch.no_grad()
+def transform_inputs(
+    model: nn.Module, layers: Sequence[QuantizedLayer], images: Sequence[Any], kind: TransformKind
+) -> None:
+    """Set the matrices of quantizers that have room for one, and weights and biases behind them.
+
+    Under ``torch.distributed`` all processes call this with the same layers and images.
+
+    Args:
+        model: as trained, its transforms without effect yet; changed in place.
+        images: batches that inputs are measured on.
+
+    Raises:
+        InputError: NaN or Inf in an input; a layer that is not called.
+        DistributedError: another process ended or failed.
+    """
+    layers = [layer for layer in layers if layer.input_quantizers[0].transforms]
+    if not layers or kind == "none":
+        return
+    moments = collect_moments(model, layers, images, quantized=False).moments
+    with distributed.failing_together("transforming inputs"):
+        found = [_transform(layer, moments[layer.name], kind) for layer in layers]
+    shared = distributed.agreed([(each.matrix, each.shift) for each in found])
+    for layer, (matrix, shift) in zip(layers, shared, strict=True):
+        _put_in(layer, Transform(matrix.to(layer.weight.device), shift.to(layer.weight.device)))
+
+
+def _transform(layer: QuantizedLayer, moments: Moments, kind: TransformKind) -> Transform:
+    mean = moments.total[0] / moments.samples
+    second = moments.gram[0] / moments.samples
+    if layer.bias is None or len(layer.input_quantizers) > 1:
+        mean = torch.zeros_like(mean)  # nothing to make up for a shift, or not for one use alone
+    if kind == "rotation":
+        return rotation(mean)
+    rows = layer.rows_first(layer.weight)
+    return alignment(rows, second - mean[:, None] * mean, mean)
+
+
+def _put_in(layer: QuantizedLayer, transform: Transform) -> None:
+    for quantizer in layer.input_quantizers:
+        quantizer.set_transform(transform.matrix, transform.shift)
+    rows = layer.rows_first(layer.weight)
+    behind = transform.rows_behind(rows)
+    rows.copy_(behind)
+    if layer.bias is not None:
+        layer.bias.sub_((behind @ transform.shift.to(behind)).to(layer.bias))
