@@ -19,13 +19,16 @@ from condiquant_plugin.methods.alignment.transform import TransformKind
 from condiquant_plugin.methods.condiquant.reconditioning import ReconditioningConfig, default_config
 from condiquant_plugin.uniform.bits import FLOAT_BITS
 from condiquant_plugin.uniform.bounds import Side
-from condiquant_plugin.uniform.grid import DEFAULT_OVERFLOW, Overflow, check_bits
+from condiquant_plugin.uniform.grid import DEFAULT_OVERFLOW, MAX_BITS, Overflow, check_bits
 
 BoundsInputs = Literal["quantized", "float"]
 Granularity = Literal["tensor", "channel"]
 Rounding = Literal["gptq", "nearest"]
 Equalize = Literal["auto", True, False]
+Transform = Literal["auto", "none", "rotation", "alignment"]
 _Layer = TypeVar("_Layer")
+_MOST_ALIGNED = 4
+"""Bits: above, rounding costs less than what a float product would take at run time."""
 _CHOICES = {
     "scope": Scope,
     "weight_granularity": Granularity,
@@ -33,7 +36,7 @@ _CHOICES = {
     "overflow": Overflow,
     "bounds_inputs": BoundsInputs,
     "equalize": Equalize,
-    "transform": TransformKind,
+    "transform": Transform,
     "rounding": Rounding,
 }
 
@@ -109,10 +112,11 @@ class QuantizationConfig:
     """Whether to give the channels of layers' inputs like ranges, by factors that the layers around take
     up, if that is closer to the float network on held-out images. ``"auto"``: where ``recondition`` is
     ``"auto"`` too. Not for an ``ov.Model``."""
-    transform: TransformKind = "none"
+    transform: Transform = "none"
     """A matrix in front of each linear layer in scope, undone in its weight: ``"alignment"`` makes rounding
-    cost the output least, ``"rotation"`` only shares wide channels out. More accurate at 2 to 4 bits, for
-    a small float product more at run time (docs/method.md). Not for an ``ov.Model``."""
+    cost the output least, ``"rotation"`` only shares wide channels out. A small float product more at
+    run time (docs/method.md), which ``"auto"`` finds worth it for inputs of 2 to 4 bits. Only
+    :func:`condiquant_nncf.quantize_network` and what is built on it have them."""
     rounding: Rounding = "gptq"
     """``"gptq"``: weights in scope are rounded so that their layer's output stays. ``"nearest"``: every
     entry to its nearest level."""
@@ -180,6 +184,25 @@ class QuantizationConfig:
     def tries_equalizing(self) -> bool:
         """Whether the channels of layers' inputs may get factors."""
         return self.recondition == "auto" if self.equalize == "auto" else self.equalize
+
+    @property
+    def transform_kind(self) -> TransformKind:
+        """Of the inputs that :meth:`transforms` says."""
+        return "rotation" if self.transform == "rotation" else "alignment"
+
+    def transforms(self, activation_bits: int) -> bool:
+        """Whether an input of so many bits is transformed, if it is one of a linear layer in scope."""
+        most = _MOST_ALIGNED if self.transform == "auto" else MAX_BITS
+        return self.transform != "none" and activation_bits <= most
+
+    def check_no_transform(self, instead: str) -> None:
+        """Refuse a transform that was asked for.
+
+        Raises:
+            InputError: ``instead`` says where there are some.
+        """
+        if self.transform not in ("auto", "none"):
+            raise InputError(f"transform={self.transform!r} {instead}: leave it out")
 
     def reconditioning(self) -> ReconditioningConfig | None:
         """Settings of reconditioning, the default of the bit-width filled in."""

@@ -102,10 +102,7 @@ class PrecisionStudy:
         widths: Sequence[int] = WIDTHS,
         fixed: Mapping[str, LayerBits] | None = None,
     ) -> None:
-        if config.transform != "none":
-            raise InputError(
-                f"transform={config.transform!r} and a search for bits: leave one of them out"
-            )
+        config.check_no_transform("knows no search for bits")
         self.model, self.layers = model, {layer.name: layer for layer in layers}
         self.images = list(images)
         self.widths = tuple(widths)

@@ -80,8 +80,7 @@ def calibrate(
         InputError: NaN or Inf anywhere; ``bounds_inputs="quantized"`` with images of several sizes.
         DistributedError: another process ended or failed.
     """
-    few = few_at_once(images[:bounds_images], batch_size)
-    transform_inputs(model, layers, few, config.transform)
+    transform_inputs(model, layers, few_at_once(images, batch_size), config.transform_kind)
     chains = any(layer.geometry.kind != "linear" for layer in layers)
     tried = candidates(config, sequences=chains) if layers else [Candidate(None)]
     kept, chosen = held_out(len(images))

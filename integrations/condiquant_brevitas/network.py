@@ -100,10 +100,7 @@ def quantize_sr(
         raise InputError("ignored_scope is matched against NNCF's graph: use name_blacklist")
     if config.bounds_inputs != "float":
         raise InputError('bounds_inputs="quantized" is for NNCF\'s quantize_network(): use "float"')
-    if config.transform != "none":
-        raise InputError(
-            f"transform={config.transform!r} is for NNCF's quantize_network(): leave it out"
-        )
+    config.check_no_transform("is for NNCF's quantize_network()")
     check_count("bounds_crops", bounds_crops)
     check_count("batch_size", batch_size)
     calibration = image_batch(calibration)

@@ -156,7 +156,7 @@ def calibrate_wrapped(
         layers = config.find_layers(backend)
         check_weights(backend, layers)
     model: nn.Module = backend.insert_quantizers(
-        list(create_quantizers(backend, layers, config))
+        list(create_quantizers(backend, layers, config, transforms=True))
     ).model
     found = calibrate(model, quantized_layers(model, layers), images, config, **arguments)
     return QuantizedNetwork(model, layers, found)
@@ -221,6 +221,6 @@ def insert_quantizers(
         or, for a product, ``.input0`` and ``.input1``.
     """
     backend = get_algo_backend(wrapped)
-    placed = list(create_quantizers(backend, list(layers), config))
+    placed = list(create_quantizers(backend, list(layers), config, transforms=True))
     model: nn.Module = backend.insert_quantizers(placed).model
     return model

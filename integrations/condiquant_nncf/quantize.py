@@ -31,13 +31,12 @@ from condiquant_nncf.backends.torch import prepare as wrap_checked
 from condiquant_nncf.configuration import QuantizationConfig
 from condiquant_nncf.network import QuantizedNetwork, calibrate_wrapped
 from condiquant_plugin.calibration import Calibration, candidates
-from condiquant_plugin.configuration import Equalize, Granularity, Rounding
+from condiquant_plugin.configuration import Equalize, Granularity, Rounding, Transform
 from condiquant_plugin.errors import InputError, check_count
 from condiquant_plugin.forward_pass import run
 from condiquant_plugin.layerwise.precision import LayerRule
 from condiquant_plugin.layerwise.problem import LayerReport
 from condiquant_plugin.layerwise.scope import Scope
-from condiquant_plugin.methods.alignment.transform import TransformKind
 from condiquant_plugin.methods.condiquant.reconditioning import ReconditioningConfig
 from condiquant_plugin.uniform.bounds import Side
 from condiquant_plugin.uniform.grid import Overflow
@@ -67,7 +66,7 @@ class AdvancedCondiQuantParameters:
     overflow: Overflow = QuantizationConfig.overflow
     """Only ``then="bounds"``: NNCF's int8 has ``overflow_fix``."""
     equalize: Equalize = QuantizationConfig.equalize
-    transform: TransformKind = QuantizationConfig.transform
+    transform: Transform = QuantizationConfig.transform
     """Only ``then="bounds"`` of a torch model."""
     rounding: Rounding = QuantizationConfig.rounding
     """Only ``then="bounds"``."""

@@ -68,6 +68,7 @@ def recipe_for(
         },
         condiquant={
             "scope": scope or _scope(network, crop),
+            "transform": "auto",
             "weight_granularity": "channel",
         },
     )

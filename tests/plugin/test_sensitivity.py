@@ -195,5 +195,5 @@ def test_errors_are_those_of_each_image_however_they_are_batched():
 
 
 def test_transforms_are_refused():
-    with pytest.raises(InputError, match="transform='rotation' and a search for bits"):
+    with pytest.raises(InputError, match="transform='rotation' knows no search for bits"):
         study("swinir", transform="rotation")

@@ -27,7 +27,7 @@ def without_times(metrics):
 def test_a_run_ends_with_metrics_and_an_ir_that_follows_the_simulation(make_job, name, bits):
     job = make_job(name)
     overrides = [f"condiquant.weight_bits={bits}", f"condiquant.activation_bits={bits}"]
-    recipe = load_recipe(job.write(), overrides)
+    recipe = load_recipe(job.write(), [*overrides, "condiquant.transform=auto"])
     metrics = run_recipe(recipe, job.data, job.out)
     assert json.loads((job.out / "metrics.json").read_text()) == metrics
     assert set(metrics["float"]) == set(metrics["quantized"]) == {"Tiny"}

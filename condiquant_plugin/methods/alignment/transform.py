@@ -21,8 +21,8 @@ from condiquant_plugin.layerwise.moments import Moments
 from condiquant_plugin.layerwise.quantized import QuantizedLayer, collect_moments
 from condiquant_plugin.uniform.rotation import orthogonal
 
-TransformKind = Literal["none", "rotation", "alignment"]
-_DAMPING = 1e-4
+TransformKind = Literal["rotation", "alignment"]
+_DAMPING = 1e-3
 """Of the mean variance, added to all: what no calibration image has others may have."""
 _LEAST = 1e-2
 """Of the mean singular value: directions that the layer hardly reads are as wide as if it did."""
@@ -98,7 +98,7 @@ def transform_inputs(
         DistributedError: another process ended or failed.
     """
     layers = [layer for layer in layers if layer.input_quantizers[0].transforms]
-    if not layers or kind == "none":
+    if not layers:
         return
     moments = collect_moments(model, layers, images, quantized=False).moments
     with distributed.failing_together("transforming inputs"):

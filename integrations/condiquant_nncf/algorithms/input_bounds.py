@@ -17,7 +17,6 @@ from condiquant_nncf.backends.choose import AVAILABLE_BACKENDS, get_algo_backend
 from condiquant_nncf.configuration import QuantizationConfig
 from condiquant_nncf.layer import Layer
 from condiquant_plugin.errors import InputError, check_finite
-from condiquant_plugin.uniform.bits import FLOAT_BITS
 from condiquant_plugin.uniform.fake_quantizer import FakeQuantizer
 from condiquant_plugin.uniform.sampling import BOUNDS_CROPS
 
@@ -44,11 +43,7 @@ class BoundsAlgorithm(OnBothBackends):
             raise InputError(
                 'bounds_inputs="quantized" is for quantize_network() only: use "float"'
             )
-        if self._config.transform != "none":
-            raise InputError(
-                f"transform={self._config.transform!r} is for torch networks with learned bounds: "
-                "leave it out"
-            )
+        self._config.check_no_transform("is for torch networks with learned bounds")
         self._subset_size = subset_size
         self._algorithm_key = f"{type(self).__name__}_{hash(self)}"
 
@@ -134,12 +129,17 @@ def create_quantizers(
     config: QuantizationConfig,
     *,
     weights: bool = True,
+    transforms: bool = False,
 ) -> Iterator[Placed]:
-    """A quantizer for every input port and, where the port is ``None``, every weight; no bounds yet."""
+    """A quantizer for every input port and, where the port is ``None``, every weight; no bounds yet.
+
+    Args:
+        transforms: whether inputs may be transformed, as the config says; it is yet to be set how.
+    """
     for layer in layers:
         weight_bits, activation_bits = config.bits(layer.name, layer.in_scope)
         for port in layer.activation_ports:
-            transforms = config.transform != "none" and activation_bits != FLOAT_BITS
+            transformed = transforms and config.transforms(activation_bits)
             yield layer, port, backend.quantizer_class(
                 activation_bits,
                 "activation" if layer.weight_node is not None else "operand",
@@ -147,7 +147,7 @@ def create_quantizers(
                 name=layer.input_name(port),
                 zero_on_grid=config.zero_on_grid,
                 overflow=config.overflow,
-                transforms=_features(backend, layer) if transforms else 0,
+                transforms=_features(backend, layer) if transformed else 0,
             )  # fmt: skip
         if weights and layer.weight_node is not None and not layer.reuses_weight:
             rows = backend.weight(layer).shape[layer.output_axis]

@@ -237,7 +237,11 @@ def _fake_quantized(
         "distillation": replace(section.distillation, **(distillation or {})),
     }
     if not recondition:
-        changes |= {"recondition": ReconditionSection(enabled=False), "rounding": "nearest"}
+        changes |= {
+            "recondition": ReconditionSection(enabled=False),
+            "rounding": "nearest",
+            "transform": "none",
+        }
     recipe = job.recipe.model_copy(update={"condiquant": section.model_copy(update=changes)})
     result = calibrate_network(source, recipe)
     distill_network(result.model, result.layers, source, recipe, job.progress)

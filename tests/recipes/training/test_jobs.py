@@ -57,7 +57,11 @@ def test_a_real_config_trains_resumes_and_exports(file, make_training, condiquan
     options["logger"]["print_freq"] = 1
     options["condiquant"] = {"calibration_images": 4, "bounds": {"crops": 2}}
     if "SwinIR" in file:
-        options["condiquant"] |= {"autocast": True, "distillation": {"feature_weight": 0.1}}
+        options["condiquant"] |= {
+            "autocast": True,
+            "transform": "auto",
+            "distillation": {"feature_weight": 0.1},
+        }
     else:
         options["condiquant"] |= {"scope": "all"}
     job = make_training(options)
@@ -120,7 +124,11 @@ def test_training_needs_no_optimizer_scheduler_nor_validation(make_training, con
     for section, key in (("train", "optim_g"), ("train", "scheduler"), ("datasets", "val")):
         del job.options[section][key]
     del job.options["val"]
-    job.options["condiquant"] |= {"autocast": True, "distillation": {"feature_weight": 0.5}}
+    job.options["condiquant"] |= {
+        "autocast": True,
+        "transform": "auto",
+        "distillation": {"feature_weight": 0.5},
+    }
     job.options["train"]["gan_opt"] = {"type": "GANLoss"}
     out = condiquant("train", "-opt", job.write(), "--debug")
     job.options["name"] = "debug_exp"
