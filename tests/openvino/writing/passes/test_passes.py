@@ -308,6 +308,21 @@ def test_repetitive_constants_are_stored_small_and_fold_back(pattern):
     np.testing.assert_array_equal(run(model, x), x + values)
 
 
+@pytest.mark.parametrize("exact", [True, False])
+def test_constants_that_half_precision_holds_exactly_are_stored_in_it(exact):
+    rng = np.random.default_rng(0)
+    matrix = rng.standard_normal((24, 24)).astype(np.float16 if exact else np.float32)
+    matrix = matrix.astype(np.float32)
+    parameter = ops.parameter([1, 5, 24], np.float32)
+    model = ov.Model([ops.matmul(parameter, ops.constant(matrix), False, False)], [parameter])
+    x = rng.random((1, 5, 24)).astype(np.float32)
+    before = run(model, x)
+    compact(model)
+    (stored,) = [n.data.dtype for n in model.get_ops() if n.get_type_name() == "Constant"]
+    assert stored == (np.float16 if exact else np.float32)
+    np.testing.assert_array_equal(run(model, x), before)
+
+
 @pytest.mark.parametrize(
     "other", [(1, 3, 128, 128), (1, 3, 1, 128), (1, 3, 128, 1), (3, 1, 1), (128,)]
 )
