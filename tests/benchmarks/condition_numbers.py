@@ -34,6 +34,8 @@ from condiquant_recipes.recipe_files import recipe_path
 from condiquant_recipes.source import load_source
 
 rcParams["svg.hashsalt"] = "condition numbers"
+TRANSFORMS = {"none": "", "rotation": "rotated, ", "alignment": "aligned, "}
+WORDS = tuple(word for word in TRANSFORMS.values() if word)
 
 
 @dataclass(frozen=True)
@@ -88,17 +90,21 @@ def rows(recipe, source, bits: int) -> dict[str, list[Row]]:
         "`condition`, 3e-2": ReconditioningConfig("condition", strength=3e-2),
         "`least_squares`": default_config(bits),
     }
-    for rotate in (False, True):
-        if rotate and recipe.condiquant.scope == "all":
-            continue  # convolutions are not rotated
+    for transform, before in TRANSFORMS.items():
+        if before and recipe.condiquant.scope == "all":
+            continue  # convolutions are not transformed
         config = settings.quantization(recipe).changed(
-            {"recondition": None, "rounding": "nearest", "equalize": False, "rotate": rotate}
+            {
+                "recondition": None,
+                "rounding": "nearest",
+                "equalize": False,
+                "transform": transform,
+            }
         )
         network = nncf_host.quantize_network(source.network, source.crops[:8], config)
         layers = quantized_layers(network.model, network.layers)
         moments = collect_moments(network.model, layers, source.crops.split(1)).moments
         problems = [layer.problem(moments[layer.name]) for layer in layers]
-        before = "rotated, " if rotate else ""
         for name, way in ways.items():
             pairs = list(zip(problems, way.solve(problems), strict=True))
             if name == next(iter(ways)):
@@ -119,7 +125,8 @@ def table(found: dict[str, list[Row]]) -> str:
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for name, layers in found.items():
-        base = found["rotated, as trained" if name.startswith("rotated") else "as trained"]
+        before = name[: name.find(", ") + 2] if name.startswith(WORDS) else ""
+        base = found[f"{before}as trained"]
         better = sum(new.total < old.total for new, old in zip(layers, base, strict=True))
         middle = [
             median(getattr(layer, field) for layer in layers)
@@ -139,7 +146,7 @@ def draw(file: Path, networks: dict[str, dict[str, list[Row]]]) -> None:
     axes = figure.subplots(1, len(networks), squeeze=False)[0]
     for axis, (name, found) in zip(axes, networks.items(), strict=True):
         for label, layers in found.items():
-            if label.startswith("rotated, `"):
+            if label.startswith(WORDS) and "`" in label:
                 continue
             x, y = [r.condition for r in layers], [r.gain for r in layers]
             axis.scatter(x, y, s=9, label=label.replace("`", ""), alpha=0.7)

@@ -22,8 +22,13 @@ from condiquant_plugin.layerwise.quantized import QuantizedLayer, collect_moment
 from condiquant_plugin.uniform.rotation import orthogonal
 
 TransformKind = Literal["rotation", "alignment"]
-_DAMPING = 1e-3
-"""Of the mean variance, added to all: what no calibration image has others may have."""
+_LARGEST, _PARTS = 127, 128
+"""So that a file needs a byte for an entry. The weight undoes what is stored, not what was found."""
+_DAMPINGS = (1e-3, 1e-2, 1e-1)
+"""Of the mean variance, added to all: what no calibration image has others may have. The least that can be
+undone well once it is rounded."""
+_MOST_CONDITION = 100
+"""Of the rounded matrix."""
 _LEAST = 1e-2
 """Of the mean singular value: directions that the layer hardly reads are as wide as if it did."""
 
@@ -33,15 +38,15 @@ class Transform:
     """What becomes of an input ``x``: ``matrix x + shift``."""
 
     matrix: Tensor
-    """``(features, features)``, float32 of values that half precision holds."""
+    """``(features, features)``, float32: integers of -127 to 127, over 128."""
     shift: Tensor
     """``(features,)``"""
 
     @classmethod
     def of(cls, matrix: Tensor, mean: Tensor) -> Self:
         """The one that takes ``mean`` to 0, of a matrix of any scale."""
-        halved = (matrix / matrix.abs().max()).half().double()
-        return cls(halved.float(), -(halved @ mean.double()).float())
+        stored = (matrix.double() / matrix.abs().max() * _LARGEST).round() / _PARTS
+        return cls(stored.float(), -(stored @ mean.double()).float())
 
     def rows_behind(self, rows: Tensor) -> Tensor:
         """The weight that gives the same behind it, but for the shift; ``(..., features)``."""
@@ -68,17 +73,20 @@ def alignment(rows: Tensor, covariance: Tensor, mean: Tensor) -> Transform:
     largest = float(variances.max())
     if not largest > 0:  # an input that never changes
         return rotation(mean)
-    variances = variances.clamp_min(0)
-    variances = variances + _DAMPING * variances.mean()
-    root, inverse_root = (axes * scale @ axes.mT for scale in (variances.sqrt(), variances.rsqrt()))
-    _, values, directions = torch.linalg.svd(rows.double() @ root, full_matrices=True)
-    if not float(values.max()) > 0:  # a weight of zeros
+    if not rows.any():
         return rotation(mean)
-    reach = values.new_zeros(len(mean))
-    reach[: len(values)] = values
-    reach = reach.clamp_min(_LEAST * float(reach.mean()))
-    turned = orthogonal(len(mean)).to(reach).mT
-    return Transform.of(turned @ (reach.sqrt()[:, None] * directions) @ inverse_root, mean)
+    variances, turned = variances.clamp_min(0), orthogonal(len(mean)).to(variances).mT
+    for damping in _DAMPINGS:
+        scales = (variances + damping * variances.mean()).sqrt()
+        root, inverse_root = (axes * scale @ axes.mT for scale in (scales, 1 / scales))
+        _, values, directions = torch.linalg.svd(rows.double() @ root, full_matrices=True)
+        reach = values.new_zeros(len(mean))
+        reach[: len(values)] = values
+        reach = reach.clamp_min(_LEAST * float(reach.mean()))
+        found = Transform.of(turned @ (reach.sqrt()[:, None] * directions) @ inverse_root, mean)
+        if torch.linalg.cond(found.matrix.double()) <= _MOST_CONDITION:
+            return found
+    return rotation(mean)
 
 
 @torch.no_grad()

@@ -1,5 +1,5 @@
 """Smaller files, same values: constants are stored once, repetitive ones as a table and an index, and
-those that half precision holds exactly in it.
+those that are small integers times one factor as bytes.
 
 A converted window-attention network holds its relative position biases and masks expanded, tens of
 times the packed weights. The tables fold back into the same constants when the IR is compiled.
@@ -20,13 +20,13 @@ _FEWEST_ENTRIES = 16384
 _FEWEST_HALVED = 16
 """Scalars, sizes and the mean of an image's channels stay exact: they save nothing."""
 _HALF_BITS = 11
-_FEWEST_EXACT = 256
-"""Below, the name of another operator takes what halves save."""
+_FEWEST_BYTES, _LARGEST_BYTE = 256, 127
+"""Below, the names of further operators take what bytes save."""
 _INDEX_BITS = {2: ov.Type.u2, 4: ov.Type.u4, 8: ov.Type.u8, 16: ov.Type.u16}
 
 
 def compact(model: ov.Model) -> None:
-    """Share, tabulate and store exact halves in place."""
+    """Share, tabulate and store as bytes in place."""
     for node in model.get_ordered_ops():
         if node.get_type_name() == "Constant" and node.get_output_element_type(0) == ov.Type.f32:
             values = node.data
@@ -40,7 +40,7 @@ def compact(model: ov.Model) -> None:
                 table.get_node().set_friendly_name(node.get_friendly_name())
                 for port in node.output(0).get_target_inputs():
                     port.replace_source_output(table)
-    _store_halves(model, _FEWEST_EXACT, 0.0)
+    _store_bytes(model)
     _share_constants(model)
 
 
@@ -50,26 +50,43 @@ def halve(model: ov.Model) -> None:
     What belongs to a quantizer stays exact (bounds, scales, codes and their lattice), and so does what
     shapes are computed from, has fewer than 16 entries, or is too large or too small for half precision.
     """
-    _store_halves(model, _FEWEST_HALVED, 2.0**-_HALF_BITS)
-
-
-def _store_halves(model: ov.Model, fewest: int, tolerance: float) -> None:
-    """Constants of at least so many entries whose error, relative to the largest, is at most so large."""
     for node in model.get_ordered_ops():
         if node.get_type_name() != "Constant" or node.get_output_element_type(0) != ov.Type.f32:
             continue
         ports = [port for port in node.output(0).get_target_inputs() if not _must_be_exact(port)]
         values = node.data
-        if values.size < fewest or not ports:
+        if values.size < _FEWEST_HALVED or not ports:
             continue
         with np.errstate(over="ignore", invalid="ignore"):
             halved = values.astype(np.float16)
             error = np.abs(halved.astype(np.float32) - values).max()
-        if not error <= np.abs(values).max() * tolerance:
+        if not error <= np.abs(values).max() * 2.0**-_HALF_BITS:
             continue
         stored = ops.constant(halved)
         stored.set_friendly_name(node.get_friendly_name())
         widened = ops.convert(stored, np.float32)
+        widened.set_friendly_name(f"{node.get_friendly_name()}/widened")
+        for port in ports:
+            port.replace_source_output(widened.output(0))
+
+
+def _store_bytes(model: ov.Model) -> None:
+    """Float constants that are integers of -127 to 127 times a power of two."""
+    for node in model.get_ordered_ops():
+        if node.get_type_name() != "Constant" or node.get_output_element_type(0) != ov.Type.f32:
+            continue
+        ports = [port for port in node.output(0).get_target_inputs() if not _must_be_exact(port)]
+        values = node.data
+        largest = np.abs(values).max(initial=0)
+        if values.size < _FEWEST_BYTES or not ports or not 0 < largest < np.inf:
+            continue
+        factor = np.float32(2.0 ** np.ceil(np.log2(largest / _LARGEST_BYTE)))
+        integers = (values / factor).round()
+        if not np.array_equal(integers * factor, values):
+            continue
+        stored = ops.constant(integers.astype(np.int8))
+        stored.set_friendly_name(node.get_friendly_name())
+        widened = ops.multiply(ops.convert(stored, np.float32), ops.constant(factor))
         widened.set_friendly_name(f"{node.get_friendly_name()}/widened")
         for port in ports:
             port.replace_source_output(widened.output(0))

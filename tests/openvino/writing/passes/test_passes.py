@@ -309,17 +309,18 @@ def test_repetitive_constants_are_stored_small_and_fold_back(pattern):
 
 
 @pytest.mark.parametrize("exact", [True, False])
-def test_constants_that_half_precision_holds_exactly_are_stored_in_it(exact):
+def test_small_integers_times_a_power_of_two_are_stored_as_bytes(exact):
     rng = np.random.default_rng(0)
-    matrix = rng.standard_normal((24, 24)).astype(np.float16 if exact else np.float32)
-    matrix = matrix.astype(np.float32)
+    matrix = rng.integers(-127, 128, (24, 24)).astype(np.float32) / 128
+    matrix[0, 0] = 127 / 128 if exact else np.nextafter(np.float32(0.5), np.float32(1))
     parameter = ops.parameter([1, 5, 24], np.float32)
     model = ov.Model([ops.matmul(parameter, ops.constant(matrix), False, False)], [parameter])
     x = rng.random((1, 5, 24)).astype(np.float32)
     before = run(model, x)
     compact(model)
-    (stored,) = [n.data.dtype for n in model.get_ops() if n.get_type_name() == "Constant"]
-    assert stored == (np.float16 if exact else np.float32)
+    constants = [n.data for n in model.get_ops() if n.get_type_name() == "Constant"]
+    stored = {values.dtype for values in constants if values.size > 1}
+    assert stored == {np.dtype(np.int8 if exact else np.float32)}
     np.testing.assert_array_equal(run(model, x), before)
 
 

@@ -8,12 +8,12 @@ from condiquant_plugin.methods.alignment.transform import alignment, rotation
 SHAPES = st.tuples(st.integers(1, 40), st.integers(2, 24))
 
 
-def drawn(shape, seed):
-    """A weight, and a covariance whose directions vary a hundred times as much as others."""
+def drawn(shape, seed, exponent=-2):
+    """A weight, and a covariance whose directions vary ``10 ** -exponent`` times as much as others."""
     outputs, features = shape
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randn(outputs, features, generator=generator, dtype=torch.float64)
-    spread = torch.logspace(0, -2, features, dtype=torch.float64)
+    spread = torch.logspace(0, exponent, features, dtype=torch.float64)
     basis = torch.randn(features, features, generator=generator, dtype=torch.float64)
     basis = torch.linalg.qr(basis)[0]
     mean = torch.randn(features, generator=generator, dtype=torch.float64)
@@ -39,7 +39,9 @@ def test_weight_and_shift_behind_give_what_the_layer_gave(shape, seed, kind):
     expected = x @ rows.mT
     shifted = (given_now - found.shift.double()) @ behind.mT
     assert (shifted - expected).abs().max() < 1e-9 * expected.abs().max().clamp_min(1)
-    assert torch.equal(found.matrix, found.matrix.half().float())
+    integers = found.matrix * 128
+    assert torch.equal(integers, integers.round())
+    assert integers.abs().max() == 127
 
 
 @settings(max_examples=40, deadline=None)
@@ -76,5 +78,15 @@ def test_what_never_varies_or_is_never_read_keeps_a_matrix_that_can_be_undone():
     rows, covariance, mean = drawn((3, 12), 2)
     covariance[:, 4] = covariance[4] = 0
     found = alignment(rows, covariance, mean)
-    assert torch.linalg.cond(found.matrix.double()) < 1e4
+    assert torch.linalg.cond(found.matrix.double()) <= 100
     assert found.shift.isfinite().all()
+
+
+@settings(max_examples=20, deadline=None)
+@given(SHAPES, st.integers(0, 99))
+def test_however_narrow_some_directions_are_the_rounded_matrix_can_be_undone(shape, seed):
+    rows, covariance, mean = drawn(shape, seed, exponent=-7)
+    found = alignment(rows, covariance, mean)
+    back = found.rows_behind(rows) @ found.matrix.double()
+    assert (back - rows).abs().max() < 1e-9 * rows.abs().max()
+    assert torch.linalg.cond(found.matrix.double()) <= 100
