@@ -21,6 +21,7 @@ import condiquant_nncf as host
 import reference
 from algorithm_networks import (
     LAYERS,
+    LINEAR_ON_PIXELS,
     Toy,
     advanced,
     constants,
@@ -320,11 +321,27 @@ def test_a_weight_used_twice_is_reconditioned_once(backend):
     assert sorted(names) == ["layer#1.input", "layer.input", "layer.weight"]
 
 
-def test_config_round_trip():
-    _, quantized, _ = quantize("torch", "edsr", advanced_parameters=advanced("condition"))
+@pytest.mark.parametrize("kind", sorted(LINEAR_ON_PIXELS))
+@torch.no_grad()
+def test_any_linear_layer_computes_the_same_behind_an_alignment(kind):
+    settings = advanced(scope="transformer", rounding="nearest", transform="alignment")
+    model, quantized, _ = quantize("torch", kind, advanced_parameters=settings)
+    for quantizer in fake_quantizers(quantized).values():
+        quantizer.enabled = False
+    x = items(kind)[0]
+    torch.testing.assert_close(quantized(x), model(x), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["edsr", "attention"])
+def test_config_round_trip(kind):
+    scope = "transformer" if kind == "attention" else None
+    settings = advanced("condition", scope=scope, transform="alignment")
+    _, quantized, _ = quantize("torch", kind, advanced_parameters=settings)
+    transformed = any(q.transforms for q in fake_quantizers(quantized).values())
+    assert transformed == (kind == "attention")
     config, state = nncf.torch.get_config(quantized), quantized.state_dict()
     restored = nncf.torch.load_from_config(
-        network("edsr"), config, allowed_modules=("nncf.*", "condiquant_nncf.*")
+        network(kind), config, allowed_modules=("nncf.*", "condiquant_nncf.*")
     )
     restored.load_state_dict(state)
     x = items()[0]
