@@ -228,3 +228,27 @@ def test_a_layer_without_a_bias_is_aligned_about_zero():
     for quantizer in fake_quantizers(found.model).values():
         quantizer.enabled = False
     torch.testing.assert_close(found.model(images), network(images), atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_a_weight_used_twice_has_one_matrix_and_no_shift():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.layer = nn.Linear(3, 24), nn.Linear(24, 24)
+
+        def forward(self, image):
+            x = self.first(image.permute(0, 2, 3, 1))
+            return self.layer(self.layer(x).relu())[..., :3].permute(0, 3, 1, 2)
+
+    torch.manual_seed(0)
+    network, images = Tied(), torch.rand(2, 3, 16, 16)
+    settings = host.QuantizationConfig(recondition=None, rounding="nearest", transform="auto")
+    found = host.quantize_network(network, images, settings)
+    quantizers = fake_quantizers(found.model).values()
+    one, other = (q for q in quantizers if q.transforms == 24)
+    assert torch.equal(one.matrix, other.matrix)
+    assert not one.shift.any()
+    for quantizer in quantizers:
+        quantizer.enabled = False
+    torch.testing.assert_close(found.model(images), network(images), atol=1e-5, rtol=1e-4)

@@ -70,10 +70,7 @@ def alignment(rows: Tensor, covariance: Tensor, mean: Tensor) -> Transform:
         mean: shape ``(features,)``.
     """
     variances, axes = torch.linalg.eigh(covariance.double())
-    largest = float(variances.max())
-    if not largest > 0:  # an input that never changes
-        return rotation(mean)
-    if not rows.any():
+    if not (float(variances.max()) > 0 and rows.any()):  # nothing that changes, or is read
         return rotation(mean)
     variances, turned = variances.clamp_min(0), orthogonal(len(mean)).to(variances).mT
     for damping in _DAMPINGS:
