@@ -80,7 +80,8 @@ def calibrate(
         InputError: NaN or Inf anywhere; ``bounds_inputs="quantized"`` with images of several sizes.
         DistributedError: another process ended or failed.
     """
-    transform_inputs(model, layers, few_at_once(images, batch_size), config.transform_kind)
+    if config.transform != "none":
+        transform_inputs(model, layers, few_at_once(images, batch_size), config.transform_kind)
     chains = any(layer.geometry.kind != "linear" for layer in layers)
     tried = candidates(config, sequences=chains) if layers else [Candidate(None)]
     kept, chosen = held_out(len(images))

@@ -7,7 +7,7 @@ times the packed weights. The tables fold back into the same constants when the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator, Sequence
 
 import numpy as np
 import openvino as ov
@@ -50,46 +50,48 @@ def halve(model: ov.Model) -> None:
     What belongs to a quantizer stays exact (bounds, scales, codes and their lattice), and so does what
     shapes are computed from, has fewer than 16 entries, or is too large or too small for half precision.
     """
-    for node in model.get_ordered_ops():
-        if node.get_type_name() != "Constant" or node.get_output_element_type(0) != ov.Type.f32:
-            continue
-        ports = [port for port in node.output(0).get_target_inputs() if not _must_be_exact(port)]
+    for node, ports in _replaceable_constants(model, _FEWEST_HALVED):
         values = node.data
-        if values.size < _FEWEST_HALVED or not ports:
-            continue
         with np.errstate(over="ignore", invalid="ignore"):
             halved = values.astype(np.float16)
             error = np.abs(halved.astype(np.float32) - values).max()
-        if not error <= np.abs(values).max() * 2.0**-_HALF_BITS:
-            continue
-        stored = ops.constant(halved)
-        stored.set_friendly_name(node.get_friendly_name())
-        widened = ops.convert(stored, np.float32)
-        widened.set_friendly_name(f"{node.get_friendly_name()}/widened")
-        for port in ports:
-            port.replace_source_output(widened.output(0))
+        if error <= np.abs(values).max() * 2.0**-_HALF_BITS:
+            stored = ops.constant(halved)
+            _store(node, ports, stored, ops.convert(stored, np.float32))
 
 
 def _store_bytes(model: ov.Model) -> None:
     """Float constants that are integers of -127 to 127 times a power of two."""
+    for node, ports in _replaceable_constants(model, _FEWEST_BYTES):
+        values = node.data
+        largest = np.abs(values).max()
+        if not 0 < largest < np.inf:
+            continue
+        factor = np.float32(2.0 ** np.ceil(np.log2(largest / _LARGEST_BYTE)))
+        integers = (values / factor).round()
+        if np.array_equal(integers * factor, values):
+            stored = ops.constant(integers.astype(np.int8))
+            widened = ops.multiply(ops.convert(stored, np.float32), ops.constant(factor))
+            _store(node, ports, stored, widened)
+
+
+def _replaceable_constants(
+    model: ov.Model, fewest: int
+) -> Iterator[tuple[ov.Node, list[ov.Input]]]:
+    """Float constants of at least so many entries, and where another operator may stand for them."""
     for node in model.get_ordered_ops():
         if node.get_type_name() != "Constant" or node.get_output_element_type(0) != ov.Type.f32:
             continue
         ports = [port for port in node.output(0).get_target_inputs() if not _must_be_exact(port)]
-        values = node.data
-        largest = np.abs(values).max(initial=0)
-        if values.size < _FEWEST_BYTES or not ports or not 0 < largest < np.inf:
-            continue
-        factor = np.float32(2.0 ** np.ceil(np.log2(largest / _LARGEST_BYTE)))
-        integers = (values / factor).round()
-        if not np.array_equal(integers * factor, values):
-            continue
-        stored = ops.constant(integers.astype(np.int8))
-        stored.set_friendly_name(node.get_friendly_name())
-        widened = ops.multiply(ops.convert(stored, np.float32), ops.constant(factor))
-        widened.set_friendly_name(f"{node.get_friendly_name()}/widened")
-        for port in ports:
-            port.replace_source_output(widened.output(0))
+        if ports and node.data.size >= fewest:
+            yield node, ports
+
+
+def _store(node: ov.Node, ports: Sequence[ov.Input], stored: ov.Node, widened: ov.Node) -> None:
+    stored.set_friendly_name(node.get_friendly_name())
+    widened.set_friendly_name(f"{node.get_friendly_name()}/widened")
+    for port in ports:
+        port.replace_source_output(widened.output(0))
 
 
 def _must_be_exact(port: ov.Input) -> bool:
