@@ -26,8 +26,9 @@ Granularity = Literal["tensor", "channel"]
 Rounding = Literal["gptq", "nearest"]
 Equalize = Literal["auto", True, False]
 Transform = Literal["auto", "none", "rotation", "alignment"]
+SoftmaxScale = Literal["auto", "row", "tensor"]
 _Layer = TypeVar("_Layer")
-_MOST_ALIGNED = 4
+_MOST_TRANSFORMED = 4
 """Bits: above, rounding costs less than what a float product would take at run time."""
 _CHOICES = {
     "scope": Scope,
@@ -37,6 +38,7 @@ _CHOICES = {
     "bounds_inputs": BoundsInputs,
     "equalize": Equalize,
     "transform": Transform,
+    "softmax_scale": SoftmaxScale,
     "rounding": Rounding,
 }
 
@@ -117,6 +119,11 @@ class QuantizationConfig:
     cost the output least, ``"rotation"`` only shares wide channels out. A small float product more at
     run time (docs/method.md), which ``"auto"`` finds worth it for inputs of 2 to 4 bits. Only
     :func:`condiquant_nncf.quantize_network` and what is built on it have them."""
+    softmax_scale: SoftmaxScale = "tensor"
+    """Of softmax maps that products of attention take: ``"row"`` brings the largest entry of each row to 1
+    before it is rounded and the row's sum to 1 behind, ``"tensor"`` rounds entries as they are. Rows take
+    longer at run time (docs/method.md), which ``"auto"`` finds worth it for factors of 2 to 4 bits. Only
+    where there are transforms."""
     rounding: Rounding = "gptq"
     """``"gptq"``: weights in scope are rounded so that their layer's output stays. ``"nearest"``: every
     entry to its nearest level."""
@@ -192,17 +199,23 @@ class QuantizationConfig:
 
     def transforms(self, activation_bits: int) -> bool:
         """Whether an input of so many bits is transformed, if it is one of a linear layer in scope."""
-        most = _MOST_ALIGNED if self.transform == "auto" else MAX_BITS
+        most = _MOST_TRANSFORMED if self.transform == "auto" else MAX_BITS
         return self.transform != "none" and activation_bits <= most
 
+    def scales_rows(self, activation_bits: int) -> bool:
+        """Whether a softmax map of so many bits gets a scale for each row."""
+        most = _MOST_TRANSFORMED if self.softmax_scale == "auto" else MAX_BITS
+        return self.softmax_scale != "tensor" and activation_bits <= most
+
     def check_no_transform(self, instead: str) -> None:
-        """Refuse a transform that was asked for.
+        """Refuse a transform, or scales of rows, that were asked for.
 
         Raises:
             InputError: ``instead`` says where there are some.
         """
-        if self.transform not in ("auto", "none"):
-            raise InputError(f"transform={self.transform!r} {instead}: leave it out")
+        for key, allowed in {"transform": "none", "softmax_scale": "tensor"}.items():
+            if (value := getattr(self, key)) not in ("auto", allowed):
+                raise InputError(f"{key}={value!r} {instead}: leave it out")
 
     def reconditioning(self) -> ReconditioningConfig | None:
         """Settings of reconditioning, the default of the bit-width filled in."""

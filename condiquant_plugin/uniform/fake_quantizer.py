@@ -132,6 +132,8 @@ class FakeQuantizer(nn.Module):
         transforms: number of features of an input that first, quantized or not, becomes
             ``matrix x + shift``, as :mod:`condiquant_plugin.methods.alignment` sets them along with the
             weight behind; 0 leaves inputs as they are.
+        softmax: what comes is a softmax map, and each row gets a scale of its own: its largest entry is
+            1 when it is rounded, and what rounding leaves is divided by its sum.
     """
 
     def __init__(
@@ -146,12 +148,13 @@ class FakeQuantizer(nn.Module):
         zero_on_grid: bool = False,
         overflow: grid.Overflow = grid.DEFAULT_OVERFLOW,
         transforms: int = 0,
+        softmax: bool = False,
     ) -> None:
         super().__init__()
         self.kind = kind
         self.row_blocks, self.axis, self.side, self.name = row_blocks, axis, side, name
         self.zero_on_grid, self.overflow = zero_on_grid, overflow
-        self.transforms = transforms
+        self.transforms, self.softmax = transforms, softmax
         self.set_bits(bits)
         self.matrix: Tensor | None
         self.register_buffer("matrix", torch.eye(transforms) if transforms else None)
@@ -252,15 +255,25 @@ class FakeQuantizer(nn.Module):
         return replace(levels, limits=(-below, above))
 
     def transformed(self, x: Tensor) -> Tensor:
-        """What is quantized of an input, features last."""
+        """What is rounded of an input, features last."""
+        if self.softmax:
+            # The sum behind takes out what the largest entry divides by: it needs no gradient.
+            return x / x.detach().amax(-1, keepdim=True)
         if self.matrix is None or self.shift is None:
             return x
         return F.linear(x, self.matrix.to(x.dtype), self.shift.to(x.dtype))
 
+    def finished(self, rounded: Tensor) -> Tensor:
+        """What a product gets of what :meth:`transformed` gave and rounding left."""
+        return rounded / rounded.sum(-1, keepdim=True) if self.softmax else rounded
+
     def forward(self, x: Tensor) -> Tensor:
         # NNCF looks at every function of torch's that a network calls, and at ours for nothing.
         with torch._C.DisableTorchFunction():
-            return self._quantized(self.transformed(x))
+            rounded = self._quantized(self.transformed(x))
+            if self.softmax and (self.in_float or not self.enabled):
+                return x
+            return self.finished(rounded)
 
     def _quantized(self, x: Tensor) -> Tensor:
         if self.sample is not None:
@@ -307,7 +320,8 @@ class FakeQuantizer(nn.Module):
     def extra_repr(self) -> str:
         return (
             f"{self.kind}, bits={self.bits}, row_blocks={self.row_blocks}, side={self.side!r}, "
-            f"zero_on_grid={self.zero_on_grid}, overflow={self.overflow!r}, transforms={self.transforms}"
+            f"zero_on_grid={self.zero_on_grid}, overflow={self.overflow!r}, transforms={self.transforms}, "
+            f"softmax={self.softmax}"
         )
 
 

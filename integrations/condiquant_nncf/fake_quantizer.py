@@ -14,7 +14,7 @@ class HookFakeQuantizer(FakeQuantizer, StatefulModuleInterface):
 
     def get_config(self) -> dict[str, Any]:
         """Arguments of the constructor; the bounds are in the ``state_dict``."""
-        names = "bits kind row_blocks axis side name zero_on_grid overflow transforms"
+        names = "bits kind row_blocks axis side name zero_on_grid overflow transforms softmax"
         return {name: getattr(self, name) for name in names.split()}
 
     @classmethod

@@ -31,7 +31,13 @@ from condiquant_nncf.backends.torch import prepare as wrap_checked
 from condiquant_nncf.configuration import QuantizationConfig
 from condiquant_nncf.network import QuantizedNetwork, calibrate_wrapped
 from condiquant_plugin.calibration import Calibration, candidates
-from condiquant_plugin.configuration import Equalize, Granularity, Rounding, Transform
+from condiquant_plugin.configuration import (
+    Equalize,
+    Granularity,
+    Rounding,
+    SoftmaxScale,
+    Transform,
+)
 from condiquant_plugin.errors import InputError, check_count
 from condiquant_plugin.forward_pass import run
 from condiquant_plugin.layerwise.precision import LayerRule
@@ -68,6 +74,8 @@ class AdvancedCondiQuantParameters:
     equalize: Equalize = QuantizationConfig.equalize
     transform: Transform = QuantizationConfig.transform
     """Only ``then="bounds"`` of a torch model."""
+    softmax_scale: SoftmaxScale = QuantizationConfig.softmax_scale
+    """As ``transform``."""
     rounding: Rounding = QuantizationConfig.rounding
     """Only ``then="bounds"``."""
     nncf: AdvancedQuantizationParameters | None = None
@@ -102,7 +110,8 @@ def create_condiquant_pipeline(
 
     Raises:
         InputError: ``subset_size`` or ``bounds_crops`` below 1; what steps cannot do, for torch models
-            either: ``transform``, ``bounds_inputs="quantized"``, moments of ``inputs="compressed"``.
+            either: ``transform``, ``softmax_scale``, ``bounds_inputs="quantized"``, moments of
+            ``inputs="compressed"``.
     """
     check_count("subset_size", subset_size)
     check_count("bounds_crops", bounds_crops)
@@ -236,6 +245,7 @@ def quantize(
         overflow=ours.overflow,
         equalize=ours.equalize,
         transform=ours.transform,
+        softmax_scale=ours.softmax_scale,
         rounding=ours.rounding,
         recondition=ours.recondition,
     )
@@ -271,6 +281,8 @@ def _warn_of_unused(
             "weight_granularity": ours.weight_granularity != default.weight_granularity,
             "overflow": ours.overflow != default.overflow,
             "equalize": ours.equalize != default.equalize,
+            "transform": ours.transform != default.transform,
+            "softmax_scale": ours.softmax_scale != default.softmax_scale,
             "rounding": ours.rounding != default.rounding,
         }
     unused = [name for name, is_given in given.items() if is_given]

@@ -69,6 +69,7 @@ def recipe_for(
         condiquant={
             "scope": scope or _scope(network, crop),
             "transform": "auto",
+            "softmax_scale": "auto",
             "weight_granularity": "channel",
         },
     )

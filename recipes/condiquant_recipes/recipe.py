@@ -60,10 +60,17 @@ class CalibrationSection(_Section):
     """Below the data folder, or absolute."""
     count: int = Field(128, ge=1)
     """Crops for calibration and training."""
+    drawn: int = Field(4, ge=1)
+    """How many times as many are taken at random: those with the most detail are kept (docs/results.md)."""
     held_out: int = Field(16, ge=1)
-    """Further crops on which distillation chooses its checkpoint."""
+    """Further crops on which distillation chooses its checkpoint, with whatever detail they have."""
     crop: int = Field(32, ge=8)
     """Height and width in low-resolution pixels."""
+
+    @property
+    def taken(self) -> int:
+        """Crops to choose from, and behind them those that are held out."""
+        return self.count * self.drawn + self.held_out
 
 
 class DatasetsSection(_Section):
@@ -273,11 +280,14 @@ class Recipe(_Section):
         # As recipes from before there was such a key.
         if not self.condiquant.distillation.autocast:
             del values["condiquant"]["distillation"]["autocast"]
+        calibration = values["datasets"]["calibration"]
+        if calibration["drawn"] == CalibrationSection.model_fields["drawn"].default:
+            del calibration["drawn"]
         for key in ("img_range", "mean"):
             if values[key] == Recipe.model_fields[key].default:
                 del values[key]
         plain = QuantizationConfig()
-        for key in ("equalize", "transform", "layers"):
+        for key in ("equalize", "transform", "softmax_scale", "layers"):
             if values["condiquant"][key] == getattr(plain, key):
                 del values["condiquant"][key]
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

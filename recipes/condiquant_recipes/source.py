@@ -54,7 +54,7 @@ def load_source(
     basicsr_host.resolve(weights.pretrain_network_g, weights.sha256, progressbar=with_bar)
     network = load_network(recipe)
     calibration = recipe.datasets.calibration
-    count = calibration.count + calibration.held_out
+    count = calibration.taken
     if (training := recipe.datasets.train) is not None:
         section = {**training, "gt_size": calibration.crop * recipe.scale}
         crops = basicsr_host.training_crops(section, recipe.scale, count, recipe.seed)
@@ -78,9 +78,16 @@ def load_source(
         key, factor = ("datasets.train.gt_size", recipe.scale)
     basicsr_host.check_crop_size(network, calibration.crop, channels, key, factor)
     test_sets = {name: _test_set(recipe, data, name) for name in sets}
-    return Source(
-        network, multiple, crops[: calibration.count], crops[calibration.count :], test_sets
-    )
+    crops, held_out = crops[: -calibration.held_out], crops[-calibration.held_out :]
+    kept = _with_most_detail(crops, calibration.count)
+    return Source(network, multiple, kept, held_out, test_sets)
+
+
+def _with_most_detail(crops: Tensor, count: int) -> Tensor:
+    """Those of ``crops``, ``(all, channels, height, width)``, whose neighbouring pixels differ most."""
+    differences = (crops.diff(dim=axis).abs().mean((1, 2, 3)) for axis in (2, 3))
+    kept = sum(differences, torch.zeros(len(crops))).topk(count).indices.sort().values
+    return crops[kept]
 
 
 def held_out_hr(recipe: Recipe, data: Path) -> Tensor:
@@ -93,11 +100,11 @@ def held_out_hr(recipe: Recipe, data: Path) -> Tensor:
         raise InputError("--target drop needs photographs (datasets.calibration): use fidelity")
     calibration = recipe.datasets.calibration
     folders = [data / folder for folder in calibration.folders]
-    count = calibration.count + calibration.held_out
     pairs = basicsr_host.calibration_pairs(
-        folders, recipe.scale, calibration.crop, count, recipe.seed
+        folders, recipe.scale, calibration.crop, calibration.taken, recipe.seed
     )
-    return torch.stack([hr for _, hr in islice(pairs, calibration.count, None)])
+    drawn = calibration.count * calibration.drawn
+    return torch.stack([hr for _, hr in islice(pairs, drawn, None)])
 
 
 def _test_set(recipe: Recipe, data: Path, name: str) -> Sequence[basicsr_host.TestImage]:

@@ -267,6 +267,7 @@ class Twice(nn.Module):
             {"transform": "alignment"},
             "transform='alignment' is for NNCF's quantize_network",
         ),
+        (("swinir",), {"softmax_scale": "row"}, "softmax_scale='row' is for NNCF's"),
         ((Twice(),), {}, "first is used more than once"),
         ((Twice(tied=True),), {}, "first is used more than once"),
         (("swinir", torch.rand(16, 16)), {}, r"shape \(16, 16\): give \(count, channels"),

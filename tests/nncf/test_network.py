@@ -252,3 +252,60 @@ def test_a_weight_used_twice_has_one_matrix_and_no_shift():
     for quantizer in quantizers:
         quantizer.enabled = False
     torch.testing.assert_close(found.model(images), network(images), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("name", "maps"), [("swinir", 4), ("dat", 3), ("edsr", 0)])
+@torch.no_grad()
+def test_softmax_maps_by_row_change_nothing_in_floats(name, maps):
+    network, images = build(name), crops(name)
+    settings = config(name, 3, recondition=None, rounding="nearest", softmax_scale="row")
+    found = host.quantize_network(network, images, settings)
+    quantizers = fake_quantizers(found.model).values()
+    assert sum(q.softmax for q in quantizers) == maps
+    for quantizer in quantizers:
+        quantizer.enabled = False
+    torch.testing.assert_close(found.model(images), network(images), atol=1e-5, rtol=1e-4)
+
+
+def test_rows_have_scales_by_default_only_where_bits_are_few():
+    network, images = build("swinir"), crops("swinir")
+    for bits, maps in ((4, 4), (5, 0)):
+        settings = config("swinir", bits, recondition=None, softmax_scale="auto")
+        quantizers = fake_quantizers(host.quantize_network(network, images, settings).model)
+        assert sum(q.softmax for q in quantizers.values()) == maps
+
+
+class Mixing(nn.Module):
+    """A product of two activations, of which ``mix`` makes the result."""
+
+    def __init__(self, mix):
+        super().__init__()
+        self.mix = mix
+        self.first, self.last = nn.Linear(3, 8), nn.Linear(8, 3)
+
+    def forward(self, image):
+        x = self.first(image.flatten(2).mT)
+        mixed = self.last(self.mix(x @ x.mT, x))
+        return mixed.mT.view(image.shape)
+
+
+@pytest.mark.parametrize(
+    ("mix", "maps"),
+    [
+        (lambda scores, x: scores.softmax(-1) @ x, 1),
+        (lambda scores, x: torch.softmax(scores, dim=2) @ x, 1),
+        (lambda scores, x: nn.functional.dropout(scores.softmax(-1), 0.1, False) @ x, 1),
+        # The product does not sum over the rows of these, or they are no longer shares.
+        (lambda scores, x: scores.softmax(1) @ x, 0),
+        (lambda scores, x: scores.softmax(-1).mT @ x, 0),
+        (lambda scores, x: (x.mT @ scores.softmax(-1)).mT, 0),
+        (lambda scores, x: (2 * scores.softmax(-1)) @ x, 0),
+        (lambda scores, x: scores.relu() @ x, 0),
+    ],
+)
+def test_only_rows_that_are_summed_over_have_scales(mix, maps):
+    torch.manual_seed(0)
+    images = torch.rand(2, 3, 4, 6)
+    settings = host.QuantizationConfig(recondition=None, softmax_scale="row")
+    found = host.quantize_network(Mixing(mix).eval(), images, settings)
+    assert sum(q.softmax for q in fake_quantizers(found.model).values()) == maps

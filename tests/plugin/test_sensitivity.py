@@ -197,3 +197,5 @@ def test_errors_are_those_of_each_image_however_they_are_batched():
 def test_transforms_are_refused():
     with pytest.raises(InputError, match="transform='rotation' knows no search for bits"):
         study("swinir", transform="rotation")
+    with pytest.raises(InputError, match="softmax_scale='row' knows no search for bits"):
+        study("swinir", softmax_scale="row")

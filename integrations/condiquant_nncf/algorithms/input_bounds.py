@@ -134,12 +134,14 @@ def create_quantizers(
     """A quantizer for every input port and, where the port is ``None``, every weight; no bounds yet.
 
     Args:
-        transforms: whether inputs may be transformed, as the config says; it is yet to be set how.
+        transforms: whether inputs may be transformed, which is yet to be set how, and rows of softmax maps
+            have scales, as the config says.
     """
     for layer in layers:
         weight_bits, activation_bits = config.bits(layer.name, layer.in_scope)
         for port in layer.activation_ports:
             transformed = transforms and config.transforms(activation_bits)
+            scaled = transforms and config.scales_rows(activation_bits)
             yield layer, port, backend.quantizer_class(
                 activation_bits,
                 "activation" if layer.weight_node is not None else "operand",
@@ -148,6 +150,7 @@ def create_quantizers(
                 zero_on_grid=config.zero_on_grid,
                 overflow=config.overflow,
                 transforms=_features(backend, layer) if transformed else 0,
+                softmax=scaled and backend.takes_softmax_map(layer, port),
             )  # fmt: skip
         if weights and layer.weight_node is not None and not layer.reuses_weight:
             rows = backend.weight(layer).shape[layer.output_axis]

@@ -69,6 +69,10 @@ class CondiQuantAlgoBackend(ABC):
     def activation_ports(self, node: NNCFNode) -> tuple[int, ...]:
         """Input ports without a constant: one for a layer with a weight, two for a product."""
 
+    def takes_softmax_map(self, layer: Layer, port: int) -> bool:
+        """Whether a factor of a product is a softmax map, whose rows the product sums over."""
+        return False
+
     @abstractmethod
     def layer(self, node: NNCFNode) -> Layer:
         """Describe a node that :meth:`is_layer`, row blocks and scope aside.

@@ -53,6 +53,8 @@ _ARGUMENTS: dict[Any, tuple[str, ...]] = {
     **dict.fromkeys((torch.bmm, torch.mm), ("input", "mat2")),
 }
 """Tensors that a function takes, in order."""
+_PASSING_ON = (om.PTDropoutMetatype, om.PTNoopMetatype)
+"""What changes nothing in evaluation mode."""
 _QUANTIZERS = (FakeQuantizer, BaseQuantizer, BaseWeightsDecompressor)
 
 
@@ -209,6 +211,20 @@ class PTCondiQuantAlgoBackend(CondiQuantAlgoBackend):
             return tuple(p for p in (0, 1) if p not in node.layer_attributes.constant_port_ids)
         return (0,)
 
+    def takes_softmax_map(self, layer: Layer, port: int) -> bool:
+        """Whether a factor of a product is a softmax map, whose rows the product sums over."""
+        if port != 0 or layer.weight_node is not None:
+            return False
+        node = self._source(layer.node)
+        while node is not None and node.metatype in _PASSING_ON:
+            node = self._source(node)
+        return node is not None and _is_over_last_axis(node)
+
+    def _source(self, node: NNCFNode) -> NNCFNode | None:
+        """What gives the first input of a node."""
+        edges = self.graph.get_input_edges(node)
+        return next((edge.from_node for edge in edges if edge.input_port_id == 0), None)
+
     def layer(self, node: NNCFNode) -> Layer:
         """Describe a node that :meth:`is_layer`."""
         ports = self.activation_ports(node)
@@ -304,6 +320,15 @@ class PTCondiQuantAlgoBackend(CondiQuantAlgoBackend):
     def _is_matrix(self, node: NNCFNode, port: int) -> bool:
         constant = get_const_node(node, port, self.graph)
         return bool(get_const_data(constant, self.model.model).ndim == 2)
+
+
+def _is_over_last_axis(node: NNCFNode) -> bool:
+    """Whether a node is a softmax of the axis that a product sums over."""
+    if node.metatype is not om.PTSoftmaxMetatype:
+        return False
+    (x, *rest), given = node.layer_attributes.op_args, node.layer_attributes.op_kwargs
+    axis = given.get("dim", rest[0] if rest else None)
+    return axis in (-1, len(x.shape) - 1)
 
 
 def _geometry(node: NNCFNode, weight: Tensor) -> LayerGeometry:

@@ -79,7 +79,7 @@ def simulate(
         label = call_label(quantizer.name, calls[quantizer.name])
         calls[quantizer.name] += 1
         (raw,) = inputs
-        if quantizer.transforms:  # a product of floats like any other
+        if quantizer.transforms or quantizer.softmax:  # by operators of floats like any other
             pause(False)
             raw = quantizer.transformed(raw)
             pause(True)
@@ -87,7 +87,8 @@ def simulate(
         replaced = observe(label, raw.numpy(), output.numpy())
         pause(False)
         # A copy: a network may change it in place.
-        return output if replaced is None else torch.from_numpy(replaced.copy())
+        rounded = output if replaced is None else torch.from_numpy(replaced.copy())
+        return quantizer.finished(rounded)
 
     was_training = model.training
     model.eval()

@@ -24,6 +24,7 @@ from condiquant_openvino.writing.passes.propagation import propagate
 from condiquant_openvino.writing.passes.rearranging import collapse
 from condiquant_openvino.writing.passes.separating import separate
 from condiquant_openvino.writing.passes.simplification import simplify
+from condiquant_openvino.writing.passes.softmax_rows import write_softmax_rows
 from condiquant_openvino.writing.quantizer_graphs import Quantizer, redirect
 from condiquant_openvino.writing.tracing import Placeholder, Traced, trace, without_placeholders
 from condiquant_plugin.errors import InputError, check_choice
@@ -128,6 +129,7 @@ def write_quantizers(
     name = model.get_friendly_name()
     simplify(model)
     move_factors_behind_products(model)
+    write_softmax_rows(model)
     write_binarizers(_binarizers(model, binarizers or {}), binary_kernel)
     _absorb_transposes(model, quantizers)
     _replace_placeholders(model, quantizers, overflow, linear_in_float=isa == "avx2")
@@ -282,6 +284,8 @@ def _feeds_products_only(values: ov.Output) -> bool:
         if markers.only_rearranges(node):
             if not _feeds_products_only(node.output(0)):
                 return False
+        elif node.get_type_name() == "ReduceSum":
+            continue
         elif node.get_type_name() in markers.PRODUCTS:
             other = markers.origin(node.input_value(1 - port.get_index()))
             if not (isinstance(other, Placeholder) or _is_constant(other)):

@@ -126,11 +126,21 @@ def without_placeholders(graph: ov.Model) -> ov.Model:
     in_float = graph.clone()
     for node in in_float.get_ordered_ops():
         if isinstance(node, Placeholder):
+            for quotient in quotients_by_row(node):
+                quotient.output(0).replace(node.input_value(0).get_node().input_value(0))
             product = _transform_of(node)
             is_one = product.get_friendly_name() == _transform_name(node.label)
             node.output(0).replace((product if is_one else node).input_value(0))
     in_float.validate_nodes_and_infer_types()
     return in_float
+
+
+def quotients_by_row(placeholder: Placeholder) -> list[ov.Node]:
+    """What divides a quantized softmax map by the sums of its rows; none where rows have no scales."""
+    users = [port.get_node() for port in placeholder.output(0).get_target_inputs()]
+    sums = [user for user in users if user.get_type_name() == "ReduceSum"]
+    quotients = [user for user in users if user.get_type_name() == "Divide"]
+    return [each for each in quotients if each.input_value(1).get_node() in sums]
 
 
 def _name_transforms(graph: ov.Model, model: nn.Module) -> None:

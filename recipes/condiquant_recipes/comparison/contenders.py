@@ -241,6 +241,7 @@ def _fake_quantized(
             "recondition": ReconditionSection(enabled=False),
             "rounding": "nearest",
             "transform": "none",
+            "softmax_scale": "tensor",
         }
     recipe = job.recipe.model_copy(update={"condiquant": section.model_copy(update=changes)})
     result = calibrate_network(source, recipe)

@@ -335,10 +335,11 @@ def test_any_linear_layer_computes_the_same_behind_an_alignment(kind):
 @pytest.mark.parametrize("kind", ["edsr", "attention"])
 def test_config_round_trip(kind):
     scope = "transformer" if kind == "attention" else None
-    settings = advanced("condition", scope=scope, transform="alignment")
+    settings = advanced("condition", scope=scope, transform="alignment", softmax_scale="row")
     _, quantized, _ = quantize("torch", kind, advanced_parameters=settings)
-    transformed = any(q.transforms for q in fake_quantizers(quantized).values())
-    assert transformed == (kind == "attention")
+    quantizers = fake_quantizers(quantized).values()
+    assert any(q.transforms for q in quantizers) == (kind == "attention")
+    assert any(q.softmax for q in quantizers) == (kind == "attention")
     config, state = nncf.torch.get_config(quantized), quantized.state_dict()
     restored = nncf.torch.load_from_config(
         network(kind), config, allowed_modules=("nncf.*", "condiquant_nncf.*")

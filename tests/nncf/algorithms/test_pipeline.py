@@ -102,6 +102,8 @@ def test_what_a_pipeline_cannot_quantize():
         pipeline.run(subject("torch"), nncf.Dataset([]))
     with pytest.raises(InputError, match="transform='rotation' is for torch networks"):
         host.create_condiquant_pipeline(host.QuantizationConfig(transform="rotation"))
+    with pytest.raises(InputError, match="softmax_scale='row' is for torch networks"):
+        host.create_condiquant_pipeline(host.QuantizationConfig(softmax_scale="row"))
 
 
 def test_images_in_double_precision_are_taken_as_float():

@@ -29,18 +29,19 @@ def quantized(name, bits, size, **changes):
 
 
 @pytest.mark.parametrize(
-    ("name", "bits", "static", "fp16", "transform"),
+    ("name", "bits", "static", "fp16", "changes"),
     [
-        ("compact", 2, False, True, "none"),
-        ("edsr", 8, True, True, "none"),
-        ("edsr", 3, False, False, "none"),
-        ("swinir", 4, False, True, "none"),
-        ("swinir", 3, False, False, "alignment"),
-        ("dat", 8, True, False, "none"),
+        ("compact", 2, False, True, {}),
+        ("edsr", 8, True, True, {}),
+        ("edsr", 3, False, False, {}),
+        ("swinir", 4, False, True, {}),
+        ("swinir", 3, False, False, {"transform": "alignment", "softmax_scale": "row"}),
+        ("dat", 8, True, False, {}),
+        ("dat", 4, True, True, {"softmax_scale": "row"}),
     ],
 )
 def test_parity_with_every_property_after_saving_twice(
-    name, bits, static, fp16, transform, tmp_path, monkeypatch
+    name, bits, static, fp16, changes, tmp_path, monkeypatch
 ):
     # Narrower, DAT's position-bias network has width 0, and OpenVINO crashes on empty MVN.
     monkeypatch.setitem(networks.SECTIONS["dat"], "embed_dim", 32)
@@ -48,7 +49,7 @@ def test_parity_with_every_property_after_saving_twice(
     monkeypatch.setitem(networks.SECTIONS["swinir"], "num_heads", [2])
     # Traced at its img_size, a network has its masks as constants.
     size = {"dat": (32, 32) if static else (32, 48), "swinir": (16, 24)}.get(name, (16, 16))
-    model, image = quantized(name, bits, size, transform=transform)
+    model, image = quantized(name, bits, size, **changes)
     ir = convert(model, image, static=static)
     if fp16:
         halve(ir)

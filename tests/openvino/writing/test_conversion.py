@@ -1,5 +1,6 @@
 import copy
 import logging
+from collections import Counter
 
 import pytest
 import torch
@@ -275,6 +276,33 @@ def test_from_one_trace_come_the_same_ir_and_the_network_without_quantizers(conv
     expected = model(other)
     found = torch.from_numpy(compile_ir(in_float)(other)[0])
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("isa", ["vnni", "avx2"])
+def test_softmax_maps_by_row_are_exponentials_whose_products_are_divided(isa, monkeypatch):
+    monkeypatch.setitem(networks.SECTIONS["swinir"], "depths", [1])
+    monkeypatch.setitem(networks.SECTIONS["swinir"], "num_heads", [2])
+    images = torch.rand(2, 3, 16, 16)
+    config = condiquant_nncf.QuantizationConfig(
+        recondition=None, rounding="nearest", softmax_scale="row"
+    )
+    model = condiquant_nncf.quantize_network(build("swinir"), images, config).model
+    ir, in_float = convert_beside_float(model, images[:1], static=True, isa=isa)
+    found, plain = (Counter(n.get_type_name() for n in each.get_ops()) for each in (ir, in_float))
+    assert (found["Exp"], found["Softmax"], found["ReduceMax"], found["ReduceSum"]) == (1, 0, 1, 1)
+    assert (plain["Exp"], plain["Softmax"], plain["ReduceMax"], plain["ReduceSum"]) == (0, 1, 0, 0)
+    (exponential,) = (node for node in ir.get_ops() if node.get_type_name() == "Exp")
+    products = [node for node in ir.get_ops() if node.get_type_name() == "MatMul"]
+    divided = [p for p in products if "Divide" in {n.get_type_name() for n in consumers(p)}]
+    assert len(divided) == 1
+    assert exponential.get_output_shape(0)[-1] == divided[0].get_input_shape(0)[-1]
+    if isa == "vnni":
+        runs_as = {layer.name: layer.runs_as for layer in layer_executions(ir, compile_ir(ir))}
+        assert runs_as["layers.0.residual_group.blocks.0.attn/matmul/1"] == "int8"
+
+
+def consumers(node):
+    return [port.get_node() for port in node.output(0).get_target_inputs()]
 
 
 def test_the_float_network_beside_an_ir_has_no_transforms():

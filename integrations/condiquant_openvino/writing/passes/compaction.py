@@ -71,7 +71,9 @@ def _store_bytes(model: ov.Model) -> None:
         integers = (values / factor).round()
         if np.array_equal(integers * factor, values):
             stored = ops.constant(integers.astype(np.int8))
-            widened = ops.multiply(ops.convert(stored, np.float32), ops.constant(factor))
+            # Else a product takes them for a compressed weight, whose input it may round.
+            exact = ops.power(ops.convert(stored, np.float32), ops.constant(np.float32(1)))
+            widened = ops.multiply(exact, ops.constant(factor))
             _store(node, ports, stored, widened)
 
 
