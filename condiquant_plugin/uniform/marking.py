@@ -28,6 +28,8 @@ class Role(StrEnum):
     """All of it, from values to values: not written for kernels yet."""
     MAIN = "fake_quantize"
     """Rounds an activation, or gives a packed weight."""
+    APART = "fake_quantize.apart"
+    """In front of what rounds, keeps another operator from taking it in."""
     BYTES = "fake_quantize.bytes"
     POSITION = "fake_quantize.position"
     SCALED = "fake_quantize.scaled"

@@ -128,6 +128,13 @@ def output_channel_axes(product: ov.Node) -> set[int]:
     return {rank - 2 if product.get_attributes()["transpose_b"] else rank - 1}
 
 
+def arriving(node: ov.Node) -> ov.Output:
+    """What a node that rounds gets, past one that keeps it apart."""
+    source = node.input_value(0)
+    is_apart = role_of(source.get_node()) is Role.APART
+    return source.get_node().input_value(0) if is_apart else source
+
+
 def bytes_of(encoder: ov.Node) -> ov.Node:
     """The Convert at the end of what :func:`to_bytes` made; ``encoder`` is its first node."""
     node = encoder

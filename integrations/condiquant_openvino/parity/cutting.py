@@ -10,7 +10,7 @@ import numpy as np
 import openvino as ov
 import openvino.opset13 as ops
 
-from condiquant_openvino.markers import EXITS, is_encoder, main_nodes, role_of
+from condiquant_openvino.markers import EXITS, arriving, is_encoder, main_nodes, role_of
 from condiquant_openvino.parity.probe_points import Array, ArrayGrid, Arrays, ProbePoint, bits_of
 from condiquant_openvino.running.reading import core_of_process
 
@@ -155,9 +155,9 @@ class Pieces:
             elif is_encoder(node) and any(bound.size > 1 for bound in _bounds(node)):
                 # Behind no kernel the plugin refuses bounds per channel: its integers are put in.
                 targets = node.output(0).get_target_inputs()
-                self._cut(name, node.input_value(0), targets, _integers(node, value))
+                self._cut(name, arriving(node), targets, _integers(node, value))
             else:
-                self._cut(name, node.input_value(0), {node.input(0)}, value)
+                self._cut(name, arriving(node), {node.input(0)}, value)
         main = main_nodes(self.nodes.values())
         for label, value in (weights or {}).items():
             node = main[label]
@@ -180,7 +180,7 @@ class Pieces:
         """What arrives at a node that rounds, or at ``OUTPUT``."""
         if place == OUTPUT:
             return self._model.get_results()[0].input_value(0)
-        return self._sources.get(place, self.nodes[place].input_value(0))
+        return self._sources.get(place, arriving(self.nodes[place]))
 
     def run(
         self, ports: Sequence[ov.Output], image: Array, runner: Runner, key: Hashable = None

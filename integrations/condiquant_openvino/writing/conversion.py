@@ -26,7 +26,13 @@ from condiquant_openvino.writing.passes.separating import separate
 from condiquant_openvino.writing.passes.simplification import simplify
 from condiquant_openvino.writing.passes.softmax_rows import write_softmax_rows
 from condiquant_openvino.writing.quantizer_graphs import Quantizer, redirect
-from condiquant_openvino.writing.tracing import Placeholder, Traced, trace, without_placeholders
+from condiquant_openvino.writing.tracing import (
+    Placeholder,
+    Traced,
+    trace,
+    transform_of,
+    without_placeholders,
+)
 from condiquant_plugin.errors import InputError, check_choice
 from condiquant_plugin.uniform import grid
 
@@ -222,6 +228,8 @@ def _replace_placeholders(
     for node, form in zip(placeholders, forms, strict=True):
         quantizer, source = quantizers[node.label], node.input_value(0)
         if form is _Form.ACTIVATION:
+            if transform_of(node) is not None:
+                source = quantizer_graphs.apart(source, quantizer)
             codes = quantizer_graphs.encode(source, quantizer)
             # Queries, keys and values are moved as bytes all the same; the softmax map stays in its kernel.
             operand = linear_in_float and quantizer.kind == "operand"

@@ -121,13 +121,28 @@ def encode(x: ov.Output, quantizer: Quantizer) -> ov.Output:
     Args:
         quantizer: one grid for all of ``x``; see :func:`is_exact_in_8_bits`.
     """
-    zero, last_code = float(quantizer.zero), 2**quantizer.bits - 1
-    fine = float(quantizer.step) / quantizer.refinement
-    integers = [-zero, last_code * quantizer.refinement - zero]
-    values = [i * fine for i in integers]
+    integers, values = _ends(quantizer)
     bounds = [np.array(v, np.float32) for v in (*values, *integers)]
     byte = ov.Type.i8 if quantizer.is_signed else ov.Type.u8
-    return to_bytes(x, bounds, last_code + 1, byte, quantizer.marker())
+    return to_bytes(x, bounds, 2**quantizer.bits, byte, quantizer.marker())
+
+
+def _ends(quantizer: Quantizer) -> tuple[list[float], list[float]]:
+    """Lowest and highest level of a grid for all of a tensor: their integers, and their values."""
+    zero, span = float(quantizer.zero), (2**quantizer.bits - 1) * quantizer.refinement
+    integers, fine = [-zero, span - zero], float(quantizer.step) / quantizer.refinement
+    return integers, [i * fine for i in integers]
+
+
+def apart(x: ov.Output, quantizer: Quantizer) -> ov.Output:
+    """``x`` behind an operator that changes nothing of what :func:`encode` gives.
+
+    A float product would take FakeQuantize in, give floats, and another, slow pass make bytes of them.
+    """
+    _, (lowest, _) = _ends(quantizer)
+    result = ops.maximum(x, ops.constant(np.float32(lowest)))
+    mark(result, quantizer.marker(Role.APART))
+    return result.output(0)
 
 
 def to_bytes(

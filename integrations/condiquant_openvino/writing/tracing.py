@@ -128,9 +128,7 @@ def without_placeholders(graph: ov.Model) -> ov.Model:
         if isinstance(node, Placeholder):
             for quotient in quotients_by_row(node):
                 quotient.output(0).replace(node.input_value(0).get_node().input_value(0))
-            product = _transform_of(node)
-            is_one = product.get_friendly_name() == _transform_name(node.label)
-            node.output(0).replace((product if is_one else node).input_value(0))
+            node.output(0).replace((transform_of(node) or node).input_value(0))
     in_float.validate_nodes_and_infer_types()
     return in_float
 
@@ -149,11 +147,18 @@ def _name_transforms(graph: ov.Model, model: nn.Module) -> None:
         transforming = {label for label, quantizer in quantizers.items() if quantizer.transforms}
     for node in graph.get_ordered_ops():
         if isinstance(node, Placeholder) and without_call(node.label) in transforming:
-            _transform_of(node).set_friendly_name(_transform_name(node.label))
+            _product_before(node).set_friendly_name(_transform_name(node.label))
 
 
-def _transform_of(placeholder: Placeholder) -> ov.Node:
-    """The product in front of a quantizer that transforms, whose shift is added to it."""
+def transform_of(placeholder: Placeholder) -> ov.Node | None:
+    """The product that transforms an input; None where there is none."""
+    product = _product_before(placeholder)
+    is_one = product.get_friendly_name() == _transform_name(placeholder.label)
+    return product if is_one else None
+
+
+def _product_before(placeholder: Placeholder) -> ov.Node:
+    """What would be the product in front of a quantizer that transforms, whose shift is added to it."""
     source = placeholder.input_value(0).get_node()
     return source.input_value(0).get_node() if source.get_type_name() == "Add" else source
 

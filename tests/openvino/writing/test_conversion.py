@@ -16,6 +16,7 @@ from condiquant_openvino import (
     layer_executions,
     save,
 )
+from condiquant_openvino.markers import arriving, is_encoder
 from condiquant_openvino.running.upscaling import compile_ir
 from condiquant_plugin import FakeQuantizer, InputError, fake_quantizers
 from condiquant_plugin.layerwise import precision
@@ -242,12 +243,30 @@ def test_transforms_are_float_products_named_after_their_layers(monkeypatch):
     )
     model = condiquant_nncf.quantize_network(build("swinir"), images, config).model
     ir = convert(model, images[:1])
-    runs_as = {layer.name: layer.runs_as for layer in layer_executions(ir, compile_ir(ir))}
+    compiled = compile_ir(ir)
+    runs_as = {layer.name: layer.runs_as for layer in layer_executions(ir, compiled)}
     layers = [n.removesuffix(".transform") for n in runs_as if n.endswith(".transform")]
     assert [name.rpartition(".")[2] for name in layers] == ["qkv", "proj", "fc1", "fc2"]
     assert {runs_as[f"{name}.transform"] for name in layers} == {"f32"}
     # The plugin does not tell what the smallest of them runs as.
     assert {"int8"} <= {runs_as[name] for name in layers} <= {"int8", "unknown"}
+    executed = compiled.get_runtime_model().get_ops()
+    kernels = {node.get_rt_info()["layerType"].astype(str) for node in executed}
+    # Kernels of compressed weights round their inputs.
+    assert not any("Compressed" in kernel for kernel in kernels)
+
+
+def test_a_transform_does_not_take_in_the_rounding_behind_it():
+    config = condiquant_nncf.QuantizationConfig(
+        recondition=None, rounding="nearest", transform="alignment"
+    )
+    x = torch.rand(1, 3, 16, 16)
+    model = condiquant_nncf.quantize_network(build("swinir"), x, config).model
+    ir = convert(model, x, static=True, isa="vnni")
+    rounding = [node for node in ir.get_ops() if is_encoder(node)]
+    apart = [node for node in rounding if arriving(node) != node.input_value(0)]
+    transforms = [n for n in ir.get_ops() if n.get_friendly_name().endswith(".transform")]
+    assert len(apart) == len(transforms) == 16
 
 
 def test_what_openvino_does_not_know_is_named_and_logs_go_on():

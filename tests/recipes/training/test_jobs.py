@@ -342,7 +342,7 @@ def test_two_processes_train_as_one_and_survive_the_end_of_one(make_training, co
         orphans = [server, *server.children()]
         ranks["1"].kill()
         assert launched.wait(60) != 0
-    assert len(orphans) == 2
+    assert len(orphans) >= 2  # those of a validation may be on their way out
     assert not psutil.wait_procs(orphans, timeout=20)[1]
     (line,) = [line for line in log.read_text().splitlines() if "condiquant: error" in line]
     assert line.endswith(
