@@ -293,7 +293,7 @@ def _feeds_products_only(values: ov.Output) -> bool:
             if not _feeds_products_only(node.output(0)):
                 return False
         elif node.get_type_name() == "ReduceSum":
-            continue
+            continue  # of rows of a softmax map: floats
         elif node.get_type_name() in markers.PRODUCTS:
             other = markers.origin(node.input_value(1 - port.get_index()))
             if not (isinstance(other, Placeholder) or _is_constant(other)):

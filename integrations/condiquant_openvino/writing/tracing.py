@@ -136,18 +136,23 @@ def without_placeholders(graph: ov.Model) -> ov.Model:
 def quotients_by_row(placeholder: Placeholder) -> list[ov.Node]:
     """What divides a quantized softmax map by the sums of its rows; none where rows have no scales."""
     users = [port.get_node() for port in placeholder.output(0).get_target_inputs()]
-    sums = [user for user in users if user.get_type_name() == "ReduceSum"]
-    quotients = [user for user in users if user.get_type_name() == "Divide"]
-    return [each for each in quotients if each.input_value(1).get_node() in sums]
+    return [user for user in users if user.get_friendly_name() == _rows_name(placeholder.label)]
 
 
 def _name_transforms(graph: ov.Model, model: nn.Module) -> None:
-    """After the layers whose inputs they transform."""
+    """After the layers whose inputs they transform, and what ends a softmax map by row likewise."""
     with labelled(model) as quantizers:
         transforming = {label for label, quantizer in quantizers.items() if quantizer.transforms}
+        by_row = {label for label, quantizer in quantizers.items() if quantizer.softmax}
     for node in graph.get_ordered_ops():
-        if isinstance(node, Placeholder) and without_call(node.label) in transforming:
+        if not isinstance(node, Placeholder):
+            continue
+        if without_call(node.label) in transforming:
             _product_before(node).set_friendly_name(_transform_name(node.label))
+        if without_call(node.label) in by_row:
+            for port in node.output(0).get_target_inputs():
+                if port.get_node().get_type_name() == "Divide":
+                    port.get_node().set_friendly_name(_rows_name(node.label))
 
 
 def transform_of(placeholder: Placeholder) -> ov.Node | None:
@@ -165,3 +170,7 @@ def _product_before(placeholder: Placeholder) -> ov.Node:
 
 def _transform_name(label: str) -> str:
     return f"{label.removesuffix('.input')}.transform"
+
+
+def _rows_name(label: str) -> str:
+    return f"{label}.rows"

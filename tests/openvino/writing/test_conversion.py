@@ -320,6 +320,25 @@ def test_softmax_maps_by_row_are_exponentials_whose_products_are_divided(isa, mo
         assert runs_as["layers.0.residual_group.blocks.0.attn/matmul/1"] == "int8"
 
 
+@torch.no_grad()
+def test_a_networks_own_quotient_of_what_is_quantized_stays():
+    class Normalized(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.quantizer = FakeQuantizer(4, "operand")
+
+        def forward(self, x):
+            shares = self.quantizer(x.relu())
+            return (shares / shares.sum(-2, keepdim=True)) @ x
+
+    model, x = Normalized().eval(), torch.rand(1, 3, 16, 16) + 0.1
+    model.quantizer.search_bounds(x)
+    ir, in_float = convert_beside_float(model, x, static=True)
+    torch.testing.assert_close(torch.from_numpy(compile_ir(ir)(x)[0]), model(x))
+    model.quantizer.enabled = False
+    torch.testing.assert_close(torch.from_numpy(compile_ir(in_float)(x)[0]), model(x))
+
+
 def consumers(node):
     return [port.get_node() for port in node.output(0).get_target_inputs()]
 

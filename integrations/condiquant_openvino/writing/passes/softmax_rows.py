@@ -26,6 +26,8 @@ def write_softmax_rows(model: ov.Model) -> None:
 
 def _take_exponentials(rounded: ov.Node) -> None:
     scaled = rounded.input_value(0).get_node()
+    if scaled.get_type_name() != "Divide":
+        return
     softmax, largest = (value.get_node() for value in scaled.input_values())
     if softmax.get_type_name() != "Softmax" or largest.get_type_name() != "ReduceMax":
         return
