@@ -38,7 +38,8 @@ class Job:
             "path": {"pretrain_network_g": str(folder / "net.pth")},
             "datasets": {
                 "calibration": {
-                    "folders": ["calibration"], "count": 6, "held_out": 2, "crop": size,
+                    "folders": ["calibration"], "count": 6, "drawn": 1, "held_out": 2,
+                    "crop": size,
                 },
                 "test": ["Tiny"],
             },

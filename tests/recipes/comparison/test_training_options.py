@@ -80,9 +80,16 @@ def test_datasets_of_the_yaml_are_calibrated_and_measured_on(job, condiquant):
 def test_crops_are_those_of_training_at_the_size_asked_for(job):
     recipe = find_recipe(job.write())
     source = load_source(recipe, job.data, ["Packed"])
-    train = job.recipe["datasets"]["train"]
-    crops = training_crops(train, 2, 6 + recipe.datasets.calibration.held_out, seed=0)
-    assert torch.equal(torch.cat([source.crops, source.held_out]), crops)
+    train, held_out = job.recipe["datasets"]["train"], recipe.datasets.calibration.held_out
+    crops = training_crops(train, 2, 4 * 6 + held_out, seed=0)
+    assert torch.equal(source.held_out, crops[-held_out:])
+    drawn = crops[:-held_out]
+    detail = drawn.diff(dim=2).abs().mean((1, 2, 3)) + drawn.diff(dim=3).abs().mean((1, 2, 3))
+    assert torch.equal(source.crops, drawn[detail >= detail.sort().values[-6]])
+    as_they_come = find_recipe(job.write(), ["datasets.calibration.drawn=1"])
+    source = load_source(as_they_come, job.data, [])
+    expected = training_crops(train, 2, 6 + held_out, seed=0)
+    assert torch.equal(torch.cat([source.crops, source.held_out]), expected)
     larger = find_recipe(job.write(), ["datasets.calibration.crop=24"])
     assert load_source(larger, job.data, []).crops.shape == (6, 3, 24, 24)
 
