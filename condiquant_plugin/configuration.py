@@ -71,6 +71,11 @@ def _half_float(what: str) -> str:
     )
 
 
+def _most_bits(choice: str) -> int:
+    """That something which costs time at run time is for."""
+    return _MOST_TRANSFORMED if choice == "auto" else MAX_BITS
+
+
 def _ruled(bits: RuledBits, otherwise: int) -> int:
     if bits is None:
         return otherwise
@@ -199,13 +204,11 @@ class QuantizationConfig:
 
     def transforms(self, activation_bits: int) -> bool:
         """Whether an input of so many bits is transformed, if it is one of a linear layer in scope."""
-        most = _MOST_TRANSFORMED if self.transform == "auto" else MAX_BITS
-        return self.transform != "none" and activation_bits <= most
+        return self.transform != "none" and activation_bits <= _most_bits(self.transform)
 
     def scales_rows(self, activation_bits: int) -> bool:
         """Whether a softmax map of so many bits gets a scale for each row."""
-        most = _MOST_TRANSFORMED if self.softmax_scale == "auto" else MAX_BITS
-        return self.softmax_scale != "tensor" and activation_bits <= most
+        return self.softmax_scale != "tensor" and activation_bits <= _most_bits(self.softmax_scale)
 
     def check_no_transform(self, instead: str) -> None:
         """Refuse a transform, or scales of rows, that were asked for.

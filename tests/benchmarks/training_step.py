@@ -1,5 +1,6 @@
-"""A step of distillation against the float network's: python tests/benchmarks/training_step.py [recipe]
+"""A step of distillation against the float network's.
 
+Run from the repository root: ``python tests/benchmarks/training_step.py [RECIPE [KEY=VALUE ...]]``.
 Both on the same two crops, in turns; forward and backward passes and, of distillation, the optimiser.
 """
 
@@ -27,10 +28,10 @@ def seconds(step) -> float:
     return time.perf_counter() - started
 
 
-def main(name: str = "dat_light/x4.yml") -> None:
+def main(name: str = "dat_light/x4.yml", *overrides: str) -> None:
     warnings.filterwarnings("ignore")
     torch.manual_seed(0)
-    recipe = load_recipe(recipe_path(name), ["condiquant.recondition.enabled=false"])
+    recipe = load_recipe(recipe_path(name), ["condiquant.recondition.enabled=false", *overrides])
     network = basicsr_host.build_network(recipe.network_g).eval()
     size = recipe.datasets.calibration.crop
     crops = torch.rand(4, 3, size, size)

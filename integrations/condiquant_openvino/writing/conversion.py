@@ -286,14 +286,14 @@ def _form(node: Placeholder, quantizers: dict[str, Quantizer], in_float: set[str
 
 
 def _feeds_products_only(values: ov.Output) -> bool:
-    """Whether all uses are products with a constant or with something else quantized."""
+    """Whether all uses are products with a constant or with something else quantized, or sums of rows."""
     for port in values.get_target_inputs():
         node = port.get_node()
         if markers.only_rearranges(node):
             if not _feeds_products_only(node.output(0)):
                 return False
         elif node.get_type_name() == "ReduceSum":
-            continue  # of rows of a softmax map: floats
+            continue
         elif node.get_type_name() in markers.PRODUCTS:
             other = markers.origin(node.input_value(1 - port.get_index()))
             if not (isinstance(other, Placeholder) or _is_constant(other)):

@@ -15,6 +15,7 @@ import openvino.opset13 as ops
 from numpy.typing import NDArray
 
 from condiquant_openvino.markers import role_of
+from condiquant_openvino.writing.quantizer_graphs import same
 
 _FEWEST_ENTRIES = 16384
 _FEWEST_HALVED = 16
@@ -72,7 +73,7 @@ def _store_bytes(model: ov.Model) -> None:
         if np.array_equal(integers * factor, values):
             stored = ops.constant(integers.astype(np.int8))
             # Else a product takes them for a compressed weight, whose input it may round.
-            exact = ops.power(ops.convert(stored, np.float32), ops.constant(np.float32(1)))
+            exact = same(ops.convert(stored, np.float32).output(0))
             widened = ops.multiply(exact, ops.constant(factor))
             _store(node, ports, stored, widened)
 
