@@ -224,7 +224,7 @@ def parameter_groups(
         width = float((quantizer.upper - quantizer.lower).detach().abs().mean())
         groups.append(
             {
-                "params": [quantizer.lower, quantizer.upper],
+                "params": list(quantizer.parameters()),
                 "lr": config.bounds_rate * width,
                 "weight_decay": 0.0,
             }

@@ -40,7 +40,7 @@ class _FakeQuantize(torch.autograd.Function):
     ) -> Tensor:
         snapped = grid.SnappedGrid(lower, step, bits, zero, refinement)
         values = snapped.quantize(x)
-        if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
+        if any(ctx.needs_input_grad):
             # Both are kept by the operators around anyway; codes and masks would not be.
             ctx.save_for_backward(x, values, lower, step)
             ctx.last_code = snapped.last_code
@@ -113,7 +113,7 @@ def _(
 
 
 class FakeQuantizer(nn.Module):
-    """Quantizes to a ``bits``-bit grid whose bounds are parameters.
+    """Quantizes to a ``bits``-bit grid whose bounds are parameters, of softmax maps the upper one alone.
 
     The bounds are those the optimiser moves; what is computed uses them snapped to the lattice of
     :mod:`condiquant_plugin.uniform.grid`, with a straight-through gradient.
@@ -161,7 +161,11 @@ class FakeQuantizer(nn.Module):
         self.shift: Tensor | None
         self.register_buffer("shift", torch.zeros(transforms) if transforms else None)
         shape = () if row_blocks == 1 else (row_blocks,)
-        self.lower = nn.Parameter(torch.zeros(shape))
+        self.lower: Tensor
+        if softmax:  # with levels below 0 the sum of a row could vanish
+            self.register_buffer("lower", torch.zeros(shape))
+        else:
+            self.lower = nn.Parameter(torch.zeros(shape))
         self.upper = nn.Parameter(torch.ones(shape))
         self.enabled = True
         self.search_on_next_input = False

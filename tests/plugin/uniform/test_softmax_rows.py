@@ -41,6 +41,23 @@ def test_it_passes_on_what_it_gets_when_it_is_off():
     assert torch.equal(quantizer(x), x)
 
 
+def test_whatever_training_does_to_bounds_rows_have_sums():
+    x, quantizer = softmax_map(0, 5.0, (2, 5, 256)), by_row(4)
+    optimizer = torch.optim.SGD(quantizer.parameters(), lr=0.1)
+    for parameter in quantizer.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    rounded = quantizer(x)
+    assert (rounded >= 0).all()
+    torch.testing.assert_close(rounded.sum(-1), torch.ones(2, 5))
+
+
+def test_the_upper_bound_is_trained_whatever_else_is():
+    quantizer = by_row(2, 0.8)
+    quantizer(softmax_map(0)).square().sum().backward()
+    assert quantizer.upper.grad.abs() > 0
+
+
 def test_bounds_are_those_of_the_rounded_ratios():
     class Map(nn.Module):
         def __init__(self):
