@@ -19,64 +19,7 @@ from condiquant_plugin.errors import check_finite
 from condiquant_plugin.uniform import bounds, grid
 from condiquant_plugin.uniform.bits import FLOAT_BITS
 from condiquant_plugin.uniform.sampling import First, Sample
-
-
-class _FakeQuantize(torch.autograd.Function):
-    """Clip, then round straight through (2DQuant, section 3.1).
-
-    With ``step = (upper - lower) / (L - 1)``: dy/dx is 1 inside the bounds and 0 outside; the rounding
-    residue reaches the step everywhere, and a bound gets the whole gradient of what it clips.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        lower: Tensor,
-        step: Tensor,
-        zero: Tensor,
-        bits: int,
-        refinement: int,
-    ) -> Tensor:
-        snapped = grid.SnappedGrid(lower, step, bits, zero, refinement)
-        values = snapped.quantize(x)
-        if any(ctx.needs_input_grad):
-            # Both are kept by the operators around anyway; codes and masks would not be.
-            ctx.save_for_backward(x, values, lower, step)
-            ctx.last_code = snapped.last_code
-        return values
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        (grad,) = grad_outputs
-        x, values, lower, step = ctx.saved_tensors
-        if lower.ndim == 0:
-            edges = (float(lower - _EDGE * step), float(lower + (ctx.last_code + _EDGE) * step))
-            grad_x = torch.ops.aten.hardtanh_backward(grad, x, *edges)
-        else:
-            position = (x - lower).div_(step)
-            grad_x = torch.ops.aten.hardtanh_backward(grad, position, -_EDGE, ctx.last_code + _EDGE)
-        # Of what is rounded the residue counts, of what is clipped the code: (y - lower) / step.
-        clipped = _sum_to(grad, lower) - _sum_to(grad_x, lower)
-        moved = _inner(grad, values, lower) - _inner(grad_x, x, lower)
-        return grad_x, clipped, (moved - lower * clipped) / step, None, None, None
-
-
-_EDGE = 1e-3
-"""Of a step: what is this far outside counts as inside, where rounding would decide."""
-
-
-def _sum_to(value: Tensor, like: Tensor) -> Tensor:
-    return value.sum_to_size(like.shape) if like.ndim else value.sum()
-
-
-def _inner(a: Tensor, b: Tensor, like: Tensor) -> Tensor:
-    """Sum of ``a * b`` over what is broadcast; one pass for a single pair of bounds."""
-    if like.ndim:
-        return (a * b).sum_to_size(like.shape)
-    if a.stride() == b.stride() and torch.ops.aten.is_non_overlapping_and_dense(a):
-        return torch.dot(*(t.as_strided((t.numel(),), (1,)) for t in (a, b)))
-    return torch.dot(a.reshape(-1), b.reshape(-1))
+from condiquant_plugin.uniform.straight_through import RowsStraightThrough, StraightThrough
 
 
 @torch.library.custom_op("condiquant::fake_quantize", mutates_args=())
@@ -162,7 +105,7 @@ class FakeQuantizer(nn.Module):
         self.register_buffer("shift", torch.zeros(transforms) if transforms else None)
         shape = () if row_blocks == 1 else (row_blocks,)
         self.lower: Tensor
-        if softmax:  # with levels below 0 the sum of a row could vanish
+        if softmax:  # with levels below 0 a row's sum could vanish
             self.register_buffer("lower", torch.zeros(shape))
         else:
             self.lower = nn.Parameter(torch.zeros(shape))
@@ -179,8 +122,9 @@ class FakeQuantizer(nn.Module):
 
     @torch.no_grad()
     def set_bounds(self, lower: Tensor | float, upper: Tensor | float) -> None:
-        """Set both bounds (shape ``()`` or ``(row_blocks,)``)."""
-        self.lower.copy_(torch.as_tensor(lower, dtype=self.lower.dtype))
+        """Set both bounds (shape ``()`` or ``(row_blocks,)``); of softmax maps by row the upper one."""
+        if not self.softmax:
+            self.lower.copy_(torch.as_tensor(lower, dtype=self.lower.dtype))
         self.upper.copy_(torch.as_tensor(upper, dtype=self.upper.dtype))
 
     @torch.no_grad()
@@ -261,8 +205,7 @@ class FakeQuantizer(nn.Module):
     def transformed(self, x: Tensor) -> Tensor:
         """What is rounded of an input, features last."""
         if self.softmax:
-            # The sum behind takes out what the largest entry divides by: it needs no gradient.
-            return x / x.detach().amax(-1, keepdim=True)
+            return x / x.amax(-1, keepdim=True)
         if self.matrix is None or self.shift is None:
             return x
         return F.linear(x, self.matrix.to(x.dtype), self.shift.to(x.dtype))
@@ -274,41 +217,74 @@ class FakeQuantizer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         # NNCF looks at every function of torch's that a network calls, and at ours for nothing.
         with torch._C.DisableTorchFunction():
-            rounded = self._quantized(self.transformed(x))
-            if self.softmax and (self.in_float or not self.enabled):
-                return x
-            return self.finished(rounded)
+            return self._by_row(x) if self.softmax else self._quantized(self.transformed(x))
+
+    def _by_row(self, x: Tensor) -> Tensor:
+        if self.sample is not None or self.search_on_next_input:
+            self._watch(self.transformed(x))
+        if not self._rounds:
+            return x
+        if torch.jit.is_tracing():
+            return self.finished(self._traced(self.transformed(x)))
+        learned = self._grid_of(x)
+        result: Tensor = RowsStraightThrough.apply(
+            self._precise(x), learned.step, learned.last_code
+        )
+        return result.to(x.dtype)
 
     def _quantized(self, x: Tensor) -> Tensor:
+        self._watch(x)
+        if not self._rounds:
+            return x
+        if torch.jit.is_tracing():
+            return self._traced(x)
+        learned = self._grid_of(x)
+        result: Tensor = StraightThrough.apply(
+            self._precise(x),
+            learned.lower,
+            learned.step,
+            learned.zero,
+            learned.bits,
+            learned.refinement,
+        )
+        return result.to(x.dtype)
+
+    @property
+    def _rounds(self) -> bool:
+        return self.enabled and not self.in_float
+
+    def _watch(self, x: Tensor) -> None:
         if self.sample is not None:
             self.sample.add(x)
         elif self.search_on_next_input:
             self.search_bounds(x)
             self.search_on_next_input = False
-        if not self.enabled or self.in_float:
-            return x
+
+    def _grid_of(self, x: Tensor) -> grid.SnappedGrid:
+        """Of what is rounded, with a gradient, broadcastable against it."""
         learned = self._learned
         if learned is None:
             lower, upper = self._fitting_bounds(x)
             learned = learned_grid(lower, upper, *self._lattice_keys)
-        learned = learned.map(lambda t: self.spread(t, x))
-        if torch.jit.is_tracing():
-            return fake_quantize_op(
-                x,
-                torch.tensor(learned.lower.tolist()),
-                torch.tensor(learned.step.tolist()),
-                torch.tensor(learned.zero.int().tolist(), dtype=torch.int32),
-                learned.bits,
-                self.kind,
-                self.name,
-                learned.refinement,
-            )
-        # Half precision, of autocast or of the model, cannot tell 8-bit levels apart.
-        precise = x.to(torch.promote_types(x.dtype, self.lower.dtype))
-        result: Tensor = _FakeQuantize.apply(
-            precise, learned.lower, learned.step, learned.zero, learned.bits, learned.refinement
+        return learned.map(lambda t: self.spread(t, x))
+
+    def _precise(self, x: Tensor) -> Tensor:
+        """Half precision, of autocast or of the model, cannot tell 8-bit levels apart."""
+        return x.to(torch.promote_types(x.dtype, self.lower.dtype))
+
+    def _traced(self, x: Tensor) -> Tensor:
+        learned = self._grid_of(x)
+        result: Tensor = fake_quantize_op(
+            x,
+            torch.tensor(learned.lower.tolist()),
+            torch.tensor(learned.step.tolist()),
+            torch.tensor(learned.zero.int().tolist(), dtype=torch.int32),
+            learned.bits,
+            self.kind,
+            self.name,
+            learned.refinement,
         )
-        return result.to(x.dtype)
+        return result
 
     def _block_rows(self, x: Tensor) -> Tensor:
         """``x`` as ``(row_blocks, entries per block)``."""

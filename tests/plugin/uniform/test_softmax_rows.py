@@ -5,6 +5,7 @@ from torch import nn
 
 from condiquant_plugin import FakeQuantizer
 from condiquant_plugin.uniform.bounds_search import search_bounds
+from condiquant_plugin.uniform.straight_through import StraightThrough
 
 
 def softmax_map(seed, temperature=1.0, shape=(2, 5, 16)):
@@ -50,6 +51,22 @@ def test_whatever_training_does_to_bounds_rows_have_sums():
     rounded = quantizer(x)
     assert (rounded >= 0).all()
     torch.testing.assert_close(rounded.sum(-1), torch.ones(2, 5))
+
+
+@given(st.integers(2, 4), st.integers(0, 99), st.floats(0.5, 1.2))
+def test_gradients_are_those_of_its_parts(bits, seed, upper):
+    quantizer = by_row(bits, upper).double()
+    x = softmax_map(seed, 3.0).double().requires_grad_(True)
+    weights = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed)).double()
+    (quantizer(x) * weights).sum().backward()
+    found = x.grad.clone(), quantizer.upper.grad.clone()
+    x.grad, quantizer.upper.grad = None, None
+    step = quantizer.upper / (2**bits - 1)
+    zero = torch.zeros((), dtype=torch.float64)
+    scaled = x / x.detach().amax(-1, keepdim=True)
+    rounded = StraightThrough.apply(scaled, zero, step, zero, bits, 1)
+    (quantizer.finished(rounded) * weights).sum().backward()
+    torch.testing.assert_close(found, (x.grad, quantizer.upper.grad))
 
 
 def test_the_upper_bound_is_trained_whatever_else_is():
