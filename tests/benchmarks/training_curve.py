@@ -2,7 +2,7 @@
 
 Run from the repository root: ``CONDIQUANT_DATA=DATA python tests/benchmarks/training_curve.py FIGURE.svg
 RECIPE W/A [KEY=VALUE ...]``, as ``docs/figures/training.svg dat_light/x4.yml 3/3``. Calibrates as ``quick``
-does, trains 160 iterations and scores the first test set on the way; minutes are of calibration and training.
+does, trains 160 iterations, scores the first test set on the way; minutes are of calibration and training.
 """
 
 import os
