@@ -39,6 +39,10 @@ def main(name: str = "dat_light/x4.yml", *overrides: str) -> None:
     config = DistillationConfig()
     weights = nncf_host.trainable_weights(result.model, result.layers)
     optimizer = torch.optim.Adam(parameter_groups(result.model, config, weights))
+    result.model.requires_grad_(False)
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.requires_grad_(True)
     loss = DistillationLoss(network, [], config)
     batch = crops[: config.batch_size]
     loss.prepare(batch)
