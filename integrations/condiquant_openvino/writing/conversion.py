@@ -222,7 +222,7 @@ def _replace_placeholders(
     in_float = inexact_in_int8(model, quantizers) if overflow == "safe" else set()
     if linear_in_float:
         in_float |= _inputs_of_linear_layers(model, quantizers)
-        in_float |= {n.label for n in placeholders if _source_type(n) in {"Softmax", "Exp"}}
+        in_float |= {n.label for n in placeholders if _source_type(n) == "Softmax"}
     # All decisions come first: they look at the placeholders around.
     forms = [_form(node, quantizers, in_float) for node in placeholders]
     for node, form in zip(placeholders, forms, strict=True):
