@@ -14,7 +14,7 @@ import torch
 
 import condiquant_basicsr as basicsr_host
 from condiquant_recipes.progress import Progress
-from condiquant_recipes.recipe import load_recipe
+from condiquant_recipes.recipe import Recipe, load_recipe
 from condiquant_recipes.recipe_files import recipe_path
 from condiquant_recipes.run import calibrate_network, distill_network
 from condiquant_recipes.source import load_source
@@ -46,18 +46,18 @@ def scores(model, source, recipe, reference=None, sets=None) -> dict[str, float]
     }
 
 
-def row(given: argparse.Namespace, width: str, seed: int) -> str:
+def recipe_at(name: str, budget: str, width: str, overrides: list[str]) -> Recipe:
+    """A recipe with its weights' and inputs' bits as ``W/A``."""
     weight_bits, activation_bits = width.split("/")
-    recipe = load_recipe(
-        recipe_path(given.recipe),
-        [
-            f"budget={given.budget}",
-            f"seed={seed}",
-            f"condiquant.weight_bits={weight_bits}",
-            f"condiquant.activation_bits={activation_bits}",
-            *given.overrides,
-        ],
-    )
+    bits = [
+        f"condiquant.weight_bits={weight_bits}",
+        f"condiquant.activation_bits={activation_bits}",
+    ]
+    return load_recipe(recipe_path(name), [f"budget={budget}", *bits, *overrides])
+
+
+def row(given: argparse.Namespace, width: str, seed: int) -> str:
+    recipe = recipe_at(given.recipe, given.budget, width, [f"seed={seed}", *given.overrides])
     torch.manual_seed(seed)
     source = load_source(recipe, Path(os.environ["CONDIQUANT_DATA"]), given.sets)
     reference = source.network if recipe.datasets.reference == "float" else None

@@ -15,13 +15,11 @@ from pathlib import Path
 
 import torch
 from ablation import OFF
-from budgets import scores
+from budgets import recipe_at, scores
 from matplotlib import rcParams
 from matplotlib.figure import Figure
 
 from condiquant_recipes.progress import Advance, Progress
-from condiquant_recipes.recipe import load_recipe
-from condiquant_recipes.recipe_files import recipe_path
 from condiquant_recipes.run import calibrate_network, distill_network
 from condiquant_recipes.source import load_source
 
@@ -57,17 +55,8 @@ class Scoring(Progress):
 
 
 def curve(name: str, width: str, overrides: list[str]) -> list[tuple[float, float]]:
-    weight_bits, activation_bits = width.split("/")
-    recipe = load_recipe(
-        recipe_path(name),
-        [
-            "budget=quick",
-            f"condiquant.weight_bits={weight_bits}",
-            f"condiquant.activation_bits={activation_bits}",
-            f"condiquant.distillation.iterations={SCORED[-1]}",
-            *overrides,
-        ],
-    )
+    iterations = f"condiquant.distillation.iterations={SCORED[-1]}"
+    recipe = recipe_at(name, "quick", width, [iterations, *overrides])
     torch.manual_seed(recipe.seed)
     source = load_source(recipe, Path(os.environ["CONDIQUANT_DATA"]), recipe.datasets.test[:1])
     reference = source.network if recipe.datasets.reference == "float" else None
