@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -16,10 +17,12 @@ from condiquant_plugin.distillation.loss import DistillationLoss
 from condiquant_plugin.distillation.settings import DistillationConfig
 from condiquant_plugin.errors import InputError
 from condiquant_plugin.files import replacing
-from condiquant_plugin.uniform.fake_quantizer import fake_quantizers
+from condiquant_plugin.uniform.fake_quantizer import FakeQuantizer, fake_quantizers
 
 _SLOWER_BOUNDS, _SLOWER_WEIGHTS = 10.0, 3.0
 """Rates that only do harm at the first validations are divided by them."""
+_HARM = 1.1
+"""So many times the first loss: what is less, falling rates mend."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,7 @@ def distill(
 ) -> DistillationResult:
     """Train ``student`` in place; it ends with the parameters that did best on ``held_out``.
 
-    Until a validation is better than the start, each one that is not begins again at lower rates.
+    Until a validation is better than the start, each one that is much worse begins again at lower rates.
 
     Args:
         student: network with fake quantizers.
@@ -100,7 +103,8 @@ class _Run:
         )
         self.generator = torch.Generator().manual_seed(seed)
         self.loss = DistillationLoss(teacher, blocks, config)
-        self.loss.prepare(crops)
+        if not config.augment:  # else few come again
+            self.loss.prepare(crops)
         self.held_out_targets = _outputs(teacher, held_out)
 
     @contextmanager
@@ -133,7 +137,7 @@ class _Run:
                 continue
             if (held_out_loss := self.validate()) < best:
                 best, best_iteration, best_parameters = held_out_loss, done, self.snapshot()
-            elif best_iteration == 0:
+            elif best_iteration == 0 and held_out_loss > _HARM * initial:
                 self.start_again(best_parameters)
             if self.checkpoint is not None:
                 self.save(
@@ -151,7 +155,10 @@ class _Run:
 
     def step(self) -> float:
         index = torch.randint(len(self.crops), (self.config.batch_size,), generator=self.generator)
-        loss = torch.stack([*self.loss(self.student, self.crops[index]).values()]).sum()
+        crops = self.crops[index]
+        if self.config.augment:
+            crops = augmented(crops, self.generator)
+        loss = torch.stack([*self.loss(self.student, crops).values()]).sum()
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.optimizer.step()
@@ -213,25 +220,58 @@ class _Run:
 def parameter_groups(
     student: nn.Module, config: DistillationConfig, weights: Sequence[nn.Parameter]
 ) -> list[dict[str, Any]]:
-    """Adam's groups: the bounds of each fake quantizer at a rate relative to their range, then the weights.
+    """Adam's groups: the bounds of each fake quantizer at a rate of their own, then the weights.
 
     Args:
         student: network with fake quantizers.
-        weights: trained at ``config.weights_rate`` if ``config.weights``.
+        weights: trained if ``config.weights``.
     """
     groups: list[dict[str, Any]] = []
     for quantizer in fake_quantizers(student).values():
-        width = float((quantizer.upper - quantizer.lower).detach().abs().mean())
-        groups.append(
-            {
-                "params": list(quantizer.parameters()),
-                "lr": config.bounds_rate * width,
-                "weight_decay": 0.0,
-            }
-        )
+        rate = config.bounds_rate
+        if rate is None:
+            rate = config.rate / (2**quantizer.bits - 1)
+        rate *= _width(quantizer)
+        groups.append({"params": list(quantizer.parameters()), "lr": rate, "weight_decay": 0.0})
     if config.weights and weights:
-        groups.append({"params": list(weights), "lr": config.weights_rate})
+        rate = config.weights_rate
+        if rate is None:
+            rate = config.rate * _step_of_weights(student, config)
+        groups.append({"params": list(weights), "lr": rate})
     return groups
+
+
+def _step_of_weights(student: nn.Module, config: DistillationConfig) -> float:
+    """The usual one of weights' grids; with the bits of inputs where those are fewer: then most error is theirs."""
+    rounding = [q for q in fake_quantizers(student).values() if not q.in_float]
+    weights = [q for q in rounding if q.kind == "weight"]
+    inputs = [q.bits for q in rounding if q.kind != "weight"]
+    if not weights:
+        raise InputError(
+            f"distillation.rate={config.rate} is in grid steps, and no weight has a grid: give weights_rate"
+        )
+    bits = min(median(q.bits for q in weights), *([median(inputs)] if inputs else []))
+    return median(_width(q) for q in weights) / (2**bits - 1)
+
+
+def _width(quantizer: FakeQuantizer) -> float:
+    return float((quantizer.upper - quantizer.lower).detach().abs().mean())
+
+
+def augmented(crops: Tensor, generator: torch.Generator) -> Tensor:
+    """Each crop of ``(count, channels, height, width)`` mirrored and turned at random.
+
+    That gives one of eight forms; of crops that are no squares one of the four with their height and width.
+    """
+    forms = 8 if crops.shape[-2] == crops.shape[-1] else 4
+    chosen = torch.randint(forms, (len(crops),), generator=generator)
+    return torch.stack([_form(*pair) for pair in zip(crops, chosen.tolist(), strict=True)])
+
+
+def _form(crop: Tensor, number: int) -> Tensor:
+    crop = crop.flip(-1) if number & 1 else crop
+    crop = crop.flip(-2) if number & 2 else crop
+    return crop.transpose(-2, -1) if number & 4 else crop
 
 
 @torch.no_grad()

@@ -26,7 +26,8 @@ class DistillationLoss:
         teacher: the float network, left untouched.
         blocks: module names whose outputs are compared, present in both networks.
         criterion: of both outputs; L1 by default.
-        rates: what the user calls ``bounds_rate`` and ``weights_rate``, for errors.
+        section: what the user calls the settings, for errors.
+        weights_rate: and what ``weights_rate``, where it is set elsewhere.
     """
 
     def __init__(
@@ -35,12 +36,13 @@ class DistillationLoss:
         blocks: Sequence[str],
         config: DistillationConfig,
         criterion: Callable[[Tensor, Tensor], Tensor] = l1_loss,
-        rates: tuple[str, str] = ("distillation.bounds_rate", "distillation.weights_rate"),
+        section: str = "distillation",
+        weights_rate: str | None = None,
     ) -> None:
         self.teacher, self.config, self.criterion = teacher, config, criterion
         self.blocks = list(blocks) if config.feature_weight else []
         self.cache = OutputCache()
-        self._rates = rates
+        self._section, self._weights_rate = section, weights_rate or f"{section}.weights_rate"
 
     @torch.no_grad()
     def prepare(self, crops: Tensor) -> None:
@@ -97,12 +99,17 @@ class DistillationLoss:
 
     def _explain(self, loss: float, target: Tensor, iteration: int | None) -> None:
         check_finite(target, "the output of the float network")
-        values = (self.config.bounds_rate, self.config.weights_rate)
-        named = [f"{name} ({value})" for name, value in zip(self._rates, values, strict=True)]
+        config, rates = self.config, {}
+        if config.bounds_rate is not None:
+            rates[f"{self._section}.bounds_rate"] = config.bounds_rate
+        if config.weights and config.weights_rate is not None:
+            rates[self._weights_rate] = config.weights_rate
+        if config.bounds_rate is None or (config.weights and config.weights_rate is None):
+            rates[f"{self._section}.rate"] = config.rate
         when = "" if iteration is None else f" in iteration {iteration}"
         raise InputError(
             f"the distillation loss became {loss}{when}: lower "
-            + " or ".join(named if self.config.weights else named[:1])
+            + " or ".join(f"{name} ({value})" for name, value in rates.items())
         )
 
 

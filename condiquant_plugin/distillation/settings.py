@@ -17,13 +17,18 @@ class DistillationConfig:
 
     iterations: int = 480
     batch_size: int = 2
-    bounds_rate: float = 2e-3
-    """Adam's rate for a bound, in units of its range."""
+    rate: float = 0.01
+    """Adam's rate: for a bound in units of its grid's step, for weights in units of their grids' mean step."""
+    bounds_rate: float | None = None
+    """Instead of ``rate``, in units of a bound's range."""
     weights: bool = True
     """Train weights and biases of the quantized layers too."""
-    weights_rate: float = 5e-4
+    weights_rate: float | None = None
+    """Instead of ``rate``, as Adam takes it."""
     feature_weight: float = 0.0
     """Factor of the per-block feature loss; 0 leaves it out and saves the teacher's forward pass."""
+    augment: bool = True
+    """Flip and rotate crops at random, as BasicSR's ``use_hflip`` and ``use_rot``."""
     validate_every: int = 40
     autocast: bool = False
     """Run both networks in bfloat16 where torch's autocast does; losses and validation stay in float32."""
@@ -32,8 +37,9 @@ class DistillationConfig:
         for name, least in {"iterations": 0, "batch_size": 1, "validate_every": 1}.items():
             if getattr(self, name) < least:
                 raise InputError(f"{name}={getattr(self, name)}: use at least {least}")
-        for name in ("bounds_rate", "weights_rate"):
-            if not getattr(self, name) > 0:
-                raise InputError(f"{name}={getattr(self, name)}: use more than 0")
+        for name in ("rate", "bounds_rate", "weights_rate"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise InputError(f"{name}={value}: use more than 0")
         if not self.feature_weight >= 0:
             raise InputError(f"feature_weight={self.feature_weight}: use 0 or more")

@@ -72,6 +72,7 @@ def test_reconditioning_follows_the_bits_of_activations_unless_it_is_given():
         ("iterations", -1),
         ("batch_size", 0),
         ("validate_every", 0),
+        ("rate", -0.01),
         ("bounds_rate", 0.0),
         ("weights_rate", float("nan")),
         ("feature_weight", -1e-3),

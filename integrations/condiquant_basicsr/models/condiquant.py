@@ -121,9 +121,13 @@ class CondiQuantModel(QuantizedModel):
     def make_losses(self) -> None:
         """The distance to the float network; losses against HR images are left out."""
         pixel = build_loss(self.opt["train"].get("pixel_opt") or LOSS).to(self.device)
-        rates = ("condiquant.distillation.bounds_rate", "train.optim_g.lr")
         self.loss = DistillationLoss(
-            self.teacher, self.blocks, self.quantizer.distillation, pixel, rates
+            self.teacher,
+            self.blocks,
+            self.quantizer.distillation,
+            pixel,
+            section="condiquant.distillation",
+            weights_rate="train.optim_g.lr",
         )
 
     def checkpoint_entries(self) -> dict[str, Any]:
@@ -137,12 +141,11 @@ class CondiQuantModel(QuantizedModel):
         }
 
     def setup_optimizers(self) -> None:
-        """One group per fake quantizer, whose rate follows its range, and one of the weights."""
-        config = self.quantizer.distillation
-        adam = {"type": "Adam", "lr": config.weights_rate, "betas": (0.9, 0.99)}
-        options = dict(self.opt["train"].get("optim_g") or adam)
+        """One group per fake quantizer, with a rate of its own, and one of the weights."""
         network = self.get_bare_model(self.net_g)
-        groups = parameter_groups(network, config, self.trainable_weights)
+        groups = parameter_groups(network, self.quantizer.distillation, self.trainable_weights)
+        adam = {"type": "Adam", "lr": groups[-1]["lr"], "betas": (0.9, 0.99)}
+        options = dict(self.opt["train"].get("optim_g") or adam)
         self.optimizer_g = self.get_optimizer(options.pop("type"), groups, **options)
         self.optimizers.append(self.optimizer_g)
 

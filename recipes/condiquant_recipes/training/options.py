@@ -26,6 +26,7 @@ _ELSEWHERE = {
     "iterations": "train.total_iter",
     "weights_rate": "train.optim_g.lr",
     "batch_size": "datasets.train.batch_size_per_gpu",
+    "augment": "datasets.train.use_hflip",
     "validate_every": "val.val_freq",
 }
 """Keys of ``condiquant.distillation`` in a recipe, and where BasicSR has them."""

@@ -166,7 +166,9 @@ def test_autocast_runs_both_networks_in_bfloat16_and_the_loss_in_float32(float_n
 @pytest.mark.parametrize("autocast", [False, True])
 def test_the_loop_distils_under_autocast_and_validates_in_float32(float_network, crops, autocast):
     student = quantized(float_network)
-    config = DistillationConfig(iterations=30, validate_every=10, autocast=autocast)
+    config = DistillationConfig(
+        iterations=30, validate_every=10, autocast=autocast, augment=False, weights_rate=5e-4
+    )
     result = distill(
         student, float_network, crops[:6], crops[6:], config,
         trainable_weights=list(student.body[2].parameters()),
@@ -194,14 +196,25 @@ def test_a_loss_that_is_no_number_names_what_to_lower(float_network, crops, brok
     student = quantized(float_network)
     with torch.no_grad():
         student.body[2].bias.fill_(broken)
-    rates = ("bounds.rate", "train.lr")
-    message = (
-        rf"became {broken} in iteration 7: lower bounds\.rate \(0\.002\) or train\.lr \(0\.0005\)$"
-    )
-    with pytest.raises(InputError, match=message):
-        DistillationLoss(float_network, [], CONFIG, rates=rates)(student, crops, 7)
-    frozen = DistillationConfig(weights=False)
-    with pytest.raises(InputError, match=r"lower distillation\.bounds_rate \(0\.002\)$"):
-        DistillationLoss(float_network, [], frozen)(student, crops)
+    names = {"section": "training", "weights_rate": "train.lr"}
+    for lower, given in {
+        r"distillation\.rate \(0\.01\)": {},
+        r"distillation\.bounds_rate \(0\.002\) or distillation\.rate \(0\.01\)": {
+            "bounds_rate": 2e-3
+        },
+        r"distillation\.bounds_rate \(0\.002\)": {"bounds_rate": 2e-3, "weights": False},
+        r"distillation\.weights_rate \(0\.0005\) or distillation\.rate \(0\.01\)": {
+            "weights_rate": 5e-4
+        },
+        r"training\.bounds_rate \(0\.002\) or train\.lr \(0\.0005\)": {
+            "bounds_rate": 2e-3,
+            "weights_rate": 5e-4,
+        },
+    }.items():
+        config = DistillationConfig(**given)
+        named = names if lower.startswith("training") else {}
+        message = rf"became {broken} in iteration 7: lower {lower}$"
+        with pytest.raises(InputError, match=message):
+            DistillationLoss(float_network, [], config, **named)(student, crops, 7)
     with pytest.raises(InputError, match="NaN or Inf in the output of the float network"):
         DistillationLoss(student, [], CONFIG)(quantized(float_network), crops)

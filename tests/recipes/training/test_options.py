@@ -128,6 +128,8 @@ def test_options_amount_to_a_recipe(option_file):
     assert asdict(recipe.condiquant.distillation) == {
         "iterations": 5000,
         "batch_size": 4,
+        "augment": True,
+        "rate": 0.01,
         "bounds_rate": 0.001,
         "weights": True,
         "weights_rate": 2e-4,
@@ -206,6 +208,7 @@ def test_force_yml_adds_the_section_to_an_untouched_file(option_file):
         (["condiquant:distillation=4"], "condiquant.distillation=4: Input should be a dictionary"),
         (["condiquant:distillation:iterations=4"], "no effect in a training YAML: set train.total_iter"),
         (["condiquant:distillation:weights_rate=1"], "set train.optim_g.lr"),
+        (["condiquant:distillation:augment=false"], "set datasets.train.use_hflip"),
         (["condiquant:distillation:batch_size=1"], "set datasets.train.batch_size_per_gpu"),
         (["condiquant:distillation:validate_every=1"], "set val.val_freq"),
         (["train:optim_g:lr=2e-4"], "train.optim_g.lr=2e-4 is text in YAML: write !!float 2e-4"),
