@@ -242,7 +242,7 @@ def parameter_groups(
 
 
 def _step_of_weights(student: nn.Module, config: DistillationConfig) -> float:
-    """The usual one of weights' grids; with the bits of inputs where those are fewer: then most error is theirs."""
+    """Of the usual weight's grid, or with the bits of inputs where those are fewer and decide."""
     rounding = [q for q in fake_quantizers(student).values() if not q.in_float]
     weights = [q for q in rounding if q.kind == "weight"]
     inputs = [q.bits for q in rounding if q.kind != "weight"]

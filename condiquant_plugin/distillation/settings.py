@@ -18,7 +18,7 @@ class DistillationConfig:
     iterations: int = 480
     batch_size: int = 2
     rate: float = 0.01
-    """Adam's rate: for a bound in units of its grid's step, for weights in units of their grids' mean step."""
+    """Adam's rate: for a bound in steps of its grid, for weights in steps of their usual grid."""
     bounds_rate: float | None = None
     """Instead of ``rate``, in units of a bound's range."""
     weights: bool = True

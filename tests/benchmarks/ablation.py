@@ -17,6 +17,7 @@ OFF = {
     "rounding with moments": "condiquant.rounding=nearest",
     "weight bounds per channel": "condiquant.weight_granularity=tensor",
     "trained weights": "condiquant.distillation.weights=false",
+    "mirrored and turned crops": "condiquant.distillation.augment=false",
 }
 """How each part is left out."""
 _ALONE = {"equal channels": "condiquant.equalize=true"}

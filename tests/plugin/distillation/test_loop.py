@@ -14,6 +14,7 @@ from condiquant_plugin.distillation import (
     distill,
     feature_blocks,
     feature_loss,
+    loop,
     parameter_groups,
 )
 from condiquant_plugin.distillation.loop import augmented
@@ -411,3 +412,13 @@ def test_lowered_rates_outlive_an_interruption(tmp_path):
     found, again = train("stopped.pt")
     assert found == expected
     assert all(map(torch.equal, again, trained))
+
+
+@pytest.mark.parametrize(("losses", "restarts"), [([1.05, 1.09, 0.9], 0), ([1.05, 1.2, 0.9], 1)])
+def test_what_falling_rates_mend_is_no_reason_to_start_again(monkeypatch, losses, restarts):
+    found = iter([1.0, *losses])
+    monkeypatch.setattr(loop._Run, "validate", lambda _run: next(found))
+    student, teacher, crops, held_out, _ = networks()
+    config = dataclasses.replace(CONFIG, iterations=3, validate_every=1)
+    result = distill(student, teacher, crops, held_out, config)
+    assert (result.restarts, result.best_iteration) == (restarts, 3)
