@@ -95,5 +95,5 @@ def test_the_schema_knows_defaults_limits_and_meanings():
     bounds = schema["$defs"]["BoundsSection"]["properties"]
     assert bounds["side"]["description"] == "How ranges of activations are shrunk."
     distillation = schema["$defs"]["DistillationConfig"]["properties"]
-    assert distillation["bounds_rate"]["description"].startswith("Adam's rate")
+    assert distillation["rate"]["description"].startswith("Adam's rate")
     assert Recipe.model_json_schema()["properties"].keys() == schema["properties"].keys()

@@ -278,8 +278,10 @@ class Recipe(_Section):
         if self.datasets.train is None:
             del values["datasets"]["train"], values["datasets"]["val"]
         # As recipes from before there was such a key.
-        if not self.condiquant.distillation.autocast:
-            del values["condiquant"]["distillation"]["autocast"]
+        distillation = values["condiquant"]["distillation"]
+        for key, then in {"autocast": False, "augment": False, "rate": DistillationConfig.rate}.items():
+            if distillation[key] == then:
+                del distillation[key]
         calibration = values["datasets"]["calibration"]
         if calibration["drawn"] == CalibrationSection.model_fields["drawn"].default:
             del calibration["drawn"]

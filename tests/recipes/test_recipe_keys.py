@@ -102,14 +102,21 @@ def test_the_method_itself_refuses_them(change):
 
 def test_recipes_from_before_a_key_are_the_same_recipe(recipe):
     """The digest of an earlier version, from which finished runs go on, with its defaults."""
-    before = {"iterations": 800, "validate_every": 100}
+    before = {
+        "iterations": 800,
+        "validate_every": 100,
+        "bounds_rate": 2e-3,
+        "weights_rate": 5e-4,
+        "augment": "false",
+    }
     recipe = with_overrides(
         recipe, [f"condiquant.distillation.{key}={value}" for key, value in before.items()]
     )
     assert recipe.digest() == "b715fe2405b644db446abb8992e0e4ac7178f6ed40a3046ee73778d8a582c707"
-    changed = with_overrides(recipe, ["condiquant.distillation.autocast=true"])
-    assert changed.digest() != recipe.digest()
-    assert asdict(changed.condiquant.distillation)["autocast"] is True
+    for key, value in {"autocast": True, "augment": True, "rate": 0.02}.items():
+        changed = with_overrides(recipe, [f"condiquant.distillation.{key}={value}"])
+        assert changed.digest() != recipe.digest()
+        assert asdict(changed.condiquant.distillation)[key] == value
 
 
 def test_rules_of_layers_from_a_file_or_in_place(tmp_path, monkeypatch):

@@ -34,10 +34,8 @@ def calibrate(make_job, monkeypatch):
     def go(name, method_id, *overrides):
         if name not in jobs:
             job = make_job(name)
-            section = "condiquant.distillation"
-            recipe = load_recipe(
-                job.write(), [f"{section}.iterations=8", f"{section}.bounds_rate=1e-4", *overrides]
-            )
+            iterations = "condiquant.distillation.iterations=24"
+            recipe = load_recipe(job.write(), [iterations, *overrides])
             source = load_source(recipe, job.data, ["Tiny"])
             jobs[name] = Job(
                 recipe, source, float_ir(source.network, recipe, source.multiple), Progress()
