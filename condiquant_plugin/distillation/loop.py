@@ -103,7 +103,8 @@ class _Run:
         )
         self.generator = torch.Generator().manual_seed(seed)
         self.loss = DistillationLoss(teacher, blocks, config)
-        if not config.augment:  # else few come again
+        self.augments = config.augments(len(crops))
+        if not self.augments:  # else few come again
             self.loss.prepare(crops)
         self.held_out_targets = _outputs(teacher, held_out)
 
@@ -156,7 +157,7 @@ class _Run:
     def step(self) -> float:
         index = torch.randint(len(self.crops), (self.config.batch_size,), generator=self.generator)
         crops = self.crops[index]
-        if self.config.augment:
+        if self.augments:
             crops = augmented(crops, self.generator)
         loss = torch.stack([*self.loss(self.student, crops).values()]).sum()
         self.optimizer.zero_grad(set_to_none=True)

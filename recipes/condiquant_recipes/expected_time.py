@@ -31,8 +31,6 @@ _PATCHES = 5.1, 350.0
 """Of wide 3x3 convolutions, by channels squared and by channels, in place of their inputs squared."""
 _TRAINING = 7.0
 """Of an iteration for each crop in its batch: forward and backward passes through fake quantizers."""
-_TEACHER = 1.0
-"""And the float network's, of a crop that is another one each time."""
 _VALIDATION = 2.0
 _EXPORT, _EXPORT_SECONDS = 60.0, 5.0
 """Of the export, on the tile that it is traced with; and what does not go by the network."""
@@ -91,7 +89,7 @@ def expected_time(network: nn.Module, recipe: Recipe, crops: Tensor) -> Expected
         per_crop * crop * (calibration.count + calibration.held_out)
         + _EXPORT * crop * tile_area
         + _EXPORT_SECONDS,
-        crop * ((_TRAINING + _TEACHER * training.augment) * training.batch_size + validation),
+        crop * (_TRAINING * training.batch_size + validation),
     )
 
 

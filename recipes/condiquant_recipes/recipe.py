@@ -279,7 +279,11 @@ class Recipe(_Section):
             del values["datasets"]["train"], values["datasets"]["val"]
         # As recipes from before there was such a key.
         distillation = values["condiquant"]["distillation"]
-        for key, then in {"autocast": False, "augment": False, "rate": DistillationConfig.rate}.items():
+        for key, then in {
+            "autocast": False,
+            "augment": False,
+            "rate": DistillationConfig.rate,
+        }.items():
             if distillation[key] == then:
                 del distillation[key]
         calibration = values["datasets"]["calibration"]

@@ -81,3 +81,16 @@ def test_reconditioning_follows_the_bits_of_activations_unless_it_is_given():
 def test_settings_of_distillation_out_of_range(key, value):
     with pytest.raises(InputError, match=f"^{key}={value}: use "):
         DistillationConfig(**{key: value})
+
+
+def test_an_unknown_augmentation_is_refused():
+    with pytest.raises(InputError, match=r"^augment='flips' is not known: use "):
+        DistillationConfig(augment="flips")
+
+
+def test_crops_that_come_more_than_ten_times_are_augmented():
+    config = DistillationConfig(iterations=50, batch_size=2)
+    assert [config.augments(crops) for crops in (9, 10)] == [True, False]
+    for augment in (True, False):
+        given = DistillationConfig(iterations=50, batch_size=2, augment=augment)
+        assert given.augments(1) is given.augments(100) is augment
