@@ -7,17 +7,18 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from condiquant_plugin.distillation.augmentation import augmented
 from condiquant_plugin.distillation.loss import DistillationLoss
+from condiquant_plugin.distillation.rates import parameter_groups
 from condiquant_plugin.distillation.settings import DistillationConfig
 from condiquant_plugin.errors import InputError
 from condiquant_plugin.files import replacing
-from condiquant_plugin.uniform.fake_quantizer import FakeQuantizer, fake_quantizers
+from condiquant_plugin.uniform.fake_quantizer import fake_quantizers
 
 _SLOWER_BOUNDS, _SLOWER_WEIGHTS = 10.0, 3.0
 """Rates that only do harm at the first validations are divided by them."""
@@ -216,63 +217,6 @@ class _Run:
         self.scheduler.load_state_dict(state["scheduler"])
         self.generator.set_state(state["generator"])
         return state
-
-
-def parameter_groups(
-    student: nn.Module, config: DistillationConfig, weights: Sequence[nn.Parameter]
-) -> list[dict[str, Any]]:
-    """Adam's groups: the bounds of each fake quantizer at a rate of their own, then the weights.
-
-    Args:
-        student: network with fake quantizers.
-        weights: trained if ``config.weights``.
-    """
-    groups: list[dict[str, Any]] = []
-    for quantizer in fake_quantizers(student).values():
-        rate = config.bounds_rate
-        if rate is None:
-            rate = config.rate / (2**quantizer.bits - 1)
-        rate *= _width(quantizer)
-        groups.append({"params": list(quantizer.parameters()), "lr": rate, "weight_decay": 0.0})
-    if config.weights and weights:
-        rate = config.weights_rate
-        if rate is None:
-            rate = config.rate * _step_of_weights(student, config)
-        groups.append({"params": list(weights), "lr": rate})
-    return groups
-
-
-def _step_of_weights(student: nn.Module, config: DistillationConfig) -> float:
-    """Of the usual weight's grid, or with the bits of inputs where those are fewer and decide."""
-    rounding = [q for q in fake_quantizers(student).values() if not q.in_float]
-    weights = [q for q in rounding if q.kind == "weight"]
-    inputs = [q.bits for q in rounding if q.kind != "weight"]
-    if not weights:
-        raise InputError(
-            f"distillation.rate={config.rate} is in grid steps, and no weight has a grid: give weights_rate"
-        )
-    bits = min(median(q.bits for q in weights), *([median(inputs)] if inputs else []))
-    return median(_width(q) for q in weights) / (2**bits - 1)
-
-
-def _width(quantizer: FakeQuantizer) -> float:
-    return float((quantizer.upper - quantizer.lower).detach().abs().mean())
-
-
-def augmented(crops: Tensor, generator: torch.Generator) -> Tensor:
-    """Each crop of ``(count, channels, height, width)`` mirrored and turned at random.
-
-    That gives one of eight forms; of crops that are no squares one of the four with their height and width.
-    """
-    forms = 8 if crops.shape[-2] == crops.shape[-1] else 4
-    chosen = torch.randint(forms, (len(crops),), generator=generator)
-    return torch.stack([_form(*pair) for pair in zip(crops, chosen.tolist(), strict=True)])
-
-
-def _form(crop: Tensor, number: int) -> Tensor:
-    crop = crop.flip(-1) if number & 1 else crop
-    crop = crop.flip(-2) if number & 2 else crop
-    return crop.transpose(-2, -1) if number & 4 else crop
 
 
 @torch.no_grad()

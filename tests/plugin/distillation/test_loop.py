@@ -15,9 +15,7 @@ from condiquant_plugin.distillation import (
     feature_blocks,
     feature_loss,
     loop,
-    parameter_groups,
 )
-from condiquant_plugin.distillation.loop import augmented
 
 CONFIG = DistillationConfig(iterations=40, validate_every=10, weights_rate=1e-3)
 
@@ -135,95 +133,6 @@ def test_a_first_step_moves_every_bound_by_its_rate_times_the_range():
         expected = 1e-2 * (upper - lower).mean().expand(2)
         torch.testing.assert_close(moved[name], expected, rtol=1e-2, atol=0)
     torch.testing.assert_close(moved["weights"], torch.full((4,), 3e-4), rtol=1e-2, atol=0)
-
-
-def rates(student, weights, **settings):
-    """Of the bounds by their quantizers, and of the weights."""
-    groups = parameter_groups(student, DistillationConfig(**settings), weights)
-    *bounds, trained = [group["lr"] for group in groups]
-    return dict(zip(fake_quantizers(student).values(), bounds, strict=True)), trained
-
-
-def test_rates_go_by_the_steps_of_grids():
-    student, *_, weights = networks()
-    for index, widths in {0: (0.3, 3.0), 2: (0.6, 30.0)}.items():
-        student[index].weight_quantizer.set_bounds(-widths[0], widths[0])
-        student[index].input_quantizer.set_bounds(0.0, widths[1])
-    bounds, trained = rates(student, weights, rate=0.03)
-    assert [bounds[student[i].input_quantizer] for i in (0, 2)] == pytest.approx([0.03, 0.3])
-    assert [bounds[student[i].weight_quantizer] for i in (0, 2)] == pytest.approx([0.006, 0.012])
-    assert trained == pytest.approx(0.03 * 0.9 / 3)
-    for quantizer in bounds:
-        quantizer.set_bits(8 if quantizer.kind == "weight" else 4)
-    finer, of_the_inputs_bits = rates(student, weights, rate=0.03)
-    assert finer[student[0].weight_quantizer] == pytest.approx(0.006 * 3 / 255)
-    assert finer[student[0].input_quantizer] == pytest.approx(0.03 * 3 / 15)
-    assert of_the_inputs_bits == pytest.approx(0.03 * 0.9 / 15)
-    for quantizer in bounds:
-        quantizer.set_bits(4 if quantizer.kind == "weight" else 8)
-    assert rates(student, weights, rate=0.03)[1] == pytest.approx(0.03 * 0.9 / 15)
-
-
-def test_rates_that_are_given_stay_as_they_are():
-    student, *_, weights = networks()
-    bounds, trained = rates(student, weights, bounds_rate=0.1)
-    for quantizer, rate in bounds.items():
-        assert rate == pytest.approx(0.1 * float(quantizer.upper - quantizer.lower))
-    assert (trained, rates(student, weights, weights_rate=0.7)[1]) != (0.7, trained)
-    assert rates(student, weights, weights_rate=0.7)[1] == 0.7
-
-
-def test_weights_without_grids_need_a_rate_of_their_own():
-    student, *_, weights = networks()
-    for index in (0, 2):
-        student[index].weight_quantizer = nn.Identity()
-    with pytest.raises(
-        InputError, match=r"^distillation.rate=0.01 is in grid steps, .*weights_rate"
-    ):
-        rates(student, weights)
-    assert rates(student, weights, weights_rate=1e-3)[1] == 1e-3
-
-
-def forms(crop):
-    """A square picture mirrored and turned: the eight symmetries of a square."""
-    turned = [torch.rot90(crop, k, (-2, -1)) for k in range(4)]
-    return [form for each in turned for form in (each, each.flip(-1))]
-
-
-def test_augmented_crops_are_the_symmetries_of_a_square_all_as_likely():
-    crop = torch.arange(12.0).view(3, 2, 2)
-    found = augmented(crop.expand(4000, -1, -1, -1), torch.Generator().manual_seed(0))
-    counts = [int((found == form).flatten(1).all(1).sum()) for form in forms(crop)]
-    assert sum(counts) == len(found)
-    assert min(counts) > 400
-    assert torch.equal(
-        found, augmented(crop.expand(4000, -1, -1, -1), torch.Generator().manual_seed(0))
-    )
-
-
-def test_augmented_crops_that_are_no_squares_keep_their_shape():
-    crop = torch.arange(18.0).view(3, 2, 3)
-    found = augmented(crop.expand(400, -1, -1, -1), torch.Generator().manual_seed(0))
-    kept = [crop, crop.flip(-1), crop.flip(-2), crop.flip(-2, -1)]
-    counts = [int((found == form).flatten(1).all(1).sum()) for form in kept]
-    assert sum(counts) == len(found)
-    assert min(counts) > 50
-
-
-@pytest.mark.parametrize("augment", [False, True])
-def test_training_sees_crops_in_other_forms_only_where_asked(augment):
-    student, teacher, crops, held_out, _ = networks()
-    seen, hook = [], lambda _module, inputs: seen.extend(inputs[0])
-    config = dataclasses.replace(CONFIG, iterations=10, validate_every=20, augment=augment)
-    handle = student.register_forward_pre_hook(hook)
-    distill(student, teacher, crops, held_out, config)
-    handle.remove()
-    trained = seen[len(held_out) : -len(held_out)]
-    assert len(trained) == 20
-    as_they_came = [any(torch.equal(crop, each) for each in crops) for crop in trained]
-    known = [form for crop in crops for form in forms(crop)]
-    assert all(any(torch.equal(crop, form) for form in known) for crop in trained)
-    assert all(as_they_came) is not augment
 
 
 def test_the_rate_falls_to_zero_by_the_last_iteration():
