@@ -200,9 +200,10 @@ class _Search:
                 kept = cost, bits, figure
             if 0 <= spare < _ENOUGH:
                 break
+            needed = -self._spare(self._figure(bits))
             if spare < 0:
-                too_much = min(too_much, gained) - _SAFE
-            gained = min(gained + spare * (_SPENT if spare > 0 else 1 / _SPENT), too_much)
+                too_much = min(too_much, needed) - _SAFE
+            gained = min(needed + spare * (_SPENT if spare > 0 else 1 / _SPENT), too_much)
         if kept is None:
             closest = max(self._reached, key=self._spare)
             raise InputError(

@@ -84,6 +84,7 @@ def test_calibrations_keep_away_from_one_that_missed(monkeypatch):
         return {"layer": gained}
 
     monkeypatch.setattr(_Search, "_cheapest", cheapest)
+    monkeypatch.setattr(_Search, "_figure", lambda _, bits: 40 - bits["layer"])
     monkeypatch.setattr(_Search, "_calibrated", lambda _, bits: 40 - bits["layer"] + next(gains))
     monkeypatch.setattr(_Search, "_cost", lambda _, bits: -bits["layer"])
     unasked = SimpleNamespace(best=None)
@@ -92,10 +93,29 @@ def test_calibrations_keep_away_from_one_that_missed(monkeypatch):
     assert reached["fidelity"] == pytest.approx(40.19)
 
 
+def test_what_calibration_gains_is_known_from_8_bits_that_missed(monkeypatch):
+    asked = []
+
+    def cheapest(self, gained):
+        asked.append(gained)
+        return {"layer": gained} if gained else None
+
+    monkeypatch.setattr(_Search, "_cheapest", cheapest)
+    monkeypatch.setattr(_Search, "_figure", lambda _, bits: 40 - bits["layer"])
+    monkeypatch.setattr(_Search, "_calibrated", lambda _, bits: 42.6 - bits["layer"])
+    monkeypatch.setattr(_Search, "_cost", lambda *_: 0)
+    costs = SimpleNamespace(best=lambda: {"layer": 3.05})
+    bits, reached = _Search(costs, None, Target.parse("fidelity=40")).choose()
+    assert asked == pytest.approx([0, 2.55])
+    assert bits == {"layer": asked[1]}
+    assert reached["fidelity"] == pytest.approx(40.05)
+
+
 def test_half_of_the_layers_in_float_are_tried_before_a_target_is_given_up(monkeypatch):
     figures = iter([39.5, 38.7, 40.2])
     monkeypatch.setattr(_Search, "_cheapest", lambda _, gained: {"layer": gained})
     monkeypatch.setattr(_Search, "_half_float", lambda _: {"layer": "half"})
+    monkeypatch.setattr(_Search, "_figure", lambda *_: 38.0)
     monkeypatch.setattr(_Search, "_calibrated", lambda *_: next(figures))
     monkeypatch.setattr(_Search, "_cost", lambda *_: 0)
     unasked = SimpleNamespace(best=None)
