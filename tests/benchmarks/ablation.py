@@ -6,20 +6,8 @@ Run from the repository root: ``CONDIQUANT_DATA=DATA python tests/benchmarks/abl
 
 import argparse
 
-from budgets import row
+from budgets import OFF, row
 
-OFF = {
-    "crops with detail": "datasets.calibration.drawn=1",
-    "softmax maps by row": "condiquant.softmax_scale=tensor",
-    "aligned inputs": "condiquant.transform=none",
-    "equal channels": "condiquant.equalize=false",
-    "new weights": "condiquant.recondition.enabled=false",
-    "rounding with moments": "condiquant.rounding=nearest",
-    "weight bounds per channel": "condiquant.weight_granularity=tensor",
-    "trained weights": "condiquant.distillation.weights=false",
-    "mirrored and turned crops": "condiquant.distillation.augment=false",
-}
-"""How each part is left out."""
 _ALONE = {"equal channels": "condiquant.equalize=true"}
 """Where ``auto`` would go by another part."""
 
@@ -31,6 +19,7 @@ def main() -> None:
     parser.add_argument("width")
     parser.add_argument("--sets", nargs="+", default=["Set5"])
     given = parser.parse_args()
+    given.method = "condiquant"
 
     def show(title: str, off: list[str]) -> None:
         given.overrides = [OFF[part] for part in off]

@@ -1,7 +1,9 @@
 """What a budget buys: PSNR on test sets (undistilled on the first), and minutes without the export.
 
 Run from the repository root: ``CONDIQUANT_DATA=DATA python tests/benchmarks/budgets.py RECIPE BUDGET W/A
-... [--sets Set5 Set14] [--seeds 0 1 2] [--set KEY=VALUE ...]``, as ``dat_light/x4.yml quick 4/4 3/3 2/2``.
+... [--method 2dquant | condition] [--sets Set5 Set14] [--seeds 0 1 2] [--set KEY=VALUE ...]``, as
+``dat_light/x4.yml quick 4/4 3/3 2/2``. ``condition`` is the paper's recipe: lower condition numbers, then
+2DQuant.
 """
 
 import argparse
@@ -19,12 +21,35 @@ from condiquant_recipes.recipe_files import recipe_path
 from condiquant_recipes.run import calibrate_network, distill_network
 from condiquant_recipes.source import load_source
 
+OFF = {
+    "crops with detail": "datasets.calibration.drawn=1",
+    "softmax maps by row": "condiquant.softmax_scale=tensor",
+    "aligned inputs": "condiquant.transform=none",
+    "equal channels": "condiquant.equalize=false",
+    "new weights": "condiquant.recondition.enabled=false",
+    "rounding with moments": "condiquant.rounding=nearest",
+    "weight bounds per channel": "condiquant.weight_granularity=tensor",
+    "trained weights": "condiquant.distillation.weights=false",
+    "mirrored and turned crops": "condiquant.distillation.augment=false",
+}
+"""How each part of the method is left out."""
+METHODS = {
+    "condiquant": [],
+    "2dquant": [*OFF.values()],
+    "condition": [
+        *(OFF[part] for part in OFF if part != "new weights"),
+        "condiquant.recondition.objective=condition",
+    ],
+}
+"""What each sets in a recipe."""
+
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("recipe")
     parser.add_argument("budget")
     parser.add_argument("widths", nargs="+")
+    parser.add_argument("--method", choices=[*METHODS], default="condiquant")
     parser.add_argument("--sets", nargs="+", default=["Set5"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--set", nargs="+", default=[], dest="overrides")
@@ -57,7 +82,8 @@ def recipe_at(name: str, budget: str, width: str, overrides: list[str]) -> Recip
 
 
 def row(given: argparse.Namespace, width: str, seed: int) -> str:
-    recipe = recipe_at(given.recipe, given.budget, width, [f"seed={seed}", *given.overrides])
+    overrides = [f"seed={seed}", *METHODS[given.method], *given.overrides]
+    recipe = recipe_at(given.recipe, given.budget, width, overrides)
     torch.manual_seed(seed)
     source = load_source(recipe, Path(os.environ["CONDIQUANT_DATA"]), given.sets)
     reference = source.network if recipe.datasets.reference == "float" else None
@@ -72,7 +98,7 @@ def row(given: argparse.Namespace, width: str, seed: int) -> str:
     undistilled = ", ".join(f"{name} {value:.2f}" for name, value in before.items())
     found = ", ".join(f"{name} {value:.2f}" for name, value in after.items())
     return (
-        f"{recipe.name} {width} {given.budget} seed {seed}: {quantized.calibration.chosen}; "
+        f"{recipe.name} {width} {given.method} {given.budget} seed {seed}: {quantized.calibration.chosen}; "
         f"undistilled {undistilled}; {found} dB; "
         f"{calibrated / 60:.1f} + {distilled / 60:.1f} min"
     )

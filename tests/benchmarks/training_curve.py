@@ -14,8 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from ablation import OFF
-from budgets import recipe_at, scores
+from budgets import OFF, recipe_at, scores
 from matplotlib import rcParams
 from matplotlib.figure import Figure
 
