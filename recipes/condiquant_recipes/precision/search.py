@@ -198,7 +198,7 @@ class _Search:
             spare, cost = self._spare(figure), self._cost(bits)
             if spare >= 0 and (kept is None or cost < kept[0]):
                 kept = cost, bits, figure
-            if 0 <= spare < _ENOUGH:
+            if 0 <= spare < _ENOUGH or not left:
                 break
             needed = -self._spare(self._figure(bits))
             if spare < 0:
